@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+//
+// Every op of the library. vllm_sparse/ops/__init__.py documents them.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(vllm_sparse, m) {
+  m.def(
+      "store_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  m.def(
+      "seal_blocks(Tensor(a!) kv_cache, Tensor block_ids, Tensor prev_block_ids, "
+      "Tensor block_index, int head_size) -> ()");
+  m.def(
+      "gather_kv(Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor out_start, "
+      "Tensor(a!) key, Tensor(b!) value) -> ()");
+  m.def(
+      "sparq_select(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
+      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass) -> ()");
+  m.def(
+      "attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
+      "Tensor(a!) out, Tensor(b!)? tokens_read) -> ()");
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
+  m.impl("store_kv", TORCH_BOX(&vllm_sparse::cpu::store_kv));
+  m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cpu::seal_blocks));
+  m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cpu::gather_kv));
+  m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cpu::sparq_select));
+  m.impl("attend", TORCH_BOX(&vllm_sparse::cpu::attend));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&vllm_sparse::cpu::cpu_isa));
+}
+
+// Importable only so that Python can find the file; the ops live in torch.ops.vllm_sparse.
+extern "C" PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

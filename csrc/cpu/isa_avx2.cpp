@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+#include "isa.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,popcnt")
+namespace vllm_sparse::avx2 {
+#include "kernels.inc"
+const Kernels kernels = {"avx2", store, seal, gather, select, attend};
+}  // namespace vllm_sparse::avx2
+#endif

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+#include "isa.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
+namespace vllm_sparse::avx512 {
+#include "kernels.inc"
+const Kernels kernels = {"avx512", store, seal, gather, select, attend};
+}  // namespace vllm_sparse::avx512
+#endif

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+//
+// Shapes of everything the kernels touch. The block layout is described in
+// vllm_sparse/cache/layout.py; the offsets here must stay equal to it.
+#pragma once
+
+#include <cstdint>
+
+namespace vllm_sparse {
+
+enum class Dtype : int { kFloat, kHalf, kBFloat16 };
+
+constexpr int kBlockSize = 128;  // tokens of a block
+constexpr int kLanes = 16;       // 32-bit code words of a channel
+constexpr int kCodeBytes = kBlockSize / 2;
+constexpr int kMaxHeadSize = 256;
+
+struct KvCache {
+  uint8_t* data;  // [num_blocks, num_kv_heads] chunks of rows, then sidecar
+  int64_t block_stride, head_stride;  // bytes
+  int64_t num_blocks;
+  int num_kv_heads, head_size, element_size;
+  Dtype dtype;
+
+  uint8_t* chunk(int64_t block, int head) const {
+    return data + block * block_stride + head * head_stride;
+  }
+  int64_t row_bytes() const { return 2ll * head_size * element_size; }
+  int64_t codes_offset() const { return kBlockSize * row_bytes(); }
+  int64_t params_offset() const { return codes_offset() + int64_t{head_size} * kCodeBytes; }
+  int64_t prefix_mean_offset() const { return params_offset() + int64_t{head_size} * 4; }
+  int64_t content_bytes() const {
+    const int64_t used = prefix_mean_offset() + int64_t{head_size} * 2;
+    const int64_t per_token = (used + kBlockSize - 1) / kBlockSize;
+    return (per_token + element_size - 1) / element_size * element_size;
+  }
+};
+
+struct StoreParams {
+  KvCache cache;
+  const void *key, *value;                 // [num_tokens, num_kv_heads, head_size]
+  int64_t key_stride, value_stride;        // bytes between tokens
+  int64_t key_head_stride, value_head_stride;  // bytes between heads
+  const int64_t* slot_mapping;             // [num_tokens], negative: not stored
+  int64_t num_tokens;
+};
+
+struct SealParams {
+  KvCache cache;
+  const int32_t* block_ids;       // [num_jobs], sorted by the block's place in its context
+  const int32_t* prev_block_ids;  // [num_jobs], negative: first block of a context
+  const int32_t* block_index;     // [num_jobs], place in the context
+  int64_t num_jobs;
+};
+
+struct GatherParams {
+  KvCache cache;
+  const int32_t* block_table;  // [num_rows, block_table_stride]
+  int64_t block_table_stride;
+  const int32_t* seq_lens;     // [num_rows]
+  const int64_t* out_start;    // [num_rows], first output token of a row
+  int64_t num_rows;
+  void *key, *value;           // [num_out_tokens, num_kv_heads, head_size]
+};
+
+struct SelectParams {
+  KvCache cache;
+  const void* query;           // [num_rows, num_kv_heads * group, head_size]
+  int64_t query_stride;        // bytes between rows
+  const int32_t* block_table;  // [num_rows, block_table_stride]
+  int64_t block_table_stride;
+  const int32_t* seq_lens;     // [num_rows]
+  const int32_t* budgets;      // [num_rows] tokens to keep; negative: keep all
+  int64_t num_rows;
+  int group;                   // query heads of a KV head
+  int rank, local_window, sink_tokens;
+  float scale, soft_cap;       // soft_cap 0: none
+  int32_t* indices;            // [num_rows, num_kv_heads, max_kept] ascending positions
+  int64_t max_kept;
+  int32_t* counts;             // [num_rows, num_kv_heads]; -1: attend to everything
+  float* kept_mass;            // [num_rows, num_kv_heads * group] or null
+};
+
+struct AttendParams {
+  KvCache cache;
+  const void* query;           // [num_rows, num_kv_heads * group, head_size]
+  int64_t query_stride;        // bytes between rows
+  const int32_t* block_table;  // [num_rows, block_table_stride]
+  int64_t block_table_stride;
+  const int32_t* seq_lens;     // [num_rows]
+  const int32_t* indices;      // [num_rows, num_kv_heads, max_kept] or null: everything
+  int64_t max_kept;
+  const int32_t* counts;       // [num_rows, num_kv_heads]; -1: everything
+  const float* kept_mass;      // [num_rows, num_kv_heads * group] or null: no mean term
+  int64_t num_rows;
+  int group;
+  float scale, soft_cap;
+  void* out;                   // [num_rows, num_kv_heads * group, head_size]
+  int64_t out_stride;          // bytes between rows
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  void (*store)(const StoreParams&);
+  void (*seal)(const SealParams&);
+  void (*gather)(const GatherParams&);
+  void (*select)(const SelectParams&);
+  void (*attend)(const AttendParams&);
+};
+
+// Runs fn(ctx, task) for every task in [0, num_tasks) on torch's threads, in any order.
+void run_tasks(int64_t num_tasks, void (*fn)(void* ctx, int64_t task), void* ctx);
+
+// 64-byte aligned memory that lives until the calling thread's next request for `slot`.
+float* workspace(int slot, int64_t num_floats);
+
+}  // namespace vllm_sparse

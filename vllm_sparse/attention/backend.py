@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the backends can do, as vLLM asks it, and the KV bytes they need."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from ..compat.vllm import require_supported
+
+require_supported()
+
+from vllm.v1.attention.backend import (  # noqa: E402
+    AttentionBackend,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
+
+from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
+
+HEAD_SIZES = (64, 80, 96, 128, 256)
+
+
+class SparqBackend(AttentionBackend):
+    """``--attention-backend sparq``."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    # The cache holds the model's dtype; quantised rows are not served.
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARQ"
+
+    @staticmethod
+    def get_impl_cls():
+        from .impl import SparseAttentionImpl
+
+        return SparseAttentionImpl
+
+    @staticmethod
+    def get_builder_cls():
+        from .metadata import SparseMetadataBuilder
+
+        return SparseMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec=None,
+    ) -> list[int | MultipleOf]:
+        # Larger blocks are split into these by vLLM; codes belong to one kernel block.
+        return [BLOCK_SIZE]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Head-major: each (block, KV head) is one contiguous chunk.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # Blocks carry their sidecar, but no connector has been tested with it.
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size,
+        dtype,
+        kv_cache_dtype,
+        block_size,
+        use_mla,
+        has_sink,
+        use_sparse,
+        use_mm_prefix,
+        device_capability,
+    ) -> str | None:
+        """vLLM's reasons only name the option; this adds what would be served."""
+        if not cls.supports_head_size(head_size):
+            return f"head size {head_size} is not one of {list(HEAD_SIZES)}"
+        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
+            return f"--kv-cache-dtype must be auto, not {kv_cache_dtype}"
+        if not cls.supports_block_size(block_size):
+            return f"--block-size must be a multiple of {BLOCK_SIZE}, not {block_size}"
+        return None
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Add the sidecar to every block: see cache/layout.py."""
+        if spec.state_content_bytes is not None:
+            return spec
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
+        return replace(spec, state_content_bytes=layout.content_bytes)

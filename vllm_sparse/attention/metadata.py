@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Once per step: which rows decode, which prefill, which blocks become full."""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import (
+    get_num_attention_heads_from_layers,
+    split_decodes_and_prefills,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ..cache.layout import BLOCK_SIZE
+from ..config import SparseConfig
+from ..selectors import DecodeRows
+from ..selectors.base import tokens_kept
+from .prefill import PrefillRows, plan_prefill
+from .stats import recorder
+
+
+@dataclass
+class SealJobs:
+    """Blocks that this step fills: the arguments of ``ops.seal_blocks``."""
+
+    block_ids: torch.Tensor
+    prev_block_ids: torch.Tensor
+    block_index: torch.Tensor
+
+
+@dataclass
+class SparseMetadata(AttentionMetadata):
+    """Decode tokens come first in the batch, prefill tokens after them."""
+
+    num_actual_tokens: int
+    num_decode_tokens: int
+    decode: DecodeRows | None
+    prefill: PrefillRows | None
+    seal: SealJobs | None
+
+
+class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
+    """Builds :class:`SparseMetadata`; all decisions here use host numbers."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Draft tokens under verification decode too: one row per position.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.num_kv_heads = kv_cache_spec.num_kv_heads
+        self.num_heads = get_num_attention_heads_from_layers(
+            vllm_config, layer_names
+        ) or vllm_config.model_config.get_num_attention_heads(
+            vllm_config.parallel_config
+        )
+        self.configure(
+            SparseConfig.from_additional_config(vllm_config.additional_config)
+        )
+
+    def configure(self, config: SparseConfig) -> None:
+        self.config = config
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SparseMetadata:
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
+        )
+        starts = common.query_start_loc_cpu.tolist()
+        seq_lens = common.seq_lens[: common.num_reqs]
+        lens = seq_lens.tolist()
+        recorder.log_now_and_then()
+        return SparseMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            num_decode_tokens=num_decode_tokens,
+            decode=self._decode_rows(common, starts, lens, num_decodes),
+            prefill=self._prefill_rows(common, seq_lens, num_decodes)
+            if num_prefills
+            else None,
+            seal=_seal_jobs(common.block_table_tensor, starts, lens),
+        )
+
+    def _decode_rows(
+        self,
+        common: CommonAttentionMetadata,
+        starts: list[int],
+        lens: list[int],
+        num_decodes: int,
+    ) -> DecodeRows | None:
+        prefilling = (
+            common.is_prefilling.tolist()
+            if common.is_prefilling is not None
+            else [False] * len(lens)
+        )
+        rows, row_lens, budgets = [], [], []
+        for req in range(num_decodes):
+            query_len = starts[req + 1] - starts[req]
+            for i in range(query_len):
+                seq_len = lens[req] - query_len + 1 + i
+                rows.append(req)
+                row_lens.append(seq_len)
+                # A prompt's last token is prefill even when it comes alone, or a
+                # prefix-cache hit would change the first answer token.
+                budgets.append(-1 if prefilling[req] else self._budget(seq_len))
+        if not rows:
+            return None
+        recorder.totals.decode_tokens += len(rows)
+        block_table = common.block_table_tensor
+        one_each = len(rows) == num_decodes
+        indices = counts = None
+        if any(budget >= 0 for budget in budgets):
+            max_kept = max(
+                tokens_kept(
+                    seq_len, budget, self.config.local_window, self.config.sink_tokens
+                )
+                for seq_len, budget in zip(row_lens, budgets)
+                if budget >= 0
+            )
+            shape = (len(rows), self.num_kv_heads)
+            indices = torch.empty((*shape, max_kept), dtype=torch.int32)
+            counts = torch.empty(shape, dtype=torch.int32)
+        return DecodeRows(
+            block_table=block_table[: len(rows)]
+            if one_each
+            else block_table[torch.tensor(rows)],
+            seq_lens=torch.tensor(row_lens, dtype=torch.int32),
+            budgets=torch.tensor(budgets, dtype=torch.int32),
+            indices=indices,
+            counts=counts,
+            seq_lens_list=row_lens,
+            budgets_list=budgets,
+        )
+
+    def _budget(self, seq_len: int) -> int:
+        """Tokens to keep; -1: the row is dense."""
+        config = self.config
+        if config.selector == "dense" or seq_len < config.dense_below:
+            return -1
+        kept = tokens_kept(
+            seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
+        )
+        return -1 if kept >= seq_len else kept
+
+    def _prefill_rows(
+        self,
+        common: CommonAttentionMetadata,
+        seq_lens: torch.Tensor,
+        num_decodes: int,
+    ) -> PrefillRows:
+        return plan_prefill(
+            query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1],
+            seq_lens=seq_lens[num_decodes:],
+            block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.kv_cache_spec.head_size,
+            dtype=self.vllm_config.model_config.dtype,
+        )
+
+
+def _seal_jobs(
+    block_table: torch.Tensor, starts: list[int], lens: list[int]
+) -> SealJobs | None:
+    """Blocks whose last token is stored in this step, by their place in the context.
+
+    Draft tokens count: should they be rejected, the block's last token is stored again
+    later and the block sealed again; until then the context ends before it.
+    """
+    jobs = []
+    for req, seq_len in enumerate(lens):
+        computed = seq_len - (starts[req + 1] - starts[req])
+        for index in range(computed // BLOCK_SIZE, seq_len // BLOCK_SIZE):
+            jobs.append((index, req))
+    if not jobs:
+        return None
+    jobs.sort()
+    index, req = torch.tensor(jobs).T
+    prev = block_table[req, (index - 1).clamp(min=0)]
+    return SealJobs(
+        block_ids=block_table[req, index].contiguous(),
+        prev_block_ids=torch.where(index > 0, prev, -1).to(torch.int32),
+        block_index=index.to(torch.int32),
+    )

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Dense prefill on the CPU through vLLM's own attention kernel.
+
+That kernel wants K and V packed its own way (channel-major, or AMX tiles), which token
+selection could not read cheaply, so our blocks keep plain rows. A prefill step packs the
+contexts of its rows into a scratch cache, one layer after the other, and runs vLLM's
+kernel on it: reading and packing S tokens costs little beside attending a chunk to them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm import _custom_ops as vllm_ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from .. import ops
+from ..cache.layout import BLOCK_SIZE
+from ..selectors import LayerShape
+
+
+@dataclass
+class PrefillRows:
+    """The prefill rows of one step; all layers of a KV cache group share it.
+
+    Attributes:
+        query_start_loc: [num_rows + 1] int32, from the first prefill token.
+        seq_lens: [num_rows] int32, context plus this step's tokens.
+        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
+        scratch_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
+        slots: [sum of seq_lens] int64, scratch slots of all tokens, row after row.
+        out_start: [num_rows] int64, where a row's tokens start in that order.
+        num_scratch_blocks: blocks the scratch cache must have.
+        has_context: whether any row has tokens from earlier steps.
+        scheduler_metadata: vLLM's plan for its kernel.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    scratch_table: torch.Tensor
+    slots: torch.Tensor
+    out_start: torch.Tensor
+    num_scratch_blocks: int
+    has_context: bool
+    scheduler_metadata: torch.Tensor
+
+
+def plan_prefill(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+) -> PrefillRows:
+    """Lay out the scratch cache and ask vLLM's kernel for its plan.
+
+    Args: see :class:`PrefillRows`; ``query_start_loc`` need not start at 0.
+    """
+    query_start_loc = query_start_loc - query_start_loc[0]
+    lens = seq_lens.long()
+    blocks = (lens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    first_block = blocks.cumsum(0) - blocks
+    out_start = lens.cumsum(0) - lens
+    total = int(lens.sum())
+    # Token i of all rows sits at its row's first scratch slot plus its position.
+    shift = (first_block * BLOCK_SIZE - out_start).repeat_interleave(lens)
+    width = int(blocks.max())
+    table = first_block[:, None] + torch.arange(width)[None, :]
+    return PrefillRows(
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        scratch_table=table.int(),
+        slots=torch.arange(total) + shift,
+        out_start=out_start,
+        num_scratch_blocks=int(blocks.sum()) + width,
+        has_context=total > int(query_start_loc[-1]),
+        scheduler_metadata=vllm_ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_size,
+            seq_lens=seq_lens,
+            dtype=dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=_get_attn_isa(dtype, BLOCK_SIZE, head_size),
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        ),
+    )
+
+
+class Scratch:
+    """Buffers that all layers of one shape share, grown on demand."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    def get(self, name: str, first: int, *rest: int, dtype: torch.dtype):
+        """A [>= first, *rest] tensor; zeros at first, then whatever was left there."""
+        key = (name, rest, dtype)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape[0] < first:
+            # Finite always: masked products of stale memory must not become NaN.
+            buffer = torch.zeros((first, *rest), dtype=dtype)
+            self._buffers[key] = buffer
+        return buffer
+
+
+_scratch = Scratch()
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    rows: PrefillRows,
+    shape: LayerShape,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention of the prefill tokens over their contexts.
+
+    Args:
+        query, key, value: the step's prefill tokens, [num_tokens, heads, head_size].
+        kv_cache: the layer's cache, this step's rows already stored.
+        out: [num_tokens, num_heads, head_size], written.
+    """
+    dtype, heads, size = shape.dtype, shape.num_kv_heads, shape.head_size
+    total = rows.slots.numel()
+    if rows.has_context:
+        key = _scratch.get("key", total, heads, size, dtype=dtype)[:total]
+        value = _scratch.get("value", total, heads, size, dtype=dtype)[:total]
+        ops.gather_kv(
+            kv_cache, rows.block_table, rows.seq_lens, rows.out_start, key, value
+        )
+    packed = _scratch.get(
+        "packed", rows.num_scratch_blocks, heads, 2 * BLOCK_SIZE, size, dtype=dtype
+    )
+    key_cache, value_cache = packed.chunk(2, dim=2)
+    vllm_ops.cpu_attn_reshape_and_cache(
+        key[:total],
+        value[:total],
+        key_cache,
+        value_cache,
+        rows.slots,
+        _get_attn_isa(dtype, BLOCK_SIZE, size),
+    )
+    vllm_ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=out,
+        query_start_loc=rows.query_start_loc,
+        seq_lens=rows.seq_lens,
+        scale=shape.scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=rows.scratch_table,
+        softcap=shape.soft_cap,
+        scheduler_metadata=rows.scheduler_metadata,
+        s_aux=None,
+    )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What decoding read: counted where it is read, so that inactivity cannot hide."""
+
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+LOG_INTERVAL_SECONDS = 30.0
+
+
+@dataclass
+class SparseStats:
+    """Totals of this process since the last reset, decode rows only.
+
+    Bytes cover K and V rows, codes, parameters and means, over all layers and KV heads
+    that our backend serves.
+    """
+
+    decode_tokens: int = 0  # query positions, counted once per step
+    decode_rows: int = 0  # the same, counted in every layer
+    sparse_rows: int = 0  # of these, the ones that read less than everything
+    kv_bytes_read: int = 0
+    kv_bytes_dense: int = 0  # what dense attention would have read
+
+
+@dataclass
+class StatsRecorder:
+    """Accumulates :class:`SparseStats`; ops add to ``tokens_read`` themselves."""
+
+    totals: SparseStats = field(default_factory=SparseStats)
+    # Tokens attended per KV head in the current step and layer.
+    tokens_read: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(1, dtype=torch.int64)
+    )
+    _last_log: float = field(default_factory=time.monotonic)
+    _logged_tokens: int = 0
+
+    def add_layer(
+        self,
+        num_rows: int,
+        sparse_rows: int,
+        score_bytes: int,
+        row_bytes: int,
+        context_tokens: int,
+    ) -> None:
+        """Account for one layer of one step and clear ``tokens_read``.
+
+        Args:
+            score_bytes: bytes read to choose tokens, all KV heads.
+            row_bytes: bytes of one token's K and V in one KV head.
+            context_tokens: sum over rows and KV heads of the context length.
+        """
+        totals = self.totals
+        totals.decode_rows += num_rows
+        totals.sparse_rows += sparse_rows
+        totals.kv_bytes_read += score_bytes + int(self.tokens_read) * row_bytes
+        totals.kv_bytes_dense += context_tokens * row_bytes
+        self.tokens_read.zero_()
+
+    def snapshot(self) -> dict[str, int]:
+        return asdict(self.totals)
+
+    def reset(self) -> None:
+        self.totals = SparseStats()
+        self._logged_tokens = 0
+
+    def log_now_and_then(self) -> None:
+        """One line every LOG_INTERVAL_SECONDS of decoding."""
+        now = time.monotonic()
+        if now - self._last_log < LOG_INTERVAL_SECONDS:
+            return
+        self._last_log = now
+        totals = self.totals
+        if totals.decode_tokens == self._logged_tokens or not totals.kv_bytes_dense:
+            return
+        self._logged_tokens = totals.decode_tokens
+        logger.info(
+            "Sparse attention: %d decode tokens, %.1f %% of decode rows sparse, "
+            "%.1f %% of the KV bytes read",
+            totals.decode_tokens,
+            100 * totals.sparse_rows / totals.decode_rows,
+            100 * totals.kv_bytes_read / totals.kv_bytes_dense,
+        )
+
+
+recorder = StatsRecorder()
+
+
+class WorkerExtension:
+    """Worker methods for ``LLM(worker_extension_cls=...)`` and ``collective_rpc``."""
+
+    def sparse_stats(self) -> dict[str, int]:
+        """Totals of this worker: the fields of :class:`SparseStats`."""
+        return recorder.snapshot()
+
+    def reset_sparse_stats(self) -> None:
+        recorder.reset()
+
+    def reconfigure_sparse(self, options: dict) -> None:
+        """Switch the running engine to other options; for evaluation, between requests.
+
+        Args:
+            options: as under ``additional_config["sparse"]``.
+        """
+        from ..config import NAMESPACE, SparseConfig
+        from .impl import SparseAttentionImpl
+        from .metadata import SparseMetadataBuilder
+
+        config = SparseConfig.from_additional_config({NAMESPACE: options})
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for layer in layers.values():
+            if isinstance(getattr(layer, "impl", None), SparseAttentionImpl):
+                layer.impl.configure(config)
+        for groups in self.model_runner.attn_groups:
+            for group in groups:
+                for builder in group.metadata_builders:
+                    if isinstance(builder, SparseMetadataBuilder):
+                        builder.configure(config)

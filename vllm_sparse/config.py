@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""The options under ``--additional-config '{"sparse": {...}}'``, parsed once."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+NAMESPACE = "sparse"
+SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
+
+
+class SparseConfigError(ValueError):
+    """An option of the ``sparse`` namespace is unknown or impossible."""
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How decode rows choose the tokens they attend to.
+
+    All counts are tokens of one KV head in one layer, for one query position.
+    """
+
+    # Method that chooses tokens. "exact" (oracle), "quest" and "window" are slow, plain
+    # versions for comparison; "dense" keeps everything.
+    selector: str = "sparq"
+    # Channels of K read to score tokens (r in SparQ). None: head_size / 4.
+    rank: int | None = None
+    # Tokens attended exactly, with sinks, window and unsealed tail counted in.
+    # An int is a count; a float in (0, 1] is that fraction of the context.
+    top_k: int | float = 0.125
+    # The most recent tokens, always attended.
+    local_window: int = 32
+    # The first tokens of the context, always attended.
+    sink_tokens: int = 4
+    # The first layers of the model, kept dense.
+    dense_layers: int = 0
+    # Contexts shorter than this many tokens are attended densely.
+    dense_below: int = 512
+    # SparQ's (1 - alpha) * mean(V) term. "auto": on for MHA, off for GQA and MQA.
+    mean_value: bool | str = "auto"
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> "SparseConfig":
+        """Parse vLLM's ``additional_config``; other namespaces are left alone.
+
+        Raises:
+            SparseConfigError: naming the key, what is allowed, and an example.
+        """
+        if not isinstance(additional_config, Mapping):
+            return cls()
+        options = additional_config.get(NAMESPACE, {})
+        if not isinstance(options, Mapping):
+            raise SparseConfigError(
+                f"additional_config.{NAMESPACE} must be a mapping of options, got "
+                f"{options!r}. Example: --additional-config "
+                f'\'{{"{NAMESPACE}": {{"top_k": 0.125}}}}\''
+            )
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                close = get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise SparseConfigError(
+                    f"unknown option {NAMESPACE}.{key}.{hint} "
+                    f"Options: {', '.join(known)}."
+                )
+        config = cls(**options)
+        config._validate()
+        return config
+
+    def _validate(self) -> None:
+        for name, (is_valid, allowed, example) in _RULES.items():
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise SparseConfigError(
+                    f"{NAMESPACE}.{name} = {value!r} is not allowed; it must be "
+                    f"{allowed}. Example: --additional-config.{NAMESPACE}.{name} "
+                    f"{example}"
+                )
+        if isinstance(self.top_k, int):
+            forced = self.local_window + self.sink_tokens
+            if self.top_k < forced:
+                raise SparseConfigError(
+                    f"{NAMESPACE}.top_k = {self.top_k} is smaller than local_window + "
+                    f"sink_tokens = {forced}, which are always attended. Example: "
+                    f"--additional-config.{NAMESPACE}.top_k {max(256, 2 * forced)}"
+                )
+
+    def resolve(self, head_size: int, num_queries_per_kv: int) -> "SparseConfig":
+        """Fill in what depends on the layer's shape: ``rank`` and ``mean_value``.
+
+        Raises:
+            SparseConfigError: when ``rank`` exceeds ``head_size``.
+        """
+        rank = head_size // 4 if self.rank is None else self.rank
+        if rank > head_size:
+            raise SparseConfigError(
+                f"{NAMESPACE}.rank = {rank} exceeds the model's head size {head_size}; "
+                f"it must lie between 1 and {head_size}. Example: "
+                f"--additional-config.{NAMESPACE}.rank {head_size // 4}"
+            )
+        mean_value = self.mean_value
+        if mean_value == "auto":
+            mean_value = num_queries_per_kv == 1
+        return replace(self, rank=rank, mean_value=mean_value)
+
+    def budget(self, seq_len: int) -> int:
+        """Tokens attended out of ``seq_len``, before the unsealed tail is added."""
+        if isinstance(self.top_k, int):
+            return self.top_k
+        floor = self.local_window + self.sink_tokens
+        return max(math.ceil(self.top_k * seq_len), floor)
+
+
+def _is_int(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_top_k(value: Any) -> bool:
+    return _is_int(value, 1) or (isinstance(value, float) and 0.0 < value <= 1.0)
+
+
+# option -> (check, what is allowed, an example)
+_RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "selector": (
+        lambda v: v in SELECTOR_NAMES,
+        f"one of {', '.join(SELECTOR_NAMES)}",
+        "sparq",
+    ),
+    "rank": (
+        lambda v: v is None or _is_int(v, 1),
+        "an integer from 1 to the head size",
+        "16",
+    ),
+    "top_k": (
+        _is_top_k,
+        "a positive integer (tokens) or a fraction of the context in (0, 1]",
+        "0.125",
+    ),
+    "local_window": (lambda v: _is_int(v, 1), "an integer of at least 1", "32"),
+    "sink_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "4"),
+    "dense_layers": (lambda v: _is_int(v, 0), "an integer of at least 0", "2"),
+    "dense_below": (lambda v: _is_int(v, 0), "an integer of at least 0", "512"),
+    "mean_value": (
+        lambda v: isinstance(v, bool) or v == "auto",
+        'true, false or "auto"',
+        "auto",
+    ),
+}

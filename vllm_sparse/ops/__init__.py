@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""The op boundary: one function per op, backed by compiled kernels.
+
+Meanings are in :mod:`vllm_sparse.ops.reference`, function by function; byte layout in
+:mod:`vllm_sparse.cache.layout`. Common arguments:
+
+- ``kv_cache``: [num_blocks, num_kv_heads, BLOCK_SIZE, C], fp32, fp16 or bf16.
+- ``block_table``: [num_rows, max_blocks] int32 block ids of each row's context.
+- ``seq_lens``: [num_rows] int32 tokens, the query's own token included.
+- ``query``: [num_rows, num_heads, head_size], one query position per row.
+
+A broken contract raises RuntimeError naming the tensor and what was expected.
+"""
+
+import torch
+
+from .library import load
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write K and V rows into their slots.
+
+    Args:
+        key, value: [>= num_tokens, num_kv_heads, head_size], any token and head stride.
+        slot_mapping: [num_tokens] int64, block * BLOCK_SIZE + offset; negative: skip.
+    """
+    load().store_kv(key, value, kv_cache, slot_mapping)
+
+
+def seal_blocks(
+    kv_cache: torch.Tensor,
+    block_ids: torch.Tensor,
+    prev_block_ids: torch.Tensor,
+    block_index: torch.Tensor,
+    head_size: int,
+) -> None:
+    """Write the sidecar of full blocks; may be repeated for a block.
+
+    Args:
+        block_ids: [num_jobs] int32 blocks to seal.
+        prev_block_ids: [num_jobs] int32 block before each in its context; -1: none.
+        block_index: [num_jobs] int32 place in the context, ascending.
+    """
+    load().seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size)
+
+
+def gather_kv(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_start: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Copy whole contexts out of the blocks, row after row.
+
+    Args:
+        out_start: [num_rows] int64, the row's first token in ``key`` and ``value``.
+        key, value: [num_tokens, num_kv_heads, head_size], written.
+    """
+    load().gather_kv(kv_cache, block_table, seq_lens, out_start, key, value)
+
+
+def sparq_select(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    *,
+    rank: int,
+    local_window: int,
+    sink_tokens: int,
+    scale: float,
+    soft_cap: float,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    kept_mass: torch.Tensor | None = None,
+) -> None:
+    """SparQ's choice of tokens per row and KV head.
+
+    Args:
+        budgets: [num_rows] int32 tokens to keep, forced ones included; negative: all.
+        indices: [num_rows, num_kv_heads, max_kept] int32, written: ascending positions.
+        counts: [num_rows, num_kv_heads] int32, written: valid entries of ``indices``,
+            or -1 where everything is kept.
+        kept_mass: [num_rows, num_heads] fp32, written: estimated probability mass kept.
+    """
+    load().sparq_select(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        budgets,
+        rank,
+        local_window,
+        sink_tokens,
+        scale,
+        soft_cap,
+        indices,
+        counts,
+        kept_mass,
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    indices: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    kept_mass: torch.Tensor | None = None,
+    scale: float,
+    soft_cap: float = 0.0,
+    out: torch.Tensor,
+    tokens_read: torch.Tensor | None = None,
+) -> None:
+    """Exact attention over the listed tokens; without lists, over the whole context.
+
+    Args:
+        indices, counts, kept_mass: as written by a selector; ``kept_mass`` turns the
+            mean-value term on.
+        out: [num_rows, num_heads, head_size], written.
+        tokens_read: [1] int64 counter, the tokens attended per KV head are added to it.
+    """
+    load().attend(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        indices,
+        counts,
+        kept_mass,
+        scale,
+        soft_cap,
+        out,
+        tokens_read,
+    )
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: avx512, avx2 or portable."""
+    return load().cpu_isa()

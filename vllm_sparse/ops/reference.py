@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What every op means: plain fp32 PyTorch, one function per op, same signatures.
+
+Kernels are tested against these functions. They loop over rows and heads and are meant
+to be read, not to be fast.
+"""
+
+import math
+
+import torch
+
+from ..cache.layout import BLOCK_SIZE, CODE_MAX, LANES, BlockLayout
+
+
+def _layout(kv_cache: torch.Tensor, head_size: int) -> BlockLayout:
+    return BlockLayout(head_size, kv_cache.element_size())
+
+
+def _rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """View of K|V rows: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]."""
+    blocks, heads, tokens, _ = kv_cache.shape
+    stride = (kv_cache.stride(0), kv_cache.stride(1), 2 * head_size, 1)
+    return kv_cache.as_strided((blocks, heads, tokens, 2 * head_size), stride)
+
+
+def _sidecar(chunk: torch.Tensor, offset: int, size: int) -> torch.Tensor:
+    """``size`` bytes at byte ``offset`` of one contiguous (block, head) chunk."""
+    return chunk.reshape(-1).view(torch.uint8)[offset : offset + size]
+
+
+def store_kv(key, value, kv_cache, slot_mapping) -> None:
+    """Write K and V rows at their slots; negative slots are skipped."""
+    rows = _rows(kv_cache, key.shape[-1])
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            block, offset = divmod(slot, BLOCK_SIZE)
+            rows[block, :, offset] = torch.cat([key[token], value[token]], dim=-1)
+
+
+def quantise_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Asymmetric 4-bit quantiser per channel (KIVI, arXiv 2402.02750, section 3.1).
+
+    Args:
+        k: [BLOCK_SIZE, head_size] keys of one block and head.
+
+    Returns:
+        codes [BLOCK_SIZE, head_size] uint8, scale and minimum [head_size] fp16, rounded
+        before the codes are taken.
+    """
+    k = k.float()
+    limit = torch.finfo(torch.float16).max
+    minimum = k.amin(0).clamp(-limit, limit).half()
+    scale = ((k.amax(0) - k.amin(0)) / CODE_MAX).clamp(max=limit).half()
+    divisor = torch.where(scale > 0, scale.float(), 1.0)
+    codes = ((k - minimum.float()) / divisor).round().clamp(0, CODE_MAX)
+    return codes.to(torch.uint8), scale, minimum
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """[BLOCK_SIZE, head_size] codes to [head_size, BLOCK_SIZE / 2] bytes (layout.py)."""
+    nibbles = codes.T.reshape(-1, BLOCK_SIZE // LANES, LANES).transpose(1, 2)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of pack_codes: [head_size, bytes] uint8 to [BLOCK_SIZE, head_size]."""
+    pairs = packed.reshape(-1, LANES, BLOCK_SIZE // LANES // 2)
+    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
+    return nibbles.transpose(1, 2).reshape(-1, BLOCK_SIZE).T
+
+
+def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> None:
+    """Write codes, parameters and the prefix mean of V of full blocks."""
+    lay = _layout(kv_cache, head_size)
+    rows = _rows(kv_cache, head_size)
+    jobs = zip(block_ids.tolist(), prev_block_ids.tolist(), block_index.tolist())
+    for block, prev, index in jobs:
+        for head in range(kv_cache.shape[1]):
+            k, v = rows[block, head].split(head_size, dim=-1)
+            codes, scale, minimum = quantise_k(k)
+            mean = v.float().mean(0)
+            if prev >= 0:
+                before = prefix_mean(kv_cache[prev, head], lay)
+                mean = before + (mean - before) / (index + 1)
+            chunk = kv_cache[block, head]
+            params = torch.stack([scale, minimum], dim=-1)
+            for offset, data in (
+                (lay.codes_offset, pack_codes(codes)),
+                (lay.params_offset, params),
+                (lay.prefix_mean_offset, mean.half()),
+            ):
+                data = data.contiguous().reshape(-1).view(torch.uint8)
+                _sidecar(chunk, offset, data.numel()).copy_(data)
+
+
+def prefix_mean(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
+    """Mean of V from the context's start to this block's end: [head_size] fp32."""
+    data = _sidecar(chunk, lay.prefix_mean_offset, 2 * lay.head_size)
+    return data.view(torch.float16).float()
+
+
+def dequantise_k(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
+    """K of a sealed (block, head) chunk from its codes: [BLOCK_SIZE, head_size] fp32."""
+    size = lay.head_size * lay.channel_code_bytes
+    codes = unpack_codes(_sidecar(chunk, lay.codes_offset, size))
+    params = _sidecar(chunk, lay.params_offset, 4 * lay.head_size)
+    scale, minimum = params.view(torch.float16).float().view(-1, 2).T
+    return codes.float() * scale + minimum
+
+
+def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value) -> None:
+    """Copy contexts out of their blocks: key and value [tokens, num_kv_heads, D]."""
+    head_size = key.shape[-1]
+    rows = _rows(kv_cache, head_size)
+    for blocks, length, start in zip(
+        block_table.tolist(), seq_lens.tolist(), out_start.tolist()
+    ):
+        position = torch.arange(length)
+        block = torch.tensor(blocks)[position // BLOCK_SIZE]
+        context = rows[block, :, position % BLOCK_SIZE]
+        key[start : start + length] = context[..., :head_size]
+        value[start : start + length] = context[..., head_size:]
+
+
+def _context(kv_cache, blocks, length, head, head_size):
+    """Exact K and V of one row and KV head: two of [length, head_size] fp32."""
+    rows = _rows(kv_cache, head_size)
+    count = math.ceil(length / BLOCK_SIZE)
+    flat = rows[blocks[:count].long(), head].reshape(-1, 2 * head_size)[:length].float()
+    return flat[:, :head_size], flat[:, head_size:]
+
+
+def sparq_probabilities(
+    query, kv_cache, blocks, length, head, rank, scale, soft_cap
+) -> torch.Tensor:
+    """SparQ's step 1 for one row and KV head (arXiv 2312.04985, section 3.1).
+
+    The ``rank`` channels with the largest sum of |q| over the group are read: from the
+    codes in sealed blocks, exactly in the tail. The temperature makes
+    ``scale * sqrt(|q|_1 / |q[r]|_1)`` of the usual ``scale``.
+
+    Args:
+        query: [group, head_size] fp32 query heads of the KV head.
+        blocks: [>= blocks of the context] int block ids.
+
+    Returns:
+        [group, length] softmax probabilities over the whole context.
+    """
+    head_size = query.shape[-1]
+    lay = _layout(kv_cache, head_size)
+    magnitude = query.abs().sum(0)
+    channels = magnitude.argsort(descending=True, stable=True)[:rank]
+    sealed = length // BLOCK_SIZE
+    k, _ = _context(kv_cache, blocks, length, head, head_size)
+    k = k.clone()
+    for i in range(sealed):
+        k[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = dequantise_k(
+            kv_cache[int(blocks[i]), head], lay
+        )
+    read = query[:, channels].abs().sum(-1, keepdim=True)
+    whole = query.abs().sum(-1, keepdim=True)
+    factor = torch.where(read > 0, scale * (whole / read).sqrt(), 0.0)
+    logits = (query[:, channels] * factor) @ k[:, channels].T
+    if soft_cap > 0:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    return logits.softmax(-1)
+
+
+def forced_ranges(length: int, local_window: int, sink_tokens: int) -> tuple[int, int]:
+    """(sinks, recent): tokens before ``sinks`` and from ``recent`` are always kept."""
+    sealed = length // BLOCK_SIZE * BLOCK_SIZE
+    recent = max(0, min(length - local_window, sealed))
+    return min(sink_tokens, recent), recent
+
+
+def top_k_positions(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Positions of the k largest scores, ascending; ties go to the lower position."""
+    return scores.argsort(descending=True, stable=True)[:k].sort().values
+
+
+def sparq_select(
+    query,
+    kv_cache,
+    block_table,
+    seq_lens,
+    budgets,
+    rank,
+    local_window,
+    sink_tokens,
+    scale,
+    soft_cap,
+    indices,
+    counts,
+    kept_mass,
+) -> None:
+    """Choose the tokens that each row and KV head attends to.
+
+    Probabilities are pooled over the group after the softmax, then the best tokens join
+    the sinks, the window and the unsealed tail until ``budgets`` is reached.
+    """
+    num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
+    group = query.shape[1] // num_kv_heads
+    for row, length in enumerate(seq_lens.tolist()):
+        sinks, recent = forced_ranges(length, local_window, sink_tokens)
+        budget = int(budgets[row])
+        if budget < 0 or budget >= length or recent <= sink_tokens:
+            counts[row] = -1
+            if kept_mass is not None:
+                kept_mass[row] = 1.0
+            continue
+        wanted = max(0, budget - sinks - (length - recent))
+        for head in range(num_kv_heads):
+            q = query[row].float().view(num_kv_heads, group, head_size)[head]
+            probs = sparq_probabilities(
+                q, kv_cache, block_table[row], length, head, rank, scale, soft_cap
+            )
+            best = top_k_positions(probs.sum(0)[sinks:recent], wanted) + sinks
+            kept = torch.cat([torch.arange(sinks), best, torch.arange(recent, length)])
+            indices[row, head, : len(kept)] = kept.to(indices.dtype)
+            counts[row, head] = len(kept)
+            if kept_mass is not None:
+                mass = probs[:, kept].sum(-1).clamp(max=1.0)
+                kept_mass[row, head * group : (head + 1) * group] = mass
+
+
+def attend(
+    query,
+    kv_cache,
+    block_table,
+    seq_lens,
+    indices,
+    counts,
+    kept_mass,
+    scale,
+    soft_cap,
+    out,
+    tokens_read=None,
+) -> None:
+    """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
+
+    ``counts`` of -1, or no lists at all, mean the whole context. With ``kept_mass``
+    (alpha), the result is ``alpha * y + (1 - alpha) * mean(V)``, the mean taken over the
+    whole context from the last sealed block's prefix mean and the tail's rows.
+    """
+    num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
+    group = query.shape[1] // num_kv_heads
+    lay = _layout(kv_cache, head_size)
+    for row, length in enumerate(seq_lens.tolist()):
+        for head in range(num_kv_heads):
+            k, v = _context(kv_cache, block_table[row], length, head, head_size)
+            kept = torch.arange(length)
+            if counts is not None and counts[row, head] >= 0:
+                kept = indices[row, head, : int(counts[row, head])].long()
+            if tokens_read is not None:
+                tokens_read += len(kept)
+            heads = slice(head * group, (head + 1) * group)
+            logits = query[row, heads].float() @ k[kept].T * scale
+            if soft_cap > 0:
+                logits = soft_cap * (logits / soft_cap).tanh()
+            y = logits.softmax(-1) @ v[kept]
+            if kept_mass is not None:
+                sealed = length // BLOCK_SIZE
+                total = v[sealed * BLOCK_SIZE :].sum(0)
+                if sealed:
+                    chunk = kv_cache[int(block_table[row, sealed - 1]), head]
+                    total = total + prefix_mean(chunk, lay) * (sealed * BLOCK_SIZE)
+                alpha = kept_mass[row, heads].unsqueeze(-1)
+                y = alpha * y + (1 - alpha) * total / length
+            out[row, heads] = y.to(out.dtype)

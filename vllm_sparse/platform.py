@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""A CPU platform that honours ``--attention-backend sparq``.
+
+vLLM's own CPU platform logs "Cannot use ... backend on CPU" and takes CPU_ATTN whatever
+was chosen. Ours answers for our backends and is vLLM's in everything else.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from .compat.vllm import require_supported
+from .config import SparseConfig
+from .plugin import is_ours
+
+if TYPE_CHECKING:
+    from vllm.platforms.cpu import CpuPlatform as VllmCpuPlatform
+else:
+    # CpuPlatform, or vLLM's variant of it for the processor at hand.
+    VllmCpuPlatform = resolve_obj_by_qualname(
+        cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
+    )
+
+
+class SparseCpuPlatform(VllmCpuPlatform):
+    """vLLM's CPU platform, with the backends of this package added."""
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kw):
+        """Path of the backend class for one kind of attention layer.
+
+        Raises:
+            ValueError: when our backend was chosen and cannot serve the model.
+        """
+        if not is_ours(selected_backend):
+            return super().get_attn_backend_cls(
+                selected_backend, attn_selector_config, *args, **kw
+            )
+        require_supported()
+        name = selected_backend.name.lower()
+        kind = _kind_left_to_vllm(attn_selector_config)
+        if kind is not None:
+            from vllm.logger import init_logger
+
+            init_logger(__name__).info_once(
+                "%s: %s layers are served densely by vLLM's CPU_ATTN.", name, kind
+            )
+            return super().get_attn_backend_cls(None, attn_selector_config, *args, **kw)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"--attention-backend {name} cannot serve this model: "
+                f"{'; '.join(reasons)}. Change what is named here, or leave "
+                f"--attention-backend out. The layer: {attn_selector_config}"
+            )
+        return selected_backend.get_path()
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config) -> None:
+        """vLLM's own, after our options: their errors reach the user's process."""
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+        if any(is_ours(backend) for backend in chosen):
+            require_supported()
+            SparseConfig.from_additional_config(vllm_config.additional_config)
+        super().check_and_update_config(vllm_config)
+
+
+def _kind_left_to_vllm(attn_selector_config) -> str | None:
+    """Name of a layer kind that is never sparse, None where our backend serves."""
+    # Imported late: the module needs current_platform, which this file is defining.
+    from vllm.v1.attention.backend import AttentionType
+
+    if attn_selector_config.attn_type != AttentionType.DECODER:
+        return f"{attn_selector_config.attn_type} attention"
+    if attn_selector_config.has_sliding_window:
+        return "sliding-window"
+    return None

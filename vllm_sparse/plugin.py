@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Entry points: make our backend names and CPU platform known to vLLM.
+
+vLLM calls ``register`` in every process, chosen or not, and a failure here would stop
+every vLLM start in the environment: it imports no kernels and checks nothing. A wrong
+vLLM version is refused when a backend is chosen.
+"""
+
+# Name on the command line (any case) -> class.
+BACKENDS = {"SPARQ": "vllm_sparse.attention.backend.SparqBackend"}
+PLATFORM = "vllm_sparse.platform.SparseCpuPlatform"
+
+
+def register() -> None:
+    """Register our attention backends (``vllm.general_plugins``); idempotent."""
+    from vllm.v1.attention.backends.registry import (
+        AttentionBackendEnum,
+        register_backend,
+    )
+
+    for name, path in BACKENDS.items():
+        if name not in AttentionBackendEnum.__members__:
+            register_backend(name, path)
+            member = AttentionBackendEnum[name]
+            # Spawned processes unpickle vLLM's config before plugins load there, and an
+            # unknown enum value cannot be unpickled: let our function restore it.
+            member.__reduce_ex__ = lambda protocol, name=name: (restore, (name,))
+
+    _cover_pinned_cpu_platform()
+
+
+def restore(name: str):
+    """Return the enum member ``name``, registering it first in a fresh process."""
+    register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+def is_ours(backend) -> bool:
+    """Whether ``backend`` (an enum member or None) is one of this package's."""
+    return getattr(backend, "name", None) in BACKENDS
+
+
+def activate_cpu_platform() -> str | None:
+    """Entry point of ``vllm.platform_plugins``: our platform's path on CPU builds."""
+    from vllm.platforms import cpu_platform_plugin
+
+    return PLATFORM if cpu_platform_plugin() is not None else None
+
+
+def _cover_pinned_cpu_platform() -> None:
+    """Honour our names also where vLLM consults no platform plugins.
+
+    ``VLLM_TARGET_DEVICE=cpu`` pins vLLM's own CPU platform, which ignores the chosen
+    backend without an error.
+    """
+    import vllm.envs as envs
+
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        from vllm.platforms import current_platform
+
+        from .platform import SparseCpuPlatform
+
+        # Other modules hold this very object, so it changes class in place.
+        current_platform.__class__ = SparseCpuPlatform

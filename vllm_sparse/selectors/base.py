@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What a selector is: it names the tokens each decode row attends to."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ..cache.layout import BLOCK_SIZE, BlockLayout
+from ..config import SparseConfig
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One attention layer, as a selector sees it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    scale: float
+    # 0: no logits soft cap.
+    soft_cap: float = 0.0
+
+    @property
+    def num_queries_per_kv(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout(self.head_size, self.dtype.itemsize)
+
+
+@dataclass
+class DecodeRows:
+    """Query positions that decode, one row each, and the room for their token lists.
+
+    Attributes:
+        block_table: [num_rows, max_blocks] int32.
+        seq_lens: [num_rows] int32.
+        budgets: [num_rows] int32 tokens to keep; -1: the row is dense.
+        indices: [num_rows, num_kv_heads, max_kept] int32, None when all rows are dense.
+        counts: [num_rows, num_kv_heads] int32, likewise.
+        seq_lens_list, budgets_list: the same as Python numbers.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    budgets: torch.Tensor
+    indices: torch.Tensor | None
+    counts: torch.Tensor | None
+    seq_lens_list: list[int]
+    budgets_list: list[int]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seq_lens_list)
+
+
+class Selector(ABC):
+    """One method. ``config`` is resolved for the layer: no "auto" is left in it."""
+
+    name: str
+
+    def __init__(self, config: SparseConfig, shape: LayerShape) -> None:
+        self.config = config
+        self.shape = shape
+
+    @abstractmethod
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> torch.Tensor | None:
+        """Fill ``rows.indices`` and ``rows.counts``.
+
+        Args:
+            query: [num_rows, num_heads, head_size].
+
+        Returns:
+            kept mass [num_rows, num_heads] fp32 where the mean-value term is on.
+        """
+
+    @abstractmethod
+    def score_bytes(self, seq_len: int) -> int:
+        """Bytes read per KV head to choose tokens in a sparse row of this length."""
+
+
+def keeps_all(seq_len: int, budget: int, local_window: int, sink_tokens: int) -> bool:
+    """Whether a row's budget and its always-kept tokens cover the context."""
+    if budget < 0 or budget >= seq_len:
+        return True
+    sealed = seq_len // BLOCK_SIZE * BLOCK_SIZE
+    return min(seq_len - local_window, sealed) <= sink_tokens
+
+
+def tokens_kept(seq_len: int, budget: int, local_window: int, sink_tokens: int) -> int:
+    """Tokens a fixed-budget selector keeps, forced ones included."""
+    if keeps_all(seq_len, budget, local_window, sink_tokens):
+        return seq_len
+    forced = sink_tokens + max(local_window, seq_len % BLOCK_SIZE)
+    return max(budget, forced)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Selectors for comparison, in plain PyTorch: correct, not fast.
+
+They share the budget, the sinks, the window and the exact attention with SparQ and
+differ in the score alone, so that a table of methods compares like with like.
+"""
+
+from abc import abstractmethod
+
+import torch
+
+from ..cache.layout import BLOCK_SIZE
+from ..ops.reference import forced_ranges, top_k_positions
+from .base import DecodeRows, Selector, keeps_all
+
+
+class ScoredSelector(Selector):
+    """Keeps the tokens whose :meth:`scores` are largest."""
+
+    @abstractmethod
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Score tokens for all KV heads of one row.
+
+        Args:
+            query: [num_kv_heads, group, head_size] fp32.
+            key: [num_kv_heads, seq_len, head_size] fp32.
+
+        Returns:
+            [num_kv_heads, seq_len]
+        """
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> torch.Tensor | None:
+        shape, config = self.shape, self.config
+        grouped = query.float().view(
+            -1, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
+        )
+        for row, (length, budget) in enumerate(
+            zip(rows.seq_lens_list, rows.budgets_list)
+        ):
+            if keeps_all(length, budget, config.local_window, config.sink_tokens):
+                rows.counts[row] = -1
+                continue
+            sinks, recent = forced_ranges(
+                length, config.local_window, config.sink_tokens
+            )
+            wanted = max(0, budget - sinks - (length - recent))
+            num_blocks = -(-length // BLOCK_SIZE)
+            blocks = kv_cache[rows.block_table[row, :num_blocks].long()]
+            # [blocks, heads, BLOCK_SIZE * C] -> K rows [heads, seq_len, head_size]
+            row_elements = BLOCK_SIZE * 2 * shape.head_size
+            flat = blocks.flatten(2)[:, :, :row_elements]
+            key = flat.view(num_blocks, shape.num_kv_heads, BLOCK_SIZE, 2, -1)
+            key = key[:, :, :, 0].transpose(0, 1).flatten(1, 2)[:, :length].float()
+            scores = self.scores(grouped[row], key)[:, sinks:recent]
+            for head in range(shape.num_kv_heads):
+                best = top_k_positions(scores[head], wanted) + sinks
+                kept = torch.cat(
+                    [torch.arange(sinks), best, torch.arange(recent, length)]
+                )
+                rows.indices[row, head, : len(kept)] = kept.int()
+                rows.counts[row, head] = len(kept)
+        return None
+
+    def _logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        logits = query @ key.transpose(1, 2) * self.shape.scale
+        if self.shape.soft_cap > 0:
+            logits = self.shape.soft_cap * (logits / self.shape.soft_cap).tanh()
+        return logits

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""SparQ (arXiv 2312.04985) on the 4-bit codes of sealed blocks."""
+
+import torch
+
+from .. import ops
+from ..cache.layout import BLOCK_SIZE
+from .base import DecodeRows, Selector
+
+
+class SparqSelector(Selector):
+    """Scores every token with the ``rank`` channels where the query is largest."""
+
+    name = "sparq"
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> torch.Tensor | None:
+        kept_mass = None
+        if self.config.mean_value:
+            kept_mass = torch.empty(query.shape[:2], dtype=torch.float32)
+        ops.sparq_select(
+            query,
+            kv_cache,
+            rows.block_table,
+            rows.seq_lens,
+            rows.budgets,
+            rank=self.config.rank,
+            local_window=self.config.local_window,
+            sink_tokens=self.config.sink_tokens,
+            scale=self.shape.scale,
+            soft_cap=self.shape.soft_cap,
+            indices=rows.indices,
+            counts=rows.counts,
+            kept_mass=kept_mass,
+        )
+        return kept_mass
+
+    def score_bytes(self, seq_len: int) -> int:
+        layout = self.shape.layout
+        size = layout.score_bytes(seq_len // BLOCK_SIZE, self.config.rank)
+        if self.config.mean_value:
+            size += layout.head_size * 2
+        return size

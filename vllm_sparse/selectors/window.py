@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Sliding window with sinks (StreamingLLM, arXiv 2309.17453). For comparison."""
+
+import torch
+
+from .scored import ScoredSelector
+
+
+class WindowSelector(ScoredSelector):
+    """Scores a token by its position: the budget goes to the most recent."""
+
+    name = "window"
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(key.shape[1], dtype=torch.float32)
+        return position.expand(key.shape[0], -1)
+
+    def score_bytes(self, seq_len: int) -> int:
+        return 0
