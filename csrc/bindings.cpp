@@ -8,8 +8,7 @@
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(vllm_sparse, m) {
-  m.def(
-      "store_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  m.def("store_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
   m.def(
       "seal_blocks(Tensor(a!) kv_cache, Tensor block_ids, Tensor prev_block_ids, "
       "Tensor block_index, int head_size) -> ()");
@@ -41,7 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CompositeExplicitAutograd, m) {
 
 // Importable only so that Python can find the file; the ops live in torch.ops.vllm_sparse.
 extern "C" PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

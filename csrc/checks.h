@@ -29,7 +29,8 @@ inline Dtype model_dtype(const Tensor& t, const char* name) {
 inline void check_tensor(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, name, " must have ", dims, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1, name,
+  STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1,
+                  name,
                   " must be contiguous in its last dimension");
 }
 
@@ -37,14 +38,25 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype, con
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", expected);
 }
 
-inline void check_size(const Tensor& t, const char* name, int64_t dim, int64_t size,
-                       const char* meaning) {
-  STD_TORCH_CHECK(t.size(dim) == size, name, " has size ", t.size(dim), " in dimension ", dim,
-                  ", expected ", size, " (", meaning, ")");
+inline void check_size(
+    const Tensor& t, const char* name, int64_t dim, int64_t size, const char* meaning) {
+  STD_TORCH_CHECK(t.size(dim) == size,
+                  name,
+                  " has size ",
+                  t.size(dim),
+                  " in dimension ",
+                  dim,
+                  ", expected ",
+                  size,
+                  " (",
+                  meaning,
+                  ")");
 }
 
 // A contiguous int32 vector of `size` entries (or any number, when negative).
-inline const int32_t* int_vector(const Tensor& t, const char* name, int64_t size,
+inline const int32_t* int_vector(const Tensor& t,
+                                 const char* name,
+                                 int64_t size,
                                  const char* meaning) {
   check_tensor(t, name, 1);
   check_dtype(t, name, ScalarType::Int, "int32");
@@ -60,14 +72,20 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
   cache.element_size = static_cast<int>(t.element_size());
   cache.head_size = static_cast<int>(head_size);
   STD_TORCH_CHECK(head_size >= 16 && head_size <= kMaxHeadSize && head_size % 16 == 0,
-                  "head_size must be a multiple of 16 from 16 to ", kMaxHeadSize, ", got ",
+                  "head_size must be a multiple of 16 from 16 to ",
+                  kMaxHeadSize,
+                  ", got ",
                   head_size);
   check_size(t, "kv_cache", 2, kBlockSize, "tokens of a block");
   STD_TORCH_CHECK(t.stride(2) == t.size(3),
                   "kv_cache must hold each (block, head) in one contiguous chunk");
-  STD_TORCH_CHECK(t.size(3) * cache.element_size == cache.content_bytes(), "kv_cache has ",
-                  t.size(3) * cache.element_size, " bytes per token and head, expected ",
-                  cache.content_bytes(), " for head size ", head_size);
+  STD_TORCH_CHECK(t.size(3) * cache.element_size == cache.content_bytes(),
+                  "kv_cache has ",
+                  t.size(3) * cache.element_size,
+                  " bytes per token and head, expected ",
+                  cache.content_bytes(),
+                  " for head size ",
+                  head_size);
   cache.data = static_cast<uint8_t*>(t.data_ptr());
   cache.num_blocks = t.size(0);
   cache.num_kv_heads = static_cast<int>(t.size(1));
@@ -80,7 +98,8 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
 inline int64_t check_heads(const Tensor& t, const char* name, const KvCache& cache) {
   check_tensor(t, name, 3);
   STD_TORCH_CHECK(model_dtype(t, name) == cache.dtype, name, " must have kv_cache's dtype");
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == t.size(2), name,
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == t.size(2),
+                  name,
                   " must be contiguous in its last two dimensions");
   check_size(t, name, 2, cache.head_size, "head_size");
   return t.stride(0) * cache.element_size;
@@ -88,26 +107,44 @@ inline int64_t check_heads(const Tensor& t, const char* name, const KvCache& cac
 
 inline int query_group(const Tensor& query, const KvCache& cache) {
   STD_TORCH_CHECK(cache.num_kv_heads > 0 && query.size(1) % cache.num_kv_heads == 0,
-                  "query has ", query.size(1), " heads, not a multiple of kv_cache's ",
+                  "query has ",
+                  query.size(1),
+                  " heads, not a multiple of kv_cache's ",
                   cache.num_kv_heads);
   return static_cast<int>(query.size(1) / cache.num_kv_heads);
 }
 
 // block_table [num_rows, >= blocks of the longest context] int32.
-inline const int32_t* check_block_table(const Tensor& t, int64_t num_rows,
-                                        const int32_t* seq_lens, const KvCache& cache) {
+inline const int32_t* check_block_table(const Tensor& t,
+                                        int64_t num_rows,
+                                        const int32_t* seq_lens,
+                                        const KvCache& cache) {
   check_tensor(t, "block_table", 2);
   check_dtype(t, "block_table", ScalarType::Int, "int32");
   check_size(t, "block_table", 0, num_rows, "rows");
   const int32_t* table = static_cast<const int32_t*>(t.data_ptr());
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t blocks = (int64_t{seq_lens[row]} + kBlockSize - 1) / kBlockSize;
-    STD_TORCH_CHECK(seq_lens[row] > 0 && blocks <= t.size(1), "seq_lens[", row, "] = ",
-                    seq_lens[row], " does not fit a block_table of ", t.size(1), " blocks");
+    STD_TORCH_CHECK(seq_lens[row] > 0 && blocks <= t.size(1),
+                    "seq_lens[",
+                    row,
+                    "] = ",
+                    seq_lens[row],
+                    " does not fit a block_table of ",
+                    t.size(1),
+                    " blocks");
     for (int64_t i = 0; i < blocks; ++i) {
       const int32_t id = table[row * t.stride(0) + i];
-      STD_TORCH_CHECK(id >= 0 && id < cache.num_blocks, "block_table[", row, "][", i, "] = ", id,
-                      " is not one of the ", cache.num_blocks, " blocks");
+      STD_TORCH_CHECK(id >= 0 && id < cache.num_blocks,
+                      "block_table[",
+                      row,
+                      "][",
+                      i,
+                      "] = ",
+                      id,
+                      " is not one of the ",
+                      cache.num_blocks,
+                      " blocks");
     }
   }
   return table;

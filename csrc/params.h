@@ -17,7 +17,7 @@ constexpr int kCodeBytes = kBlockSize / 2;
 constexpr int kMaxHeadSize = 256;
 
 struct KvCache {
-  uint8_t* data;  // [num_blocks, num_kv_heads] chunks of rows, then sidecar
+  uint8_t* data;                      // [num_blocks, num_kv_heads] chunks of rows, then sidecar
   int64_t block_stride, head_stride;  // bytes
   int64_t num_blocks;
   int num_kv_heads, head_size, element_size;
@@ -39,10 +39,10 @@ struct KvCache {
 
 struct StoreParams {
   KvCache cache;
-  const void *key, *value;                 // [num_tokens, num_kv_heads, head_size]
-  int64_t key_stride, value_stride;        // bytes between tokens
+  const void *key, *value;                     // [num_tokens, num_kv_heads, head_size]
+  int64_t key_stride, value_stride;            // bytes between tokens
   int64_t key_head_stride, value_head_stride;  // bytes between heads
-  const int64_t* slot_mapping;             // [num_tokens], negative: not stored
+  const int64_t* slot_mapping;                 // [num_tokens], negative: not stored
   int64_t num_tokens;
 };
 
@@ -58,10 +58,10 @@ struct GatherParams {
   KvCache cache;
   const int32_t* block_table;  // [num_rows, block_table_stride]
   int64_t block_table_stride;
-  const int32_t* seq_lens;     // [num_rows]
-  const int64_t* out_start;    // [num_rows], first output token of a row
+  const int32_t* seq_lens;   // [num_rows]
+  const int64_t* out_start;  // [num_rows], first output token of a row
   int64_t num_rows;
-  void *key, *value;           // [num_out_tokens, num_kv_heads, head_size]
+  void *key, *value;  // [num_out_tokens, num_kv_heads, head_size]
 };
 
 struct SelectParams {
@@ -70,16 +70,16 @@ struct SelectParams {
   int64_t query_stride;        // bytes between rows
   const int32_t* block_table;  // [num_rows, block_table_stride]
   int64_t block_table_stride;
-  const int32_t* seq_lens;     // [num_rows]
-  const int32_t* budgets;      // [num_rows] tokens to keep; negative: keep all
+  const int32_t* seq_lens;  // [num_rows]
+  const int32_t* budgets;   // [num_rows] tokens to keep; negative: keep all
   int64_t num_rows;
-  int group;                   // query heads of a KV head
+  int group;  // query heads of a KV head
   int rank, local_window, sink_tokens;
-  float scale, soft_cap;       // soft_cap 0: none
-  int32_t* indices;            // [num_rows, num_kv_heads, max_kept] ascending positions
+  float scale, soft_cap;  // soft_cap 0: none
+  int32_t* indices;       // [num_rows, num_kv_heads, max_kept] ascending positions
   int64_t max_kept;
-  int32_t* counts;             // [num_rows, num_kv_heads]; -1: attend to everything
-  float* kept_mass;            // [num_rows, num_kv_heads * group] or null
+  int32_t* counts;   // [num_rows, num_kv_heads]; -1: attend to everything
+  float* kept_mass;  // [num_rows, num_kv_heads * group] or null
 };
 
 struct AttendParams {
@@ -88,16 +88,16 @@ struct AttendParams {
   int64_t query_stride;        // bytes between rows
   const int32_t* block_table;  // [num_rows, block_table_stride]
   int64_t block_table_stride;
-  const int32_t* seq_lens;     // [num_rows]
-  const int32_t* indices;      // [num_rows, num_kv_heads, max_kept] or null: everything
+  const int32_t* seq_lens;  // [num_rows]
+  const int32_t* indices;   // [num_rows, num_kv_heads, max_kept] or null: everything
   int64_t max_kept;
-  const int32_t* counts;       // [num_rows, num_kv_heads]; -1: everything
-  const float* kept_mass;      // [num_rows, num_kv_heads * group] or null: no mean term
+  const int32_t* counts;   // [num_rows, num_kv_heads]; -1: everything
+  const float* kept_mass;  // [num_rows, num_kv_heads * group] or null: no mean term
   int64_t num_rows;
   int group;
   float scale, soft_cap;
-  void* out;                   // [num_rows, num_kv_heads * group, head_size]
-  int64_t out_stride;          // bytes between rows
+  void* out;           // [num_rows, num_kv_heads * group, head_size]
+  int64_t out_stride;  // bytes between rows
 };
 
 // One instruction set's kernels.

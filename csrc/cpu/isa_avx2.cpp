@@ -3,6 +3,7 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
+#define ISA_AVX2
 #pragma GCC target("avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx2 {
 #include "kernels.inc"

@@ -9,15 +9,17 @@
 
 namespace vllm_sparse::cpu {
 
-void store_kv(const Tensor& key, const Tensor& value, Tensor& kv_cache,
+void store_kv(const Tensor& key,
+              const Tensor& value,
+              Tensor& kv_cache,
               const Tensor& slot_mapping) {
   check_tensor(key, "key", 3);
   StoreParams p;
   p.cache = kv_cache_view(kv_cache, key.size(2));
   for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
     check_tensor(*tensor, name, 3);
-    STD_TORCH_CHECK(model_dtype(*tensor, name) == p.cache.dtype, name,
-                    " must have kv_cache's dtype");
+    STD_TORCH_CHECK(
+        model_dtype(*tensor, name) == p.cache.dtype, name, " must have kv_cache's dtype");
     check_size(*tensor, name, 1, p.cache.num_kv_heads, "num_kv_heads");
     check_size(*tensor, name, 2, p.cache.head_size, "head_size");
   }
@@ -25,7 +27,9 @@ void store_kv(const Tensor& key, const Tensor& value, Tensor& kv_cache,
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long, "int64");
   p.num_tokens = slot_mapping.size(0);  // key and value may be padded beyond it
   STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
-                  "key and value must hold at least slot_mapping's ", p.num_tokens, " tokens");
+                  "key and value must hold at least slot_mapping's ",
+                  p.num_tokens,
+                  " tokens");
   p.key = key.data_ptr();
   p.value = value.data_ptr();
   p.key_stride = key.stride(0) * p.cache.element_size;
@@ -34,15 +38,23 @@ void store_kv(const Tensor& key, const Tensor& value, Tensor& kv_cache,
   p.value_head_stride = value.stride(1) * p.cache.element_size;
   p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
   for (int64_t t = 0; t < p.num_tokens; ++t) {
-    STD_TORCH_CHECK(p.slot_mapping[t] < p.cache.num_blocks * kBlockSize, "slot_mapping[", t,
-                    "] = ", p.slot_mapping[t], " is beyond the cache's ", p.cache.num_blocks,
+    STD_TORCH_CHECK(p.slot_mapping[t] < p.cache.num_blocks * kBlockSize,
+                    "slot_mapping[",
+                    t,
+                    "] = ",
+                    p.slot_mapping[t],
+                    " is beyond the cache's ",
+                    p.cache.num_blocks,
                     " blocks");
   }
   kernels().store(p);
 }
 
-void seal_blocks(Tensor& kv_cache, const Tensor& block_ids, const Tensor& prev_block_ids,
-                 const Tensor& block_index, int64_t head_size) {
+void seal_blocks(Tensor& kv_cache,
+                 const Tensor& block_ids,
+                 const Tensor& prev_block_ids,
+                 const Tensor& block_index,
+                 int64_t head_size) {
   SealParams p;
   p.cache = kv_cache_view(kv_cache, head_size);
   p.num_jobs = block_ids.size(0);
@@ -50,18 +62,30 @@ void seal_blocks(Tensor& kv_cache, const Tensor& block_ids, const Tensor& prev_b
   p.prev_block_ids = int_vector(prev_block_ids, "prev_block_ids", p.num_jobs, "blocks to seal");
   p.block_index = int_vector(block_index, "block_index", p.num_jobs, "blocks to seal");
   for (int64_t i = 0; i < p.num_jobs; ++i) {
-    STD_TORCH_CHECK(p.block_ids[i] >= 0 && p.block_ids[i] < p.cache.num_blocks, "block_ids[", i,
-                    "] = ", p.block_ids[i], " is not a block");
-    STD_TORCH_CHECK(p.prev_block_ids[i] < p.cache.num_blocks, "prev_block_ids[", i,
-                    "] = ", p.prev_block_ids[i], " is not a block");
+    STD_TORCH_CHECK(p.block_ids[i] >= 0 && p.block_ids[i] < p.cache.num_blocks,
+                    "block_ids[",
+                    i,
+                    "] = ",
+                    p.block_ids[i],
+                    " is not a block");
+    STD_TORCH_CHECK(p.prev_block_ids[i] < p.cache.num_blocks,
+                    "prev_block_ids[",
+                    i,
+                    "] = ",
+                    p.prev_block_ids[i],
+                    " is not a block");
     STD_TORCH_CHECK(i == 0 || p.block_index[i - 1] <= p.block_index[i],
                     "block_index must be sorted");
   }
   if (p.num_jobs > 0) kernels().seal(p);
 }
 
-void gather_kv(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
-               const Tensor& out_start, Tensor& key, Tensor& value) {
+void gather_kv(const Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& out_start,
+               Tensor& key,
+               Tensor& value) {
   check_tensor(key, "key", 3);
   GatherParams p;
   p.cache = kv_cache_view(kv_cache, key.size(2));
@@ -81,17 +105,30 @@ void gather_kv(const Tensor& kv_cache, const Tensor& block_table, const Tensor& 
   for (int64_t row = 0; row < p.num_rows; ++row) {
     const int64_t end = p.out_start[row] + p.seq_lens[row];
     STD_TORCH_CHECK(p.out_start[row] >= 0 && end <= key.size(0) && end <= value.size(0),
-                    "row ", row, " ends at token ", end, ", beyond key or value");
+                    "row ",
+                    row,
+                    " ends at token ",
+                    end,
+                    ", beyond key or value");
   }
   p.key = key.data_ptr();
   p.value = value.data_ptr();
   kernels().gather(p);
 }
 
-void sparq_select(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, const Tensor& budgets, int64_t rank,
-                  int64_t local_window, int64_t sink_tokens, double scale, double soft_cap,
-                  Tensor& indices, Tensor& counts, std::optional<Tensor> kept_mass) {
+void sparq_select(const Tensor& query,
+                  const Tensor& kv_cache,
+                  const Tensor& block_table,
+                  const Tensor& seq_lens,
+                  const Tensor& budgets,
+                  int64_t rank,
+                  int64_t local_window,
+                  int64_t sink_tokens,
+                  double scale,
+                  double soft_cap,
+                  Tensor& indices,
+                  Tensor& counts,
+                  std::optional<Tensor> kept_mass) {
   check_tensor(query, "query", 3);
   SelectParams p;
   p.cache = kv_cache_view(kv_cache, query.size(2));
@@ -103,8 +140,11 @@ void sparq_select(const Tensor& query, const Tensor& kv_cache, const Tensor& blo
   p.budgets = int_vector(budgets, "budgets", p.num_rows, "rows");
   p.block_table = check_block_table(block_table, p.num_rows, p.seq_lens, p.cache);
   p.block_table_stride = block_table.stride(0);
-  STD_TORCH_CHECK(rank >= 1 && rank <= p.cache.head_size, "rank must lie between 1 and head_size = ",
-                  p.cache.head_size, ", got ", rank);
+  STD_TORCH_CHECK(rank >= 1 && rank <= p.cache.head_size,
+                  "rank must lie between 1 and head_size = ",
+                  p.cache.head_size,
+                  ", got ",
+                  rank);
   STD_TORCH_CHECK(local_window >= 1, "local_window must be at least 1, got ", local_window);
   STD_TORCH_CHECK(sink_tokens >= 0, "sink_tokens must not be negative, got ", sink_tokens);
   p.rank = static_cast<int>(rank);
@@ -122,9 +162,14 @@ void sparq_select(const Tensor& query, const Tensor& kv_cache, const Tensor& blo
     const int64_t tail = p.seq_lens[row] % kBlockSize;
     const int64_t forced = sink_tokens + (tail > local_window ? tail : local_window);
     const int64_t kept = p.budgets[row] > forced ? p.budgets[row] : forced;
-    STD_TORCH_CHECK(p.budgets[row] < 0 || p.budgets[row] >= p.seq_lens[row] ||
-                        kept <= p.max_kept || p.seq_lens[row] <= p.max_kept,
-                    "indices holds ", p.max_kept, " tokens, row ", row, " keeps ", kept);
+    STD_TORCH_CHECK(p.budgets[row] < 0 || p.budgets[row] >= p.seq_lens[row] || kept <= p.max_kept ||
+                        p.seq_lens[row] <= p.max_kept,
+                    "indices holds ",
+                    p.max_kept,
+                    " tokens, row ",
+                    row,
+                    " keeps ",
+                    kept);
   }
   p.indices = static_cast<int32_t*>(indices.data_ptr());
   check_tensor(counts, "counts", 2);
@@ -145,9 +190,16 @@ void sparq_select(const Tensor& query, const Tensor& kv_cache, const Tensor& blo
   if (p.num_rows > 0) kernels().select(p);
 }
 
-void attend(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, std::optional<Tensor> indices, std::optional<Tensor> counts,
-            std::optional<Tensor> kept_mass, double scale, double soft_cap, Tensor& out,
+void attend(const Tensor& query,
+            const Tensor& kv_cache,
+            const Tensor& block_table,
+            const Tensor& seq_lens,
+            std::optional<Tensor> indices,
+            std::optional<Tensor> counts,
+            std::optional<Tensor> kept_mass,
+            double scale,
+            double soft_cap,
+            Tensor& out,
             std::optional<Tensor> tokens_read) {
   check_tensor(query, "query", 3);
   AttendParams p;
@@ -185,7 +237,10 @@ void attend(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tab
     for (int64_t i = 0; i < items; ++i) {
       const int32_t seq_len = p.seq_lens[i / p.cache.num_kv_heads];
       STD_TORCH_CHECK(p.counts[i] != 0 && p.counts[i] <= p.max_kept && p.counts[i] <= seq_len,
-                      "counts[", i, "] = ", p.counts[i],
+                      "counts[",
+                      i,
+                      "] = ",
+                      p.counts[i],
                       " must be -1 (everything) or from 1 to indices' size and seq_len");
     }
   }

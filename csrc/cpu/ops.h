@@ -11,19 +11,41 @@ namespace vllm_sparse::cpu {
 
 using torch::stable::Tensor;
 
-void store_kv(const Tensor& key, const Tensor& value, Tensor& kv_cache,
-              const Tensor& slot_mapping);
-void seal_blocks(Tensor& kv_cache, const Tensor& block_ids, const Tensor& prev_block_ids,
-                 const Tensor& block_index, int64_t head_size);
-void gather_kv(const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
-               const Tensor& out_start, Tensor& key, Tensor& value);
-void sparq_select(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, const Tensor& budgets, int64_t rank,
-                  int64_t local_window, int64_t sink_tokens, double scale, double soft_cap,
-                  Tensor& indices, Tensor& counts, std::optional<Tensor> kept_mass);
-void attend(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, std::optional<Tensor> indices, std::optional<Tensor> counts,
-            std::optional<Tensor> kept_mass, double scale, double soft_cap, Tensor& out,
+void store_kv(const Tensor& key, const Tensor& value, Tensor& kv_cache, const Tensor& slot_mapping);
+void seal_blocks(Tensor& kv_cache,
+                 const Tensor& block_ids,
+                 const Tensor& prev_block_ids,
+                 const Tensor& block_index,
+                 int64_t head_size);
+void gather_kv(const Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& out_start,
+               Tensor& key,
+               Tensor& value);
+void sparq_select(const Tensor& query,
+                  const Tensor& kv_cache,
+                  const Tensor& block_table,
+                  const Tensor& seq_lens,
+                  const Tensor& budgets,
+                  int64_t rank,
+                  int64_t local_window,
+                  int64_t sink_tokens,
+                  double scale,
+                  double soft_cap,
+                  Tensor& indices,
+                  Tensor& counts,
+                  std::optional<Tensor> kept_mass);
+void attend(const Tensor& query,
+            const Tensor& kv_cache,
+            const Tensor& block_table,
+            const Tensor& seq_lens,
+            std::optional<Tensor> indices,
+            std::optional<Tensor> counts,
+            std::optional<Tensor> kept_mass,
+            double scale,
+            double soft_cap,
+            Tensor& out,
             std::optional<Tensor> tokens_read);
 std::string cpu_isa();
 

@@ -8,13 +8,20 @@
 // Nothing here leaves its translation unit, so the calling convention of vectors is free.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
+// Loops over registers must be unrolled, or the registers become an array in memory.
+#define UNROLL _Pragma("GCC unroll 8")
+
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vu16 __attribute__((vector_size(32)));
 
-struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 static inline vf splat(float x) { return x - vf{}; }
 static inline vf as_float(vu x) { return (vf)x; }
@@ -31,8 +38,15 @@ static inline vf load16(const BFloat16* p) {
   return as_float(__builtin_convertvector(load_as<vu16>(p), vu) << 16);
 }
 static inline vf load16(const Half* p) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(ISA_AVX2)
+  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1));
+  vf v;
+  __builtin_memcpy(&v, &low, 32);
+  __builtin_memcpy(reinterpret_cast<char*>(&v) + 32, &high, 32);
+  return v;
 #else
   // Exponent shift by multiplication; exact for normal and subnormal numbers, inf and NaN kept.
   const vu h = __builtin_convertvector(load_as<vu16>(p), vu);
@@ -73,19 +87,23 @@ static inline uint16_t half_from_float(float x) {
   return static_cast<uint16_t>(sign | (bits >> 13));
 }
 static inline void store16(Half* p, vf v) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
 #else
   for (int i = 0; i < 16; ++i) p[i].bits = half_from_float(v[i]);
 #endif
 }
 static inline float to_float(Half h) {
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+  return _cvtsh_ss(h.bits);
+#else
   Half lanes[16] = {h};
   return load16(lanes)[0];
+#endif
 }
 
 static inline vf vmax(vf a, vf b) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #else
   return a > b ? a : b;
@@ -94,7 +112,7 @@ static inline vf vmax(vf a, vf b) {
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 
 static inline float hsum(vf v) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   return _mm512_reduce_add_ps((__m512)v);
 #else
   float s = 0;
@@ -103,7 +121,7 @@ static inline float hsum(vf v) {
 #endif
 }
 static inline float hmax(vf v) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float m = v[0];
@@ -117,6 +135,19 @@ static inline vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // e^x for x <= 0 (relative error below 3e-7); 0 below -87.
 static inline vf exp_negative(vf x) {
+#if defined(ISA_AVX512)
+  // 2^y as 2^round(y) * 2^rest; scaling by the whole part underflows to 0 by itself.
+  const __m512 y = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504088896341f));
+  const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf r = (vf)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(1.44269504088896341f), whole);
+  vf p = splat(1.326091491e-03f);
+  p = p * r + 9.670180643e-03f;
+  p = p * r + 5.550712235e-02f;
+  p = p * r + 2.402222420e-01f;
+  p = p * r + 6.931470026e-01f;
+  p = p * r + 1.000000049e+00f;
+  return (vf)_mm512_scalef_ps((__m512)p, whole);
+#else
   const vi in_range = x > -87.0f;
   x = vmax(x, splat(-87.0f));
   const vf n = round_even(x * 1.44269504088896341f);
@@ -131,6 +162,7 @@ static inline vf exp_negative(vf x) {
   p = p * r * r + r + 1.0f;
   const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   return as_float((vu)(p * (vf)exponent) & (vu)in_range);
+#endif
 }
 
 // cap * tanh(x / cap): the soft cap that models such as Gemma put on logits.
@@ -144,7 +176,7 @@ static inline vf soft_cap_logits(vf x, float cap) {
 
 // Sums of four registers in lanes 0 to 3.
 static inline vf hsum4(vf a, vf b, vf c, vf d) {
-#if defined(__AVX512F__)
+#if defined(ISA_AVX512)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
                                   _mm512_unpackhi_ps((__m512)a, (__m512)b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d),

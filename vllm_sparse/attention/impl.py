@@ -109,7 +109,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
 
         Args:
             query: [num_tokens, num_heads, head_size].
-            key, value: [num_tokens, num_kv_heads, head_size], already stored.
+            key, value: [num_tokens, num_kv_heads, head_size], already stored; None
+                where the layer reads another layer's cache.
             kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, C].
             attn_metadata: None while vLLM warms up.
             output: [num_tokens, num_heads, head_size], written.
@@ -132,10 +133,11 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         if meta.decode is not None:
             self._decode(layer, query[:split], kv_cache, meta.decode, output[:split])
         if meta.prefill is not None:
+            owner = self.kv_sharing_target_layer_name is None
             prefill(
                 query[split:end],
-                key[split:end],
-                value[split:end],
+                key[split:end] if owner else None,
+                value[split:end] if owner else None,
                 kv_cache,
                 meta.prefill,
                 self.shape,

@@ -117,8 +117,8 @@ _scratch = Scratch()
 
 def prefill(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
     kv_cache: torch.Tensor,
     rows: PrefillRows,
     shape: LayerShape,
@@ -127,13 +127,14 @@ def prefill(
     """Causal attention of the prefill tokens over their contexts.
 
     Args:
-        query, key, value: the step's prefill tokens, [num_tokens, heads, head_size].
+        query, key, value: the step's prefill tokens, [num_tokens, heads, head_size];
+            without key and value, all rows are read from the cache.
         kv_cache: the layer's cache, this step's rows already stored.
         out: [num_tokens, num_heads, head_size], written.
     """
     dtype, heads, size = shape.dtype, shape.num_kv_heads, shape.head_size
     total = rows.slots.numel()
-    if rows.has_context:
+    if rows.has_context or key is None or value is None:
         key = _scratch.get("key", total, heads, size, dtype=dtype)[:total]
         value = _scratch.get("value", total, heads, size, dtype=dtype)[:total]
         ops.gather_kv(
