@@ -113,6 +113,8 @@ struct Kernels {
 // Runs fn(ctx, task) for every task in [0, num_tasks) on torch's threads, in any order.
 void run_tasks(int64_t num_tasks, void (*fn)(void* ctx, int64_t task), void* ctx);
 
+int64_t num_threads();
+
 // 64-byte aligned memory that lives until the calling thread's next request for `slot`.
 float* workspace(int slot, int64_t num_floats);
 

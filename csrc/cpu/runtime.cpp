@@ -19,8 +19,10 @@
 
 namespace vllm_sparse {
 
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
 void run_tasks(int64_t num_tasks, void (*fn)(void* ctx, int64_t task), void* ctx) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   if (num_tasks <= 1 || threads <= 1) {
     for (int64_t task = 0; task < num_tasks; ++task) fn(ctx, task);
     return;
