@@ -72,7 +72,7 @@ def test_store_reads_strided_tokens_and_skips_negative_slots():
     slots = ctx.slots(0)
     slots[5] = -1
     ops.store_kv(key, value, ctx.kv_cache, slots)
-    rows = reference._rows(ctx.kv_cache, 64)
+    rows = reference.kv_rows(ctx.kv_cache, 64)
     for token in (0, 4, 6, 199):
         block, offset = divmod(int(slots[token]), BLOCK_SIZE)
         assert torch.equal(rows[block, :, offset, :64], key[token])

@@ -94,6 +94,8 @@ class SparqBackend(AttentionBackend):
         device_capability,
     ) -> str | None:
         """vLLM's reasons only name the option; this adds what would be served."""
+        if device_capability is not None:
+            return "there are kernels for the CPU only so far"
         if not cls.supports_head_size(head_size):
             return f"head size {head_size} is not one of {list(HEAD_SIZES)}"
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):

@@ -17,7 +17,7 @@ def _layout(kv_cache: torch.Tensor, head_size: int) -> BlockLayout:
     return BlockLayout(head_size, kv_cache.element_size())
 
 
-def _rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+def kv_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
     """View of K|V rows: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]."""
     blocks, heads, tokens, _ = kv_cache.shape
     stride = (kv_cache.stride(0), kv_cache.stride(1), 2 * head_size, 1)
@@ -31,7 +31,7 @@ def _sidecar(chunk: torch.Tensor, offset: int, size: int) -> torch.Tensor:
 
 def store_kv(key, value, kv_cache, slot_mapping) -> None:
     """Write K and V rows at their slots; negative slots are skipped."""
-    rows = _rows(kv_cache, key.shape[-1])
+    rows = kv_rows(kv_cache, key.shape[-1])
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             block, offset = divmod(slot, BLOCK_SIZE)
@@ -73,7 +73,7 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
 def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> None:
     """Write codes, parameters and the prefix mean of V of full blocks."""
     lay = _layout(kv_cache, head_size)
-    rows = _rows(kv_cache, head_size)
+    rows = kv_rows(kv_cache, head_size)
     jobs = zip(block_ids.tolist(), prev_block_ids.tolist(), block_index.tolist())
     for block, prev, index in jobs:
         for head in range(kv_cache.shape[1]):
@@ -112,7 +112,7 @@ def dequantise_k(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
 def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value) -> None:
     """Copy contexts out of their blocks: key and value [tokens, num_kv_heads, D]."""
     head_size = key.shape[-1]
-    rows = _rows(kv_cache, head_size)
+    rows = kv_rows(kv_cache, head_size)
     for blocks, length, start in zip(
         block_table.tolist(), seq_lens.tolist(), out_start.tolist()
     ):
@@ -125,7 +125,7 @@ def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value) -> None:
 
 def _context(kv_cache, blocks, length, head, head_size):
     """Exact K and V of one row and KV head: two of [length, head_size] fp32."""
-    rows = _rows(kv_cache, head_size)
+    rows = kv_rows(kv_cache, head_size)
     count = math.ceil(length / BLOCK_SIZE)
     flat = rows[blocks[:count].long(), head].reshape(-1, 2 * head_size)[:length].float()
     return flat[:, :head_size], flat[:, head_size:]

@@ -11,7 +11,7 @@ from abc import abstractmethod
 import torch
 
 from ..cache.layout import BLOCK_SIZE
-from ..ops.reference import forced_ranges, top_k_positions
+from ..ops.reference import forced_ranges, kv_rows, top_k_positions
 from .base import DecodeRows, Selector, keeps_all
 
 
@@ -48,12 +48,10 @@ class ScoredSelector(Selector):
             )
             wanted = max(0, budget - sinks - (length - recent))
             num_blocks = -(-length // BLOCK_SIZE)
-            blocks = kv_cache[rows.block_table[row, :num_blocks].long()]
-            # [blocks, heads, BLOCK_SIZE * C] -> K rows [heads, seq_len, head_size]
-            row_elements = BLOCK_SIZE * 2 * shape.head_size
-            flat = blocks.flatten(2)[:, :, :row_elements]
-            key = flat.view(num_blocks, shape.num_kv_heads, BLOCK_SIZE, 2, -1)
-            key = key[:, :, :, 0].transpose(0, 1).flatten(1, 2)[:, :length].float()
+            blocks = rows.block_table[row, :num_blocks].long()
+            # [blocks, heads, BLOCK_SIZE, head_size] -> [heads, seq_len, head_size]
+            key = kv_rows(kv_cache, shape.head_size)[blocks][..., : shape.head_size]
+            key = key.transpose(0, 1).flatten(1, 2)[:, :length].float()
             scores = self.scores(grouped[row], key)[:, sinks:recent]
             for head in range(shape.num_kv_heads):
                 best = top_k_positions(scores[head], wanted) + sinks

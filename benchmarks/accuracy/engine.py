@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""One vLLM engine for all methods: forced and free decoding, switching, statistics."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.accuracy.forcing import ForceTokens, forced_params
+from benchmarks.accuracy.methods import ModelShape
+from benchmarks.accuracy.metrics import TOP_LOGPROBS, ForcedResult
+from benchmarks.accuracy.tasks import ANSWER_TOKENS, Sample
+
+WORKER_EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
+STOCK_BACKEND = "cpu_attn"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine is built; recorded in the result's header."""
+
+    model: str
+    # "sparq", or "cpu_attn" for stock vLLM, which serves the method dense only.
+    attention_backend: str = "sparq"
+    dtype: str = "bfloat16"
+    max_model_len: int = 8192
+    max_num_seqs: int = 16
+    kv_cache_gib: float = 4.0
+
+
+class Engine:
+    """Prefix caching keeps each prompt's KV, so a method only decodes.
+
+    Prompts are never extended, hence blocks that hold a method's decoded tokens are
+    never hit by another method.
+    """
+
+    def __init__(self, options: EngineOptions):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self.options = options
+        self.is_stock = options.attention_backend == STOCK_BACKEND
+        extra = (
+            {}
+            if self.is_stock
+            else {
+                "attention_backend": options.attention_backend,
+                "worker_extension_cls": WORKER_EXTENSION,
+            }
+        )
+        self.llm = LLM(
+            model=options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory_bytes=int(options.kv_cache_gib * 2**30),
+            enable_prefix_caching=True,
+            enforce_eager=True,
+            logits_processors=[ForceTokens],
+            logprobs_mode="raw_logprobs",
+            max_logprobs=TOP_LOGPROBS,
+            # bf16 logits of 16 to 32 are multiples of 0.125: noise in every metric.
+            hf_overrides={"head_dtype": "float32"},
+            disable_log_stats=True,
+            **extra,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+
+    @property
+    def shape(self) -> ModelShape:
+        config = self.llm.llm_engine.model_config
+        layers = config.hf_text_config.num_hidden_layers
+        return ModelShape(config.get_head_size(), layers, config.dtype.itemsize)
+
+    def configure(self, options: dict[str, Any]) -> None:
+        """Switch the running engine's selector and budget.
+
+        Raises:
+            ValueError: a sparse method on stock vLLM.
+        """
+        if not self.is_stock:
+            self.llm.collective_rpc("reconfigure_sparse", args=(options,))
+        elif options["selector"] != "dense":
+            raise ValueError(
+                f"attention backend {STOCK_BACKEND!r} is dense only, got the method "
+                f"{options['selector']!r}; use --attention-backend sparq"
+            )
+
+    def reset_stats(self) -> None:
+        if not self.is_stock:
+            self.llm.collective_rpc("reset_sparse_stats")
+
+    def stats(self) -> dict[str, int] | None:
+        """Counters of the decode steps since ``reset_stats``, summed over workers."""
+        if self.is_stock:
+            return None
+        total: dict[str, int] = {}
+        for worker in self.llm.collective_rpc("sparse_stats"):
+            for key, value in worker.items():
+                total[key] = total.get(key, 0) + value
+        return total
+
+    def prefill(self, samples: list[Sample]) -> None:
+        """Put the prompts' KV into the prefix cache."""
+        self._generate(samples, [forced_params(s.forced_ids[:1], 1) for s in samples])
+
+    def force(self, samples: list[Sample]) -> list[ForcedResult]:
+        """Decode every sample's forced tokens.
+
+        Raises:
+            RuntimeError: the engine emitted other tokens.
+        """
+        params = [forced_params(s.forced_ids, TOP_LOGPROBS) for s in samples]
+        results = []
+        for sample, output in zip(
+            samples, self._generate(samples, params), strict=True
+        ):
+            if list(output.token_ids) != sample.forced_ids:
+                raise RuntimeError(
+                    "the engine did not emit the forced tokens; is the logits "
+                    "processor ignored (speculative decoding, other model runner)?"
+                )
+            # vLLM returns the forced token beside the top ones when it is none.
+            top = [
+                {t: lp.logprob for t, lp in p.items() if lp.rank <= TOP_LOGPROBS}
+                for p in output.logprobs
+            ]
+            logprobs = [
+                p[t].logprob
+                for p, t in zip(output.logprobs, sample.forced_ids, strict=True)
+            ]
+            results.append(ForcedResult(logprobs, top))
+        return results
+
+    def answer(self, samples: list[Sample]) -> list[str]:
+        """Greedy decoding of a few tokens after each prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+        outputs = self._generate(samples, [params] * len(samples))
+        return [output.text for output in outputs]
+
+    def _generate(self, samples: list[Sample], params: list) -> list:
+        prompts = [{"prompt_token_ids": s.prompt_ids} for s in samples]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Turn a result file into a Markdown table and a plot.
+
+python -m benchmarks.accuracy.report benchmarks/results/accuracy_4k.json
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+# metric -> (heading, digits)
+COLUMNS = {
+    "bits_per_char": ("bits/char", 3),
+    "top1": ("top-1", 2),
+    "hit": ("hit", 2),
+}
+PLOTS = Path(__file__).parents[1] / "plots"
+
+
+def paired(record: dict, dense: dict, metric: str) -> tuple[float, float, int]:
+    """Mean over samples of method minus dense, its standard error, and n."""
+    base = {s["index"]: s[metric] for s in dense["samples"]}
+    diffs = [s[metric] - base[s["index"]] for s in record["samples"]]
+    error = stdev(diffs) / math.sqrt(len(diffs)) if len(diffs) > 1 else math.nan
+    return fmean(diffs), error, len(diffs)
+
+
+def mean(record: dict, metric: str) -> float:
+    return fmean(sample[metric] for sample in record["samples"])
+
+
+def groups(records: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """Records by task and length, dense first, in the order of the run."""
+    grouped: dict[tuple[str, int], list[dict]] = {}
+    for record in records:
+        grouped.setdefault((record["task"], record["length"]), []).append(record)
+    return grouped
+
+
+def markdown(records: list[dict]) -> str:
+    """A table per task and length: dense values, then paired differences ± s.e."""
+    parts = []
+    for (task, length), group in groups(records).items():
+        dense = group[0]
+        metrics = [m for m in COLUMNS if m in dense["samples"][0]]
+        heads = [COLUMNS[m][0] for m in metrics]
+        head = ["method", "target", "KV read", *heads, "agreement", "KL (nats)"]
+        lines = [
+            f"### {task}, {length} tokens, n = {len(dense['samples'])}",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+        ]
+        for record in group:
+            target = "–" if record["budget"] is None else f"{record['budget']:.4g}"
+            cells = [record["method"], target]
+            if "skipped" in record:
+                cells += [record["skipped"]] + [""] * (len(metrics) + 2)
+            else:
+                cells += _cells(record, dense, metrics)
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(record: dict, dense: dict, metrics: list[str]) -> list[str]:
+    share = record["kv_share"]
+    cells = ["–" if share is None else f"{share:.3f}"]
+    for metric in metrics:
+        digits = COLUMNS[metric][1]
+        if record is dense:
+            cells.append(f"{mean(record, metric):.{digits}f}")
+        else:
+            diff, error, _ = paired(record, dense, metric)
+            cells.append(f"{diff:+.{digits}f} ± {error:.{digits}f}")
+    agreement, kl = mean(record, "agreement"), mean(record, "kl")
+    return [*cells, f"{agreement:.3f}", f"{kl:.4f}"]
+
+
+def plot(result: dict, path: Path) -> None:
+    """Metric against the measured share of KV bytes: a row per task and metric, a
+    column per length; error bars are standard errors of the paired difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grouped = groups(result["records"])
+    lengths = sorted({length for _, length in grouped})
+    rows = [
+        (task, metric)
+        for task in dict.fromkeys(task for task, _ in grouped)
+        for metric in ("bits_per_char", "hit")
+        if any(
+            metric in group[0]["samples"][0]
+            for (name, _), group in grouped.items()
+            if name == task
+        )
+    ]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(lengths),
+        figsize=(4 * len(lengths) + 2, 3 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (task, metric) in enumerate(rows):
+        for column, length in enumerate(lengths):
+            axis = axes[row][column]
+            if (task, length) in grouped:
+                _panel(axis, grouped[task, length], metric)
+            axis.set_title(f"{task}, {length} tokens", fontsize=9)
+            axis.set_ylabel(COLUMNS[metric][0])
+            axis.set_xlabel("share of KV bytes read")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(_subtitle(result["header"]), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(axis, group: list[dict], metric: str) -> None:
+    dense = group[0]
+    axis.axhline(mean(dense, metric), color="black", lw=1, label="dense")
+    measured = [r for r in group[1:] if "skipped" not in r and r["kv_share"]]
+    for method in dict.fromkeys(r["method"] for r in measured):
+        points = sorted(
+            (r["kv_share"], mean(r, metric), paired(r, dense, metric)[1])
+            for r in measured
+            if r["method"] == method
+        )
+        shares, values, errors = zip(*points, strict=True)
+        label = method + " (oracle)" * method.startswith("exact")
+        axis.errorbar(shares, values, yerr=errors, marker="o", ms=3, label=label)
+    axis.set_xscale("log", base=2)
+    shares = [r["kv_share"] for r in measured]
+    if shares:
+        # Fractions as people say them; ticks widen the limits, so they come first.
+        axis.set_xticks([2**-n for n in range(8)], [f"1/{2**n}" for n in range(8)])
+        axis.set_xlim(min(shares) / 1.5, max(shares) * 1.5)
+    axis.grid(alpha=0.3)
+
+
+def _subtitle(header: dict) -> str:
+    engine, machine = header["engine"], header["machine"]
+    return (
+        f"{engine['model']}, {engine['dtype']}, vLLM {header['versions']['vllm']}, "
+        f"commit {header['commit']},\n{machine['cpu']} x {machine['cores']}, "
+        f"n = {header['plan']['samples']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--plots", type=Path, default=PLOTS)
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text("utf-8"))
+    print(_subtitle(result["header"]).replace("\n", " ") + "\n")
+    print(markdown(result["records"]))
+    plot(result, args.plots / f"{args.result.stem}.png")
+
+
+if __name__ == "__main__":
+    main()

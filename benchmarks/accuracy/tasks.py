@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""The tasks: a prompt, and the tokens forced through decoding after it.
+
+Sample i of a task at a length is the same for every method and every run, given the
+tokenizer and Python's version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from benchmarks.accuracy.text import TextSources
+
+TAIL_TOKENS = 128
+# SparQ's repetition task begins the passage again with 256 characters.
+REPETITION_CUE_TOKENS = 64
+# Depth 0 fails densely at 7,500 tokens on small models.
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+ANSWER_TOKENS = 16
+
+HEADER = (
+    "Some special magic numbers are hidden within the following text. Make sure to "
+    "memorize them. I will quiz you about the numbers afterwards.\n\n"
+)
+NEEDLE = " One of the special magic numbers for {key} is: {value}. "
+QUESTION = (
+    "\n\nWhat is the special magic number for {key} mentioned in the provided text? "
+    "The special magic number for {key} mentioned in the provided text is"
+)
+KEYS = ("apple", "river", "window", "guitar", "planet", "market", "forest", "bridge")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its continuation, as token ids."""
+
+    prompt_ids: list[int]
+    # Emitted one by one in decoding. The first token's probabilities come from the
+    # prompt's (dense) prefill, so the metrics leave it out.
+    forced_ids: list[int]
+    # What greedy decoding has to say for a hit; None where there is no question.
+    answer: str | None = None
+    depth: float | None = None
+
+
+def needle(
+    sources: TextSources, length: int, rng: Random, index: int, num_keys: int = 1
+) -> Sample:
+    """``num_keys`` keys with 7-digit values hidden in prose; one is asked for."""
+    keys = rng.sample(KEYS, num_keys)
+    values = [str(rng.randrange(1_000_000, 10_000_000)) for _ in keys]
+    depths = [DEPTHS[index % len(DEPTHS)]]
+    depths += rng.sample([d for d in DEPTHS if d != depths[0]], num_keys - 1)
+    head = sources.encode(HEADER)
+    needles = [
+        sources.encode(NEEDLE.format(key=key, value=value))
+        for key, value in zip(keys, values, strict=True)
+    ]
+    question = sources.encode(QUESTION.format(key=keys[0]))
+    room = length - sum(map(len, (head, *needles, question)))
+    text = sources.window(sources.plain_prose, room, rng)
+    # Deepest first, so that earlier positions stay valid.
+    for depth, sentence in sorted(zip(depths, needles, strict=True), reverse=True):
+        at = sources.next_boundary(
+            text, int(depth * room), lambda t: t.endswith((".", ".\n", "\n\n"))
+        )
+        text = text[:at] + sentence + text[at:]
+    return Sample(
+        prompt_ids=head + text + question,
+        forced_ids=sources.encode(f" {values[0]}"),
+        answer=values[0],
+        depth=depths[0],
+    )
+
+
+def repetition(sources: TextSources, length: int, rng: Random, index: int) -> Sample:
+    """A passage of the context is begun again; its continuation is forced."""
+    separator = sources.encode("\n\n")
+    text_length = length - len(separator) - REPETITION_CUE_TOKENS
+    text = sources.window(sources.prose, text_length, rng)
+    span = REPETITION_CUE_TOKENS + TAIL_TOKENS
+    depth = DEPTHS[index % len(DEPTHS)]
+    at = int(depth * (text_length - span))
+    cue_end = at + REPETITION_CUE_TOKENS
+    return Sample(
+        prompt_ids=text + separator + text[at:cue_end],
+        forced_ids=text[cue_end : at + span],
+        depth=depth,
+    )
+
+
+def tail(
+    sources: TextSources, length: int, rng: Random, index: int, kind: str
+) -> Sample:
+    """A window of ``kind`` ("prose" or "code"); its last tokens are forced."""
+    window = sources.window(getattr(sources, kind), length + TAIL_TOKENS, rng)
+    return Sample(prompt_ids=window[:length], forced_ids=window[length:])
+
+
+TaskBuilder = Callable[[TextSources, int, Random, int], Sample]
+
+TASKS: dict[str, TaskBuilder] = {
+    "needle": needle,
+    "needle_2keys": partial(needle, num_keys=2),
+    "needle_4keys": partial(needle, num_keys=4),
+    "repetition": repetition,
+    "prose": partial(tail, kind="prose"),
+    "code": partial(tail, kind="code"),
+}
+
+
+def make_samples(
+    task: str, sources: TextSources, length: int, count: int
+) -> list[Sample]:
+    """The first ``count`` samples of a task; prompts have ``length`` tokens exactly.
+
+    Raises:
+        KeyError: unknown task.
+        ValueError: the text sources are shorter than ``length``.
+    """
+    builder = TASKS[task]
+    # Seeding with a string is stable across processes, unlike hash().
+    return [
+        builder(sources, length, Random(f"{task}/{length}/{index}"), index)
+        for index in range(count)
+    ]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Text that is on every machine with Python, as token streams to cut windows from."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from pydoc_data.topics import topics
+from random import Random
+from typing import Protocol
+
+CODE_MODULES = ("argparse", "ast", "zipfile", "tarfile", "inspect", "typing")
+
+
+class Tokenizer(Protocol):
+    """What the tasks need of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+class TextSources:
+    """Prose and code of Python's own distribution, tokenized once.
+
+    The text changes with Python's version, so figures compare only within one
+    (the result header records it).
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids)
+
+    @cached_property
+    def prose(self) -> list[list[int]]:
+        """The language reference, one stream."""
+        return [self.encode("\n\n".join(_paragraphs()))]
+
+    @cached_property
+    def plain_prose(self) -> list[list[int]]:
+        """Its running text alone, one stream of 28,000 tokens: values hidden between
+        code, grammar and tables are hard to find for small models even densely."""
+        return [self.encode("\n\n".join(filter(_is_plain, _paragraphs())))]
+
+    @cached_property
+    def code(self) -> list[list[int]]:
+        """Standard-library modules, one stream each (15,000 tokens and more)."""
+        paths = [importlib.util.find_spec(name).origin for name in CODE_MODULES]
+        return [self.encode(Path(path).read_text("utf-8")) for path in paths]
+
+    def window(self, streams: list[list[int]], length: int, rng: Random) -> list[int]:
+        """``length`` consecutive tokens of one stream, starting at a line's start.
+
+        Raises:
+            ValueError: no stream is that long.
+        """
+        fitting = [stream for stream in streams if len(stream) > length]
+        if not fitting:
+            raise ValueError(f"no text of {length} tokens to cut a window from")
+        stream = rng.choice(fitting)
+        start = rng.randrange(len(stream) - length)
+        start = self.next_boundary(stream, start, lambda text: text.endswith("\n"))
+        start = min(start, len(stream) - length)
+        return stream[start : start + length]
+
+    def next_boundary(
+        self, stream: list[int], start: int, ends: Callable[[str], bool], reach=200
+    ) -> int:
+        """First index from ``start`` on whose previous token ends as asked; ``start``
+        itself when there is none within ``reach`` tokens."""
+        for index in range(max(start, 1), min(start + reach, len(stream))):
+            if ends(self.decode([stream[index - 1]])):
+                return index
+        return start
+
+
+def _paragraphs() -> list[str]:
+    """Topics share sections: one copy is kept, or "continue this passage" would have
+    two right answers."""
+    split = (topics[name].split("\n\n") for name in sorted(topics))
+    return list(dict.fromkeys(chain.from_iterable(split)))
+
+
+def _is_plain(paragraph: str) -> bool:
+    letters = sum(char.isalpha() or char in " \n,." for char in paragraph)
+    return (
+        len(paragraph) > 100
+        and paragraph[0].isalpha()
+        and letters > 0.93 * len(paragraph)
+    )

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Whole-engine decode speed and time to first token, backends side by side.
+
+    python -m benchmarks.serving.decode --backends cpu_attn sparq \\
+        --output benchmarks/results/serving_NAME.json
+
+One engine per backend, alive at the same time and measured in turns, so that both see
+the same machine. Prompts are random tokens; prefix caching keeps them, so a decode
+measurement is (time of 1 + N tokens) - (time of 1 token), divided by N.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.accuracy.environment import describe
+from scripts.get_model import get_model
+from vllm_sparse.config import NAMESPACE
+
+
+class Timed:
+    """One engine and its measurements."""
+
+    def __init__(self, backend: str, args: argparse.Namespace) -> None:
+        from vllm import LLM
+
+        self.backend = backend
+        self.is_sparse = backend != "cpu_attn"
+        extra = {}
+        if self.is_sparse:
+            extra = {
+                "additional_config": {NAMESPACE: json.loads(args.sparse)},
+                "worker_extension_cls": "vllm_sparse.attention.stats.WorkerExtension",
+            }
+        self.llm = LLM(
+            model=str(args.model or get_model()),
+            dtype="bfloat16",
+            attention_backend=backend,
+            max_model_len=args.max_model_len,
+            max_num_seqs=max(args.batches),
+            kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
+            enforce_eager=not args.compile,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            **extra,
+        )
+
+    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
+        """Time to generate ``tokens`` for every prompt, all prompts together."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        inputs = [{"prompt_token_ids": p} for p in prompts]
+        start = time.perf_counter()
+        self.llm.generate(inputs, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def decode_step(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds per decode step; the prompts must be in the prefix cache."""
+        first = self.seconds(prompts, 1)
+        return (self.seconds(prompts, 1 + tokens) - first) / tokens
+
+    def kv_share(self) -> float | None:
+        """Share of the dense KV bytes read since the last call."""
+        if not self.is_sparse:
+            return None
+        (stats,) = self.llm.collective_rpc("sparse_stats")
+        self.llm.collective_rpc("reset_sparse_stats")
+        return stats["kv_bytes_read"] / max(1, stats["kv_bytes_dense"])
+
+
+def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, 40000, (count, length), generator=generator)
+    return ids.tolist()
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    engines = [Timed(backend, args) for backend in args.backends]
+    cases = [("ttft", n, 1) for n in args.ttft_lengths]
+    cases += [("decode", n, b) for n in args.lengths for b in args.batches]
+    rows = []
+    bar = tqdm(total=len(cases) * args.repeats)
+    for kind, length, batch in cases:
+        bar.set_description(f"{kind} {length} x {batch}")
+        times: dict[str, list[float]] = {e.backend: [] for e in engines}
+        prompts = make_prompts(batch, length, seed=length + batch)
+        if kind == "decode":
+            for engine in engines:
+                engine.seconds(prompts, 1)
+                engine.kv_share()
+        for repeat in range(args.repeats):
+            for engine in engines:
+                if kind == "ttft":  # prompts never seen before
+                    fresh = make_prompts(1, length, seed=10**6 + repeat * 10 + length)
+                    times[engine.backend].append(engine.seconds(fresh, 1))
+                else:
+                    step = engine.decode_step(prompts, args.tokens)
+                    times[engine.backend].append(step)
+            bar.update()
+        for engine in engines:
+            seconds = statistics.median(times[engine.backend])
+            row = {
+                "kind": kind,
+                "backend": engine.backend,
+                "context": length,
+                "batch": batch,
+                "ms": seconds * 1e3,
+                "all_ms": [t * 1e3 for t in times[engine.backend]],
+            }
+            if kind == "decode":
+                row |= {
+                    "tokens_per_s": batch / seconds,
+                    "kv_share": engine.kv_share(),
+                }
+            rows.append(row)
+    bar.close()
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print("| what | context | batch | backend | ms | vs first | KV read |")
+    print("|---|---|---|---|---|---|---|")
+    base = {}
+    for row in rows:
+        key = (row["kind"], row["context"], row["batch"])
+        first = base.setdefault(key, row["ms"])
+        share = row.get("kv_share")
+        print(
+            f"| {row['kind']} | {row['context']} | {row['batch']} | {row['backend']} "
+            f"| {row['ms']:.1f} | {first / row['ms']:.2f}x "
+            f"| {'' if share is None else f'{100 * share:.1f} %'} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backends", nargs="+", default=["cpu_attn", "sparq"])
+    parser.add_argument("--sparse", default="{}", help="options of sparq, as JSON")
+    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8000])
+    parser.add_argument("--ttft-lengths", type=int, nargs="*", default=[6000])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--tokens", type=int, default=48, help="decode steps timed")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--kv-cache-gib", type=float, default=2.5)
+    parser.add_argument("--compile", action="store_true", help="not enforce_eager")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    rows = run(args)
+    print_table(rows)
+    if args.output:
+        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+        header = describe() | {"options": options}
+        args.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Ask four questions about a long document, dense and then sparse, side by side.
+
+The document is Python's own language reference, which ships with Python, with four
+facts hidden in it. The questions run as one batch and share the document's KV blocks
+through vLLM's prefix cache. Each engine runs in a process of its own.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ENGINES = ("dense", "sparq")
+PREFILL_CHUNK = 1024  # tokens of one engine step
+HEADER = (
+    "Some facts that do not belong here are hidden within the following text. "
+    "Make sure to memorize them. I will quiz you about them afterwards."
+)
+# What is asked for and its value; the depth is where in the document it is said.
+FACTS = (
+    ("passcode of the north gate", "4918273", 0.15),
+    ("telephone number of the observatory", "7305518", 0.40),
+    ("serial number of the steam engine", "2846690", 0.60),
+    ("account number of the bakery", "9150364", 0.85),
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="checkpoint folder (default: get_model.py's)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=6000,
+        help="document length in tokens (default: %(default)s, at most 7900)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=48,
+        help="tokens decoded per question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sparse",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="""options of the sparse engine, e.g. '{"top_k": 0.0625}'""",
+    )
+    # Used by the script itself: one engine in a child process, and a health check.
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build_prompts(tokenizer, num_tokens: int) -> list[str]:
+    """One prompt per fact: the same document of ``num_tokens``, another question."""
+    from pydoc_data.topics import topics
+
+    paragraphs: list[str] = []
+    for name in sorted(topics):
+        for paragraph in topics[name].strip().split("\n\n"):
+            num_tokens -= len(tokenizer(paragraph + "\n\n").input_ids)
+            if num_tokens < 0:
+                break
+            paragraphs.append(paragraph)
+        if num_tokens < 0:
+            break
+    # From the back, so that a depth is not moved by the facts before it.
+    for what, value, depth in reversed(FACTS):
+        paragraphs.insert(int(depth * len(paragraphs)), f"The {what} is {value}.")
+    document = "\n\n".join([HEADER, *paragraphs])
+    return [f"{document}\n\nWhat is the {what}? The {what} is" for what, _, _ in FACTS]
+
+
+def run_engine(args: argparse.Namespace) -> dict:
+    """Load one engine, answer the questions, and measure.
+
+    Returns:
+        ``answers`` (text per question), ``prompt_tokens`` (of the first prompt),
+        ``ttft_s`` (until every question has its first token), ``tokens_per_s`` (decode,
+        whole batch, from the median step), ``kv_bytes`` and ``kv_bytes_dense`` (read
+        per decoded token, all layers).
+    """
+    # In this process: a separate engine core would import everything a second time.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Some messages come before vLLM sets its own level from the same variable.
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+    from vllm import LLM, SamplingParams
+
+    options = {}
+    if args.engine != "dense":
+        options = {
+            "attention_backend": args.engine,
+            "additional_config": {"sparse": args.sparse},
+            "worker_extension_cls": "vllm_sparse.attention.stats.WorkerExtension",
+        }
+    llm = LLM(
+        args.model,
+        dtype="bfloat16",
+        max_model_len=8192,
+        max_num_seqs=len(FACTS),
+        max_num_batched_tokens=PREFILL_CHUNK,
+        use_tqdm_on_load=False,
+        # Compiling takes minutes on CPU, and these few steps would not repay it.
+        enforce_eager=True,
+        **options,
+    )
+    greedy = SamplingParams(
+        temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=True
+    )
+    llm.generate("Hello", SamplingParams(max_tokens=4), use_tqdm=False)  # warm up
+
+    prompts = build_prompts(llm.get_tokenizer(), args.context)
+    engine = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy)
+    outputs = {}
+
+    def step() -> float:
+        """Advance every question by one engine step; seconds it took."""
+        start = time.perf_counter()
+        for output in engine.step():
+            outputs[int(output.request_id)] = output
+        return time.perf_counter() - start
+
+    ttft = 0.0
+    with progress_bar(args.engine, "reading", args.context) as progress:
+        while len(outputs) < len(prompts):
+            ttft += step()
+            progress.update(min(PREFILL_CHUNK, progress.total - progress.n))
+    if args.engine != "dense":
+        llm.collective_rpc("reset_sparse_stats")
+    step_times = []
+    with progress_bar(args.engine, "answering", args.max_tokens) as progress:
+        while engine.has_unfinished_requests():
+            step_times.append(step())
+            progress.update()
+
+    context = len(outputs[0].prompt_token_ids) + args.max_tokens / 2
+    kv_bytes = kv_bytes_dense = context * kv_bytes_per_token(llm)
+    if args.engine != "dense":
+        stats = llm.collective_rpc("sparse_stats")[0]
+        kv_bytes = stats["kv_bytes_read"] / stats["decode_tokens"]
+        kv_bytes_dense = stats["kv_bytes_dense"] / stats["decode_tokens"]
+    return {
+        "answers": [outputs[i].outputs[0].text for i in range(len(prompts))],
+        "prompt_tokens": len(outputs[0].prompt_token_ids),
+        "ttft_s": ttft,
+        "tokens_per_s": len(prompts) / statistics.median(step_times),
+        "kv_bytes": kv_bytes,
+        "kv_bytes_dense": kv_bytes_dense,
+    }
+
+
+def progress_bar(engine: str, phase: str, total: int):
+    """A tqdm bar over tokens of one sequence; sparing where nobody watches it."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10
+    description = f"{engine}: {phase:<9}"
+    return tqdm(total=total, desc=description, unit="tok", mininterval=interval)
+
+
+def kv_bytes_per_token(llm) -> int:
+    """Bytes of one token's bf16 K and V in all layers."""
+    config = llm.llm_engine.model_config.hf_text_config
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * 2
+    return per_layer * config.num_hidden_layers
+
+
+def run_child(engine: str, args: argparse.Namespace) -> dict:
+    """Run one engine in a child process and return what it measured.
+
+    Raises:
+        SystemExit: when the child fails; its error is on stderr by then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--engine", engine, "--model", args.model]
+        command += ["--context", str(args.context), "--result", str(result)]
+        command += ["--max-tokens", str(args.max_tokens)]
+        command += ["--sparse", json.dumps(args.sparse)]
+        print(f"{engine}: loading", file=sys.stderr)
+        code = subprocess.run(command).returncode
+        if code != 0:
+            raise SystemExit(f"the {engine} engine failed (exit status {code})")
+        return json.loads(result.read_text())
+
+
+def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
+    """Print the engines' answers and measurements in columns."""
+    dense, sparse = (results[engine] for engine in ENGINES)
+    rows = []
+    for i, (what, value, _) in enumerate(FACTS):
+        rows.append([what, *(judged(r["answers"][i], value) for r in (dense, sparse))])
+    rows.append([])
+    for label, cell in (
+        ("time to first token", lambda r: f"{r['ttft_s']:.1f} s"),
+        ("decode speed, batch of 4", lambda r: f"{r['tokens_per_s']:.1f} tokens/s"),
+        ("KV read per decoded token", lambda r: f"{r['kv_bytes'] / 1e6:.1f} MB"),
+        (
+            "fraction of KV read",
+            lambda r: f"{100 * r['kv_bytes'] / r['kv_bytes_dense']:.1f} %",
+        ),
+    ):
+        rows.append([label, cell(dense), cell(sparse)])
+    print(
+        f"\n{len(FACTS)} questions about one document of {dense['prompt_tokens']:,} "
+        f"tokens, {num_tokens} tokens decoded for each\n"
+    )
+    for row in [["", *ENGINES], *rows]:
+        print("  {:<38}{:<20}{}".format(*row) if row else "")
+    same = sum(
+        first_line(a) == first_line(b)
+        for a, b in zip(dense["answers"], sparse["answers"])
+    )
+    print(
+        f"\n  sparq decodes at {sparse['tokens_per_s'] / dense['tokens_per_s']:.2f} "
+        f"times the speed of dense and reads 1/"
+        f"{sparse['kv_bytes_dense'] / sparse['kv_bytes']:.1f} of the KV cache; "
+        f"{same} of {len(FACTS)} answers are the same."
+    )
+
+
+def first_line(answer: str) -> str:
+    return answer.strip().split("\n")[0]
+
+
+def judged(answer: str, value: str) -> str:
+    """The answer's beginning and whether it holds ``value``."""
+    right = first_line(answer).startswith(value)
+    return f"{first_line(answer)[:9]:<9} {'right' if right else 'WRONG'}"
+
+
+def is_healthy(port: int) -> bool:
+    """Whether a vLLM server answers on ``port``."""
+    try:
+        urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+def main() -> None:
+    args = parse_args()
+    if args.probe is not None:
+        sys.exit(not is_healthy(args.probe))
+    if args.model is None:
+        from get_model import get_model
+
+        args.model = str(get_model())
+    if args.engine is not None:
+        args.result.write_text(json.dumps(run_engine(args)))
+        return
+    results = {engine: run_child(engine, args) for engine in ENGINES}
+    print_comparison(results, args.max_tokens)
+
+
+if __name__ == "__main__":
+    main()

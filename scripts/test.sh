@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+#
+# Run the tests that need no GPU. Arguments go to pytest:
+#   scripts/test.sh -m slow      scripts/test.sh tests/unit -k config
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=scripts/setup_env.sh
+. "$here/setup_env.sh" cpu bench dev
+
+# Tests with a real model find it in the cache.
+python "$here/get_model.py" >/dev/null
+export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}" VLLM_NO_USAGE_STATS=1
+export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
+cd "$here/.."
+exec python -m pytest --durations=5 "$@"

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""A real model in vLLM's engine: exactness, scheduling, statistics.
+
+One fp32 engine in this process serves most tests; its options are switched between
+requests, and its scheduler is at hand. Tokens are compared exactly.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import LLM, SamplingParams  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from get_model import get_model  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
+DENSE = {"top_k": 1.0, "dense_below": 0}
+SPARSE = {"top_k": 0.2, "dense_below": 64, "local_window": 16, "sink_tokens": 4}
+# Single tokens, both sides of a block boundary, several blocks.
+PROMPT_LENGTHS = [5, 127, 128, 129, 300, 777]
+NEW_TOKENS = 24
+NUM_LAYERS, KV_HEADS, HEAD_SIZE = 30, 3, 64
+
+
+@contextmanager
+def running(in_process: bool = True, **options) -> Iterator[LLM]:
+    """An engine that is gone afterwards."""
+    settings = dict(
+        model=str(get_model()),
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**29,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        max_num_seqs=8,
+        disable_log_stats=True,
+        seed=0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(not in_process)))
+        # Binding threads to cores would outlive the engine.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+        environment = dict(os.environ)
+        llm = LLM(**settings | options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            if in_process:
+                from vllm.distributed import cleanup_dist_env_and_memory
+
+                cleanup_dist_env_and_memory()
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """English text as token ids, every prompt from another place."""
+    from pydoc_data.topics import topics
+    from transformers import AutoTokenizer
+
+    text = "\n".join(topics[name] for name in sorted(topics))[:40_000]
+    ids = AutoTokenizer.from_pretrained(get_model()).encode(text)
+    starts = range(0, len(ids), 1000)
+    chosen = [ids[s : s + n] for s, n in zip(starts, PROMPT_LENGTHS, strict=False)]
+    assert [len(p) for p in chosen] == PROMPT_LENGTHS
+    return chosen
+
+
+def greedy(max_tokens: int = NEW_TOKENS, **options) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, **options
+    )
+
+
+COLD = dict(skip_reading_prefix_cache=True)
+
+
+def generate(llm: LLM, prompts, params):
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, params, use_tqdm=False)
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def logprobs(outputs) -> list[list[float]]:
+    return [
+        [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)]
+        for o in (output.outputs[0] for output in outputs)
+    ]
+
+
+def configure(llm: LLM, options: dict) -> None:
+    llm.collective_rpc("reconfigure_sparse", args=(options,))
+    llm.collective_rpc("reset_sparse_stats")
+
+
+def stats(llm: LLM) -> dict[str, int]:
+    (worker,) = llm.collective_rpc("sparse_stats")
+    return worker
+
+
+@pytest.fixture(scope="module")
+def dense_tokens(prompts):
+    """What vLLM's own backend generates in fp32."""
+    with running(dtype="float32", attention_backend="CPU_ATTN") as llm:
+        return tokens(generate(llm, prompts, greedy()))
+
+
+@pytest.fixture(scope="module")
+def llm(dense_tokens):
+    """The shared engine; after the one of dense_tokens is gone."""
+    with running(
+        dtype="float32",
+        attention_backend="sparq",
+        worker_extension_cls=EXTENSION,
+        additional_config={"sparse": SPARSE},
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture
+def sparse(llm):
+    """The shared engine with sparse options, clean caches and scheduler."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    limit = scheduler.max_num_scheduled_tokens
+    configure(llm, SPARSE)
+    assert llm.reset_prefix_cache()
+    yield llm
+    scheduler.max_num_scheduled_tokens = limit
+    assert not llm.llm_engine.has_unfinished_requests()
+
+
+@pytest.fixture(scope="module")
+def sparse_tokens(llm, prompts):
+    """What the sparse settings generate, all prompts together, nothing cached."""
+    configure(llm, SPARSE)
+    result = tokens(generate(llm, prompts, greedy(**COLD)))
+    assert stats(llm)["sparse_rows"] > 0
+    return result
+
+
+def test_budget_covering_the_context_gives_exactly_vllms_tokens(
+    llm, prompts, dense_tokens
+):
+    configure(llm, DENSE)
+    assert tokens(generate(llm, prompts, greedy())) == dense_tokens
+    totals = stats(llm)
+    assert totals["sparse_rows"] == 0
+    assert totals["kv_bytes_read"] == totals["kv_bytes_dense"] > 0
+    assert totals["decode_tokens"] == len(prompts) * (NEW_TOKENS - 1)
+
+
+def test_sparse_tokens_are_near_the_dense_ones_but_not_the_same(
+    sparse_tokens, dense_tokens
+):
+    assert sparse_tokens != dense_tokens
+    # Contexts below dense_below never differ; the first token is always dense.
+    assert sparse_tokens[0] == dense_tokens[0]
+    assert [t[0] for t in sparse_tokens] == [t[0] for t in dense_tokens]
+
+
+def test_prefix_cache_hits_do_not_change_the_tokens(sparse, prompts, sparse_tokens):
+    first = generate(sparse, prompts, greedy())
+    second = generate(sparse, prompts, greedy())
+    assert tokens(first) == tokens(second) == sparse_tokens
+    # Whole blocks hit, and a prompt's last token is always computed: the prompts of
+    # 129 and of 257 or more compute a tail of one and of more tokens.
+    hits = [output.num_cached_tokens for output in second]
+    assert hits == [0, 0, 0, 128, 256, 768]
+    assert [output.num_cached_tokens for output in first] == [0] * 6
+
+
+def test_a_hit_on_blocks_that_decoding_filled(sparse, prompts):
+    """A follow-up prompt contains an earlier answer, whose blocks it reuses."""
+    (answer,) = tokens(generate(sparse, [prompts[2]], greedy(150)))
+    follow_up = prompts[2] + answer + prompts[0]
+    hit = generate(sparse, [follow_up], greedy())
+    assert hit[0].num_cached_tokens == 256
+    # The blocks hold what decoding computed, so a recomputed prompt may differ; the
+    # same hit may not.
+    assert tokens(generate(sparse, [follow_up], greedy())) == tokens(hit)
+
+
+@pytest.mark.parametrize("chunk", [256, 100])
+def test_chunked_prefill_does_not_change_the_tokens(
+    sparse, prompts, sparse_tokens, chunk
+):
+    scheduler = sparse.llm_engine.engine_core.engine_core.scheduler
+    scheduler.max_num_scheduled_tokens = chunk
+    assert tokens(generate(sparse, prompts, greedy(**COLD))) == sparse_tokens
+
+
+def test_concurrency_does_not_change_the_tokens(sparse, prompts, sparse_tokens):
+    alone = [tokens(generate(sparse, [p], greedy(**COLD)))[0] for p in prompts]
+    assert alone == sparse_tokens
+    backwards = generate(sparse, prompts[::-1], greedy(**COLD))
+    assert tokens(backwards)[::-1] == sparse_tokens
+
+
+def test_several_samples_of_a_prompt_equal_the_same_seeds_alone(sparse, prompts):
+    def sampled(seed, n=1):
+        return SamplingParams(
+            temperature=0.8, seed=seed, n=n, max_tokens=12, ignore_eos=True
+        )
+
+    prompt = prompts[4]
+    (output,) = generate(sparse, [prompt], sampled(seed=100, n=3))
+    together = [list(o.token_ids) for o in output.outputs]
+    alone = [tokens(generate(sparse, [prompt], sampled(100 + i)))[0] for i in range(3)]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def step_until_done(llm: LLM, on_step=lambda: None) -> dict[str, list[int]]:
+    """Run the engine by hand; token ids by request."""
+    finished = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        on_step()
+    return finished
+
+
+def add(llm: LLM, name: str, prompt: list[int], params=None) -> None:
+    llm.llm_engine.add_request(
+        name, {"prompt_token_ids": prompt}, params or greedy(**COLD)
+    )
+
+
+def scheduled(llm: LLM) -> dict:
+    """The scheduler's requests by the name that they were added with."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return {
+        (getattr(r, "external_req_id", None) or r.request_id): r
+        for r in scheduler.requests.values()
+    }
+
+
+def test_aborting_a_request_does_not_disturb_the_others(sparse, prompts, sparse_tokens):
+    for i in (2, 4, 5):
+        add(sparse, f"r{i}", prompts[i])
+    steps = 0
+
+    def abort_one():
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            sparse.llm_engine.abort_request(["r4"])
+            # Its blocks go to a newcomer.
+            add(sparse, "r3", prompts[3])
+
+    finished = step_until_done(sparse, abort_one)
+    finished.pop("r4", None)
+    assert finished == {f"r{i}": sparse_tokens[i] for i in (2, 3, 5)}
+
+
+def test_decode_rows_stay_sparse_beside_prefill_chunks(sparse, prompts, sparse_tokens):
+    scheduler = sparse.llm_engine.engine_core.engine_core.scheduler
+    scheduler.max_num_scheduled_tokens = 130
+    add(sparse, "decoding", prompts[4])
+    while not stats(sparse)["decode_tokens"]:
+        sparse.llm_engine.step()
+    add(sparse, "prefilling", prompts[5])
+    mixed = 0
+    finished = {}
+    while "prefilling" not in finished:
+        sparse.collective_rpc("reset_sparse_stats")
+        waiting = scheduled(sparse).get("prefilling")
+        before = waiting.num_computed_tokens if waiting else 0
+        for output in sparse.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        totals = stats(sparse)
+        if before + 1 < 777 and "decoding" not in finished:
+            mixed += 1
+            assert totals["decode_tokens"] == 1
+            assert totals["sparse_rows"] == NUM_LAYERS
+        assert totals["sparse_rows"] == totals["decode_tokens"] * NUM_LAYERS
+    assert mixed == 7  # 777 tokens, 129 a step beside one decode row
+    assert finished == {"decoding": sparse_tokens[4], "prefilling": sparse_tokens[5]}
+
+
+@contextmanager
+def few_free_blocks(llm: LLM, count: int) -> Iterator[None]:
+    """Take all but ``count`` blocks of the KV cache away."""
+    assert llm.reset_prefix_cache()
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
+    try:
+        yield
+    finally:
+        pool.free_blocks(taken)
+
+
+@pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_preempted_requests_finish(sparse, prompts, dense_tokens, options):
+    """Requests that do not fit together: the later ones start again from the prompt.
+
+    What was decoded before a preemption is then recomputed by dense prefill, so that
+    only dense decoding must yield the very same tokens.
+    """
+    configure(sparse, options)
+    chosen = [2, 1, 3]  # 128, 127 and 129 tokens: 2 blocks each once they decode
+    preempted = set()
+
+    def watch():
+        preempted.update(n for n, r in scheduled(sparse).items() if r.num_preemptions)
+
+    with few_free_blocks(sparse, 5):
+        for i in chosen:
+            add(sparse, f"r{i}", prompts[i])
+        finished = step_until_done(sparse, watch)
+    assert preempted
+    assert {name: len(ids) for name, ids in finished.items()} == dict.fromkeys(
+        finished, NEW_TOKENS
+    )
+    dense = {f"r{i}": dense_tokens[i] for i in chosen}
+    if options is DENSE:
+        assert finished == dense
+    else:
+        assert stats(sparse)["sparse_rows"] > 0
+        # The first token comes from dense prefill, preempted or not.
+        assert [finished[n][0] for n in dense] == [ids[0] for ids in dense.values()]
+
+
+def test_statistics_equal_an_independent_computation(sparse, prompts):
+    """Every decode row, layer and KV head counted by hand."""
+    new = 9
+    generate(sparse, prompts, greedy(new))
+    row_bytes = 2 * HEAD_SIZE * 4  # K and V in fp32
+    channel_bytes = 128 // 2 + 2 * 2  # codes of 128 tokens, scale and minimum
+    rank = HEAD_SIZE // 4
+    rows = sparse_rows = read = dense = 0
+    for length in PROMPT_LENGTHS:
+        for context in range(length + 1, length + new):
+            rows += 1
+            dense += context * row_bytes
+            forced = 4 + max(16, context % 128)
+            kept = max(-(-context * 2 // 10), forced)
+            if context < 64 or context < 128 or kept >= context:
+                read += context * row_bytes
+                continue
+            sparse_rows += 1
+            read += kept * row_bytes + context // 128 * rank * channel_bytes
+    assert stats(sparse) == {
+        "decode_tokens": rows,
+        "decode_rows": rows * NUM_LAYERS,
+        "sparse_rows": sparse_rows * NUM_LAYERS,
+        "kv_bytes_read": read * NUM_LAYERS * KV_HEADS,
+        "kv_bytes_dense": dense * NUM_LAYERS * KV_HEADS,
+    }
+
+
+@pytest.mark.parametrize("selector", ["exact", "quest", "window"])
+def test_comparison_selectors(sparse, prompts, dense_tokens, selector):
+    configure(sparse, SPARSE | {"selector": selector})
+    outputs = tokens(generate(sparse, prompts[4:], greedy(8)))
+    assert [ids[0] for ids in outputs] == [ids[0] for ids in dense_tokens[4:]]
+    totals = stats(sparse)
+    assert totals["sparse_rows"] == 2 * 7 * NUM_LAYERS
+    assert totals["kv_bytes_read"] < 0.7 * totals["kv_bytes_dense"]
+
+
+def test_dense_layers_are_served_densely(sparse, prompts):
+    configure(sparse, SPARSE | {"dense_layers": 28})
+    generate(sparse, prompts[4:], greedy(8))
+    totals = stats(sparse)
+    assert totals["sparse_rows"] == 2 * 7 * 2
+    assert totals["decode_rows"] == 2 * 7 * NUM_LAYERS
+
+
+def test_reconfiguring_with_a_bad_option_names_it_and_changes_nothing(
+    sparse, prompts, sparse_tokens
+):
+    for bad in ({"topk": 1}, {"rank": 65}):
+        with pytest.raises(Exception, match=next(iter(bad))):
+            sparse.collective_rpc("reconfigure_sparse", args=(bad,))
+    assert tokens(generate(sparse, prompts[4:5], greedy())) == sparse_tokens[4:5]
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_bad_option_is_an_error_in_the_callers_process(in_process):
+    with (
+        pytest.raises(ValueError, match=r"unknown option sparse\.topk.*'top_k'"),
+        running(
+            in_process,
+            attention_backend="sparq",
+            additional_config={"sparse": {"topk": 0.5}},
+        ),
+    ):
+        pass
+
+
+def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
+    """N-gram drafts change the speed, not the tokens."""
+    # Text that repeats itself is drafted well.
+    chosen = [prompts[4][:150] * 2, prompts[3]]
+    configure(llm, SPARSE)
+    expected = tokens(generate(llm, chosen, greedy(**COLD)))
+    with running(
+        dtype="float32",
+        attention_backend="sparq",
+        worker_extension_cls=EXTENSION,
+        additional_config={"sparse": SPARSE},
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        },
+    ) as drafting:
+        assert tokens(generate(drafting, chosen, greedy())) == expected
+        totals = stats(drafting)
+    # More positions were decoded than tokens came out: drafts were among them.
+    assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
+    assert totals["sparse_rows"] == totals["decode_rows"]
+
+
+def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
+    """Dense decoding in bf16 against vLLM's backend, each step on its own tokens."""
+    params = greedy(logprobs=0)
+    with running(dtype="bfloat16", attention_backend="CPU_ATTN") as llm:
+        dense = generate(llm, prompts, params)
+    with running(
+        in_process=False,
+        dtype="bfloat16",
+        attention_backend="sparq",
+        worker_extension_cls=EXTENSION,
+        additional_config={"sparse": DENSE},
+    ) as llm:
+        ours = generate(llm, prompts, params)
+        assert stats(llm)["decode_tokens"] == len(prompts) * (NEW_TOKENS - 1)
+        configure(llm, SPARSE)
+        generate(llm, prompts[4:], greedy(4))
+        assert stats(llm)["sparse_rows"] == 2 * 3 * NUM_LAYERS
+    compared = 0
+    for a, b, pa, pb in zip(
+        tokens(dense), tokens(ours), logprobs(dense), logprobs(ours), strict=True
+    ):
+        # bf16 ties may part the texts; beyond that, contexts differ.
+        same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
+        compared += same
+        assert max(abs(x - y) for x, y in zip(pa[:same], pb[:same])) < 0.15
+    assert compared > 0.6 * len(prompts) * NEW_TOKENS
+
+
+def test_importing_the_engine_tests_left_the_threads_alone():
+    """Engines in this process must not bind later tests to fewer cores."""
+    count = "import os; print(len(os.sched_getaffinity(0)))"
+    output = subprocess.run([sys.executable, "-c", count], capture_output=True)
+    assert int(output.stdout) == len(os.sched_getaffinity(0))

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""The accuracy harness without an engine: arithmetic, samples, records, report."""
+
+import json
+import math
+from random import Random
+
+import pytest
+
+from benchmarks.accuracy import metrics
+from benchmarks.accuracy.methods import (
+    Method,
+    ModelShape,
+    estimate_bytes,
+    options_for,
+    parse_method,
+)
+from benchmarks.accuracy.metrics import ForcedResult
+from benchmarks.accuracy.report import markdown, paired, plot
+from benchmarks.accuracy.run import Plan, run
+from benchmarks.accuracy.tasks import TASKS, make_samples
+from benchmarks.accuracy.text import TextSources
+
+SHAPE = ModelShape(head_size=64, num_layers=30)
+CONTEXT = 1024
+
+
+class CharTokenizer:
+    """One token per character."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(char) for char in text]
+
+    def decode(self, token_ids):
+        return "".join(map(chr, token_ids))
+
+
+class FakeEngine:
+    """Answers correctly when dense; a fixed, worse distribution otherwise."""
+
+    tokenizer = CharTokenizer()
+    shape = SHAPE
+
+    def __init__(self):
+        self.selectors = []
+        self.prefilled = 0
+
+    def configure(self, options):
+        self.selectors.append(options["selector"])
+
+    def reset_stats(self):
+        pass
+
+    def stats(self):
+        read = 100 if self.selectors[-1] == "dense" else 10
+        return {"kv_bytes_read": read, "kv_bytes_dense": 100}
+
+    def prefill(self, samples):
+        self.prefilled += len(samples)
+
+    def force(self, samples):
+        p = 0.5 if self.selectors[-1] == "dense" else 0.25
+        return [
+            ForcedResult(
+                [math.log(p)] * len(s.forced_ids),
+                [{t: math.log(p), -1: math.log(0.3)} for t in s.forced_ids],
+            )
+            for s in samples
+        ]
+
+    def answer(self, samples):
+        good = self.selectors[-1] == "dense"
+        return [f" {s.answer}." if good else " 0." for s in samples]
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return TextSources(CharTokenizer())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_are_reproducible_and_of_the_asked_length(task, sources):
+    samples = make_samples(task, sources, CONTEXT, 2)
+    assert samples == make_samples(task, TextSources(CharTokenizer()), CONTEXT, 2)
+    assert samples[0] != samples[1]
+    assert [len(s.prompt_ids) for s in samples] == [CONTEXT, CONTEXT]
+    assert all(len(s.forced_ids) >= 2 for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("task", "num_keys"), [("needle", 1), ("needle_2keys", 2), ("needle_4keys", 4)]
+)
+def test_needle_holds_every_key_once_and_forces_the_asked_value(
+    task, num_keys, sources
+):
+    for sample in make_samples(task, sources, 2048, 5):
+        prompt = sources.decode(sample.prompt_ids)
+        assert prompt.count("One of the special magic numbers for") == num_keys
+        assert prompt.count(sample.answer) == 1
+        assert sources.decode(sample.forced_ids) == f" {sample.answer}"
+        key = prompt.rpartition("special magic number for ")[2].split()[0]
+        assert f"for {key} is: {sample.answer}." in prompt
+
+
+def test_repetition_forces_what_followed_the_passage(sources):
+    for sample in make_samples("repetition", sources, CONTEXT, 5):
+        prompt, forced = map(sources.decode, (sample.prompt_ids, sample.forced_ids))
+        cue = prompt.rpartition("\n\n")[2][-20:]
+        assert cue + forced in prompt
+
+
+def test_window_that_no_text_can_fill_is_an_error(sources):
+    with pytest.raises(ValueError, match="no text of 100000000 tokens"):
+        sources.window(sources.code, 100_000_000, Random(0))
+
+
+def test_parse_method():
+    assert parse_method("sparq") == Method("sparq")
+    method = parse_method("sparq:rank=32:mean_value=false")
+    assert method.options == {"rank": 32, "mean_value": False}
+    assert method.label == "sparq:mean_value=False:rank=32"
+    assert not parse_method("window:top_k=256").takes_budget
+    with pytest.raises(ValueError, match="unknown method 'spark'"):
+        parse_method("spark")
+    with pytest.raises(ValueError, match="option=value"):
+        parse_method("sparq:rank")
+
+
+def test_estimate_bytes():
+    assert estimate_bytes(Method("sparq", {"rank": 16}), SHAPE, 4096) == 4096 * 8.5
+    assert estimate_bytes(Method("sparq"), SHAPE, 4096 + 127) == 4096 * 8.5
+    assert estimate_bytes(Method("quest"), SHAPE, 4096) == 4096 * 16 + 256
+    assert estimate_bytes(Method("exact"), SHAPE, 4096) == 0
+
+
+@pytest.mark.parametrize("name", ["sparq", "sparq:rank=32", "quest", "window"])
+@pytest.mark.parametrize("dense_layers", [0, 2])
+def test_budget_is_met_and_used_up(name, dense_layers):
+    method = parse_method(f"{name}:dense_layers={dense_layers}")
+    options = options_for(method, 0.25, 4096, SHAPE)
+    per_layer = estimate_bytes(method, SHAPE, 4096) + options["top_k"] * 256
+    dense = 4096 * 256
+    total = dense_layers * dense + (30 - dense_layers) * per_layer
+    assert 0.249 < total / (30 * dense) <= 0.25
+    assert isinstance(options["top_k"], int)
+
+
+def test_options_leave_nothing_of_the_previous_method_behind():
+    a = options_for(parse_method("sparq:rank=8"), 0.125, 4096, SHAPE)
+    b = options_for(parse_method("window"), 0.125, 4096, SHAPE)
+    assert set(a) == set(b)
+    assert b["rank"] is None
+
+
+def test_budget_below_the_estimate_is_reported_as_impossible():
+    assert options_for(Method("quest"), 1 / 16, 4096, SHAPE) is None
+
+
+def test_kl_is_zero_for_itself_and_a_lower_bound_otherwise():
+    rng = Random(0)
+
+    def full():
+        weights = [rng.expovariate(1) ** 3 for _ in range(100)]
+        return [w / sum(weights) for w in weights]
+
+    def top(p):
+        best = sorted(range(100), key=lambda t: -p[t])[:20]
+        return ForcedResult([0.0] * 2, [{t: math.log(p[t]) for t in best}] * 2)
+
+    for _ in range(50):
+        p, q = full(), full()
+        true = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert metrics.kl_nats(top(p), top(p)) == pytest.approx(0, abs=1e-9)
+        assert 0 < metrics.kl_nats(top(q), top(p)) <= true
+
+
+def test_first_forced_token_does_not_count():
+    top = [{1: -0.1, 2: -3.0}, {1: -0.1, 2: -3.0}]
+    result = ForcedResult([-100.0, -math.log(2)], top)
+    assert metrics.bits_per_char(result, 2) == pytest.approx(0.5)
+    assert metrics.top1(result, [2, 1]) == 1.0
+
+
+def test_run_and_report(tmp_path):
+    plan = Plan(
+        tasks=["needle", "repetition"],
+        lengths=[CONTEXT],
+        methods=["sparq", "quest"],
+        budgets=[0.125, 0.05],
+        samples=3,
+    )
+    engine = FakeEngine()
+    records = run(plan, engine, progress=False)
+    assert engine.prefilled == 6
+    methods = ["dense", "sparq", "sparq", "quest", "quest"]
+    assert [r["method"] for r in records] == 2 * methods
+    by_key = {(r["task"], r["method"], r["budget"]): r for r in records}
+    assert "skipped" in by_key["needle", "quest", 0.05]
+    dense = by_key["needle", "dense", None]
+    sparq = by_key["needle", "sparq", 0.125]
+    assert (dense["kv_share"], sparq["kv_share"]) == (1.0, 0.1)
+    assert paired(sparq, dense, "hit") == (-1.0, 0.0, 3)
+    assert paired(sparq, dense, "bits_per_char")[0] == pytest.approx(1.0)
+    # One character per token: bits are those of the probability itself.
+    assert dense["samples"][0]["bits_per_char"] == pytest.approx(1.0)
+
+    table = markdown(json.loads(json.dumps(records)))
+    assert "### needle, 1024 tokens, n = 3" in table
+    assert "| sparq | 0.125 | 0.100 | +1.000 ± 0.000 |" in table
+    header = {
+        "engine": {"model": "m", "dtype": "bfloat16"},
+        "machine": {"cpu": "c", "cores": 2},
+        "versions": {"vllm": "0"},
+        "commit": "0",
+        "plan": {"samples": 3},
+    }
+    plot({"header": header, "records": records}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_forcing_leaves_one_finite_logit():
+    pytest.importorskip("vllm")
+    import torch
+
+    from benchmarks.accuracy.forcing import ForceTokens, forced_params
+
+    processor = ForceTokens(None, torch.device("cpu"), False)
+    force = processor.new_req_logits_processor(forced_params([5, 3], 20))
+    for emitted, expected in (([], 5), ([5], 3), ([5, 3], 3)):
+        logits = force(emitted, torch.randn(8))
+        assert logits.argmax() == expected
+        assert logits.isfinite().sum() == 1
+    from vllm import SamplingParams
+
+    assert processor.new_req_logits_processor(SamplingParams()) is None

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Options: what is accepted, what is refused, and what the refusal says."""
+
+import json
+import re
+from dataclasses import fields, replace
+
+import pytest
+
+from vllm_sparse.config import (
+    _RULES,
+    SELECTOR_NAMES,
+    SparseConfig,
+    SparseConfigError,
+)
+
+NAN = float("nan")
+INF = float("inf")
+
+ACCEPTED = {
+    "selector": ["sparq", "exact", "quest", "window", "dense"],
+    "rank": [None, 1, 16, 256],
+    "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
+    "local_window": [1, 32, 128],
+    "sink_tokens": [0, 4, 100],
+    "dense_layers": [0, 2, 1000],
+    "dense_below": [0, 1, 10**9],
+    "mean_value": [True, False, "auto"],
+}
+REFUSED = {
+    "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
+    "rank": [0, -1, 16.0, "16", True, False, [16]],
+    "top_k": [0, -1, 0.0, -0.25, 1.0000001, 2.0, NAN, INF, "0.25", None, True, False],
+    "local_window": [0, -1, 32.0, "32", None, True],
+    "sink_tokens": [-1, 4.0, "4", None, True, False],
+    "dense_layers": [-1, 2.0, "2", None, True],
+    "dense_below": [-1, 512.0, "512", None, True],
+    "mean_value": [0, 1, None, "on", "true", "AUTO"],
+}
+ALLOWED = {
+    "selector": "one of sparq, exact, quest, window, dense",
+    "rank": "an integer from 1 to the head size",
+    "top_k": "a positive integer (tokens) or a fraction of the context in (0, 1]",
+    "local_window": "an integer of at least 1",
+    "sink_tokens": "an integer of at least 0",
+    "dense_layers": "an integer of at least 0",
+    "dense_below": "an integer of at least 0",
+    "mean_value": 'true, false or "auto"',
+}
+
+
+def cases(table):
+    return [
+        pytest.param(name, value, id=f"{name}={value!r}")
+        for name, values in table.items()
+        for value in values
+    ]
+
+
+def parse(**options) -> SparseConfig:
+    return SparseConfig.from_additional_config({"sparse": options})
+
+
+def example_in(message: str) -> tuple[str, object]:
+    """The (option, value) that an error message proposes."""
+    name, text = re.search(
+        r"--additional-config\.sparse\.(\w+) (\S+)", message
+    ).groups()
+    try:
+        return name, json.loads(text)
+    except json.JSONDecodeError:
+        return name, text
+
+
+def test_every_option_has_a_rule_and_is_tested():
+    names = {field.name for field in fields(SparseConfig)}
+    assert names == set(_RULES) == set(ACCEPTED) == set(REFUSED) == set(ALLOWED)
+
+
+def test_defaults_obey_their_own_rules():
+    assert parse() == SparseConfig()
+    for field in fields(SparseConfig):
+        assert parse(**{field.name: field.default}) == SparseConfig()
+
+
+@pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
+def test_accepted(name, value):
+    assert parse(**{name: value}) == replace(SparseConfig(), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(REFUSED))
+def test_refused_naming_key_value_range_and_a_working_example(name, value):
+    with pytest.raises(SparseConfigError) as error:
+        parse(**{name: value})
+    message = str(error.value)
+    assert message.startswith(f"sparse.{name} = {value!r} is not allowed")
+    assert ALLOWED[name] in message
+    key, example = example_in(message)
+    assert key == name
+    assert getattr(parse(**{name: example}), name) == example
+
+
+def test_options_are_value_errors_for_callers_that_know_nothing_of_us():
+    with pytest.raises(ValueError, match=r"sparse\.rank"):
+        parse(rank=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("topk", "top_k"), ("ranks", "rank"), ("sink_token", "sink_tokens")],
+)
+def test_unknown_key_gets_a_suggestion_and_the_list(key, meant):
+    with pytest.raises(SparseConfigError) as error:
+        parse(**{key: 1})
+    message = str(error.value)
+    assert f"unknown option sparse.{key}. Did you mean {meant!r}?" in message
+    for field in fields(SparseConfig):
+        assert field.name in message
+
+
+def test_unknown_key_like_nothing_gets_the_list_alone():
+    with pytest.raises(SparseConfigError, match="unknown option sparse.zzz") as error:
+        parse(zzz=1)
+    assert "Did you mean" not in str(error.value)
+    assert "top_k" in str(error.value)
+
+
+def test_a_key_that_is_no_string_is_an_unknown_option():
+    with pytest.raises(SparseConfigError, match="unknown option sparse.3"):
+        SparseConfig.from_additional_config({"sparse": {3: 1}})
+
+
+@pytest.mark.parametrize("options", [None, 0.125, "top_k", ["top_k", 1]], ids=repr)
+def test_namespace_that_is_no_mapping(options):
+    with pytest.raises(SparseConfigError) as error:
+        SparseConfig.from_additional_config({"sparse": options})
+    message = str(error.value)
+    assert f"must be a mapping of options, got {options!r}" in message
+    example = re.search(r"--additional-config '(.*)'", message).group(1)
+    assert SparseConfig.from_additional_config(json.loads(example)).top_k == 0.125
+
+
+@pytest.mark.parametrize(
+    "additional_config",
+    [
+        None,
+        {},
+        {"other": {"top_k": -1}},
+        {"top_k": -1, "rank": "many"},
+        {"SPARSE": {"nonsense": 1}},
+        object(),
+    ],
+    ids=["none", "empty", "other", "outside", "upper-case", "no-mapping"],
+)
+def test_what_is_not_in_our_namespace_is_ignored(additional_config):
+    assert SparseConfig.from_additional_config(additional_config) == SparseConfig()
+
+
+def test_other_namespaces_beside_ours_are_ignored():
+    config = SparseConfig.from_additional_config(
+        {"other": {"top_k": -1}, "sparse": {"rank": 8}}
+    )
+    assert config == replace(SparseConfig(), rank=8)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "local_window", "sink_tokens"),
+    [(35, 32, 4), (1, 1, 1), (999, 999, 1), (127, 28, 100)],
+)
+def test_count_below_the_tokens_that_are_always_attended(
+    top_k, local_window, sink_tokens
+):
+    rest = dict(local_window=local_window, sink_tokens=sink_tokens)
+    with pytest.raises(SparseConfigError) as error:
+        parse(top_k=top_k, **rest)
+    message = str(error.value)
+    assert f"sparse.top_k = {top_k} is smaller" in message
+    assert f"local_window + sink_tokens = {local_window + sink_tokens}" in message
+    key, example = example_in(message)
+    assert key == "top_k"
+    assert parse(top_k=example, **rest).top_k == example
+    assert parse(top_k=local_window + sink_tokens, **rest)
+
+
+def test_fraction_may_be_tiny_because_forced_tokens_are_its_floor():
+    config = parse(top_k=0.001, local_window=100, sink_tokens=20)
+    assert config.budget(1000) == 120
+    assert config.budget(10**6) == 1000
+
+
+@pytest.mark.parametrize(
+    ("top_k", "seq_len", "budget"),
+    [
+        (256, 1, 256),
+        (256, 5000, 256),
+        (0.125, 100, 36),  # the floor: local_window 32 + sink_tokens 4
+        (0.125, 288, 36),
+        (0.125, 289, 37),  # 36.125, rounded up
+        (0.125, 4096, 512),
+        (0.25, 4097, 1025),
+        (1.0, 777, 777),
+    ],
+)
+def test_budget(top_k, seq_len, budget):
+    assert parse(top_k=top_k).budget(seq_len) == budget
+
+
+@pytest.mark.parametrize(
+    ("head_size", "rank"), [(64, 16), (80, 20), (96, 24), (128, 32), (256, 64)]
+)
+def test_resolve_fills_in_a_quarter_of_the_head_size(head_size, rank):
+    assert parse().resolve(head_size, 4).rank == rank
+    assert parse(rank=7).resolve(head_size, 4).rank == 7
+    assert parse(rank=head_size).resolve(head_size, 4).rank == head_size
+
+
+def test_resolve_refuses_a_rank_beyond_the_head_size():
+    config = parse(rank=65)
+    assert config.resolve(128, 1).rank == 65
+    with pytest.raises(SparseConfigError) as error:
+        config.resolve(64, 1)
+    message = str(error.value)
+    assert "sparse.rank = 65 exceeds the model's head size 64" in message
+    assert "between 1 and 64" in message
+    key, example = example_in(message)
+    assert key == "rank"
+    assert parse(rank=example).resolve(64, 1).rank == example
+
+
+@pytest.mark.parametrize(
+    ("option", "num_queries_per_kv", "on"),
+    [
+        ("auto", 1, True),
+        ("auto", 2, False),
+        ("auto", 8, False),
+        (True, 8, True),
+        (False, 1, False),
+    ],
+)
+def test_resolve_mean_value(option, num_queries_per_kv, on):
+    assert parse(mean_value=option).resolve(64, num_queries_per_kv).mean_value is on
+
+
+def test_resolve_changes_nothing_else_and_can_be_repeated():
+    config = parse(top_k=99, local_window=5, sink_tokens=1, dense_layers=2)
+    once = config.resolve(64, 1)
+    assert once == replace(config, rank=16, mean_value=True)
+    assert once.resolve(64, 1) == once
+    assert config.rank is None
+
+
+def test_selector_names_match_the_selectors():
+    from vllm_sparse.selectors import SELECTORS
+
+    assert {*SELECTORS, "dense"} == set(SELECTOR_NAMES)
+    for name, cls in SELECTORS.items():
+        assert cls.name == name
