@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Builds the C++ ops against torch's stable ABI; everything else is in pyproject.toml."""
+"""Builds the C++ ops against torch's stable ABI; the rest is in pyproject.toml."""
 
 from glob import glob
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-# Lowest torch whose stable ABI the library is built for; one build serves all later ones.
+# Lowest torch whose stable ABI is used; one build serves all later ones.
 TORCH_TARGET = "0x020b000000000000"
 # Lowest CPython of the limited API (3.11).
 PY_LIMITED_API = "0x030b0000"

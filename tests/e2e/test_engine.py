@@ -29,8 +29,8 @@ EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
 DENSE = {"top_k": 1.0, "dense_below": 0}
 SPARSE = {"top_k": 0.2, "dense_below": 64, "local_window": 16, "sink_tokens": 4}
 # Single tokens, both sides of a block boundary, several blocks.
-PROMPT_LENGTHS = [5, 127, 128, 129, 300, 777]
-NEW_TOKENS = 24
+PROMPT_LENGTHS = [5, 127, 128, 129, 300, 450]
+NEW_TOKENS = 16
 NUM_LAYERS, KV_HEADS, HEAD_SIZE = 30, 3, 64
 
 
@@ -72,6 +72,7 @@ def running(in_process: bool = True, **options) -> Iterator[LLM]:
 def prompts() -> list[list[int]]:
     """English text as token ids, every prompt from another place."""
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     text = "\n".join(topics[name] for name in sorted(topics))[:40_000]
@@ -184,7 +185,7 @@ def test_prefix_cache_hits_do_not_change_the_tokens(sparse, prompts, sparse_toke
     # Whole blocks hit, and a prompt's last token is always computed: the prompts of
     # 129 and of 257 or more compute a tail of one and of more tokens.
     hits = [output.num_cached_tokens for output in second]
-    assert hits == [0, 0, 0, 128, 256, 768]
+    assert hits == [0, 0, 0, 128, 256, 384]
     assert [output.num_cached_tokens for output in first] == [0] * 6
 
 
@@ -263,7 +264,7 @@ def test_aborting_a_request_does_not_disturb_the_others(sparse, prompts, sparse_
     def abort_one():
         nonlocal steps
         steps += 1
-        if steps == 6:
+        if steps == 5:
             sparse.llm_engine.abort_request(["r4"])
             # Its blocks go to a newcomer.
             add(sparse, "r3", prompts[3])
@@ -290,12 +291,12 @@ def test_decode_rows_stay_sparse_beside_prefill_chunks(sparse, prompts, sparse_t
             if output.finished:
                 finished[output.request_id] = list(output.outputs[0].token_ids)
         totals = stats(sparse)
-        if before + 1 < 777 and "decoding" not in finished:
+        if before + 1 < PROMPT_LENGTHS[5] and "decoding" not in finished:
             mixed += 1
             assert totals["decode_tokens"] == 1
             assert totals["sparse_rows"] == NUM_LAYERS
         assert totals["sparse_rows"] == totals["decode_tokens"] * NUM_LAYERS
-    assert mixed == 7  # 777 tokens, 129 a step beside one decode row
+    assert mixed == 4  # 450 tokens, 129 a step beside one decode row
     assert finished == {"decoding": sparse_tokens[4], "prefilling": sparse_tokens[5]}
 
 

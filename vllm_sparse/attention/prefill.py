@@ -3,9 +3,9 @@
 """Dense prefill on the CPU through vLLM's own attention kernel.
 
 That kernel wants K and V packed its own way (channel-major, or AMX tiles), which token
-selection could not read cheaply, so our blocks keep plain rows. A prefill step packs the
-contexts of its rows into a scratch cache, one layer after the other, and runs vLLM's
-kernel on it: reading and packing S tokens costs little beside attending a chunk to them.
+selection could not read cheaply, so our blocks keep plain rows. A prefill step packs
+the contexts of its rows into a scratch cache, one layer after the other, and runs
+vLLM's kernel on it: packing S tokens costs little beside attending a chunk to them.
 """
 
 from dataclasses import dataclass

@@ -87,5 +87,5 @@ class BlockLayout:
         return self.content_bytes / self.row_bytes - 1
 
     def score_bytes(self, num_blocks: int, rank: int) -> int:
-        """Bytes that scoring ``num_blocks`` sealed blocks with ``rank`` channels reads."""
+        """Bytes read to score ``num_blocks`` sealed blocks with ``rank`` channels."""
         return num_blocks * rank * (self.channel_code_bytes + 2 * PARAM_BYTES)

@@ -58,7 +58,7 @@ def quantise_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """[BLOCK_SIZE, head_size] codes to [head_size, BLOCK_SIZE / 2] bytes (layout.py)."""
+    """[BLOCK_SIZE, head_size] codes to [head_size, BLOCK_SIZE / 2] bytes."""
     nibbles = codes.T.reshape(-1, BLOCK_SIZE // LANES, LANES).transpose(1, 2)
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
 
@@ -101,7 +101,7 @@ def prefix_mean(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
 
 
 def dequantise_k(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
-    """K of a sealed (block, head) chunk from its codes: [BLOCK_SIZE, head_size] fp32."""
+    """K of a sealed (block, head) chunk, from codes: [BLOCK_SIZE, head_size] fp32."""
     size = lay.head_size * lay.channel_code_bytes
     codes = unpack_codes(_sidecar(chunk, lay.codes_offset, size))
     params = _sidecar(chunk, lay.params_offset, 4 * lay.head_size)
@@ -240,8 +240,8 @@ def attend(
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
     ``counts`` of -1, or no lists at all, mean the whole context. With ``kept_mass``
-    (alpha), the result is ``alpha * y + (1 - alpha) * mean(V)``, the mean taken over the
-    whole context from the last sealed block's prefix mean and the tail's rows.
+    (alpha), the result is ``alpha * y + (1 - alpha) * mean(V)``, the mean taken over
+    the whole context from the last sealed block's prefix mean and the tail's rows.
     """
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Quest (arXiv 2406.10774): pages of 16 tokens ranked by an upper bound. For comparison.
+"""Quest (arXiv 2406.10774): pages of 16 tokens ranked by a bound. For comparison.
 
 The page minima and maxima are taken from the exact keys here; their bytes are counted
 as Quest stores them, two model-dtype vectors a page.
