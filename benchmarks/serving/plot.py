@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Bars of decode tokens per second from a result of benchmarks.serving.decode.
+
+    python -m benchmarks.serving.plot benchmarks/results/serving_cpu.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PLOTS = Path(__file__).parents[1] / "plots"
+
+
+def plot(result: dict, path: Path) -> None:
+    """One group of bars per (context, batch), one bar per backend."""
+    rows = [row for row in result["rows"] if row["kind"] == "decode"]
+    groups = sorted({(row["context"], row["batch"]) for row in rows})
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    width = 0.8 / len(backends)
+    for i, backend in enumerate(backends):
+        speed = {
+            (row["context"], row["batch"]): row["tokens_per_s"]
+            for row in rows
+            if row["backend"] == backend
+        }
+        place = [g + i * width for g in range(len(groups))]
+        bars = axes.bar(place, [speed[g] for g in groups], width, label=backend)
+        axes.bar_label(bars, fmt="%.0f")
+    centre = [g + 0.4 - width / 2 for g in range(len(groups))]
+    axes.set_xticks(centre, [f"{n} tokens\nbatch {b}" for n, b in groups])
+    axes.set_ylabel("decode tokens / s")
+    axes.set_title("SmolLM2-135M, 2 cores, bf16")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path)
+    args = parser.parse_args()
+    path = PLOTS / f"{args.result.stem}.png"
+    plot(json.loads(args.result.read_text()), path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
