@@ -108,7 +108,7 @@ class SparseConfig:
         return replace(self, rank=rank, mean_value=mean_value)
 
     def budget(self, seq_len: int) -> int:
-        """Tokens attended out of ``seq_len``, before the unsealed tail is added."""
+        """``top_k`` as a count for a context of ``seq_len`` tokens."""
         if isinstance(self.top_k, int):
             return self.top_k
         floor = self.local_window + self.sink_tokens

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Bars of decode tokens per second from a result of benchmarks.serving.decode.
 
-    python -m benchmarks.serving.plot benchmarks/results/serving_cpu.json
+python -m benchmarks.serving.plot benchmarks/results/serving_cpu.json
 """
 
 import argparse

@@ -146,7 +146,9 @@ def sparse(llm):
     assert llm.reset_prefix_cache()
     yield llm
     scheduler.max_num_scheduled_tokens = limit
-    assert not llm.llm_engine.has_unfinished_requests()
+    # Only after a failure is there anything left.
+    llm.llm_engine.abort_request([*scheduled(llm)])
+    step_until_done(llm)
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +193,10 @@ def test_prefix_cache_hits_do_not_change_the_tokens(sparse, prompts, sparse_toke
 
 def test_a_hit_on_blocks_that_decoding_filled(sparse, prompts):
     """A follow-up prompt contains an earlier answer, whose blocks it reuses."""
-    (answer,) = tokens(generate(sparse, [prompts[2]], greedy(150)))
-    follow_up = prompts[2] + answer + prompts[0]
+    (answer,) = tokens(generate(sparse, [prompts[4]], greedy(86)))
+    follow_up = prompts[4] + answer + prompts[0]
     hit = generate(sparse, [follow_up], greedy())
-    assert hit[0].num_cached_tokens == 256
+    assert hit[0].num_cached_tokens == 384
     # The blocks hold what decoding computed, so a recomputed prompt may differ; the
     # same hit may not.
     assert tokens(generate(sparse, [follow_up], greedy())) == tokens(hit)
@@ -210,10 +212,11 @@ def test_chunked_prefill_does_not_change_the_tokens(
 
 
 def test_concurrency_does_not_change_the_tokens(sparse, prompts, sparse_tokens):
-    alone = [tokens(generate(sparse, [p], greedy(**COLD)))[0] for p in prompts]
-    assert alone == sparse_tokens
-    backwards = generate(sparse, prompts[::-1], greedy(**COLD))
-    assert tokens(backwards)[::-1] == sparse_tokens
+    for i in (0, 2, 5):
+        alone = generate(sparse, [prompts[i]], greedy(**COLD))
+        assert tokens(alone) == [sparse_tokens[i]]
+    backwards = generate(sparse, prompts[4:1:-1], greedy(**COLD))
+    assert tokens(backwards) == sparse_tokens[4:1:-1]
 
 
 def test_several_samples_of_a_prompt_equal_the_same_seeds_alone(sparse, prompts):
@@ -248,12 +251,9 @@ def add(llm: LLM, name: str, prompt: list[int], params=None) -> None:
 
 
 def scheduled(llm: LLM) -> dict:
-    """The scheduler's requests by the name that they were added with."""
+    """The scheduler's requests; vLLM adds a suffix to the names that we gave."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    return {
-        (getattr(r, "external_req_id", None) or r.request_id): r
-        for r in scheduler.requests.values()
-    }
+    return {name.rpartition("-")[0]: r for name, r in scheduler.requests.items()}
 
 
 def test_aborting_a_request_does_not_disturb_the_others(sparse, prompts, sparse_tokens):
@@ -285,13 +285,12 @@ def test_decode_rows_stay_sparse_beside_prefill_chunks(sparse, prompts, sparse_t
     finished = {}
     while "prefilling" not in finished:
         sparse.collective_rpc("reset_sparse_stats")
-        waiting = scheduled(sparse).get("prefilling")
-        before = waiting.num_computed_tokens if waiting else 0
+        before = scheduled(sparse)["prefilling"].num_computed_tokens
         for output in sparse.llm_engine.step():
             if output.finished:
                 finished[output.request_id] = list(output.outputs[0].token_ids)
         totals = stats(sparse)
-        if before + 1 < PROMPT_LENGTHS[5] and "decoding" not in finished:
+        if before < PROMPT_LENGTHS[5]:
             mixed += 1
             assert totals["decode_tokens"] == 1
             assert totals["sparse_rows"] == NUM_LAYERS

@@ -251,3 +251,20 @@ def test_results_do_not_depend_on_the_batch():
     together = run([0, 1, 2, 3])
     for row in range(4):
         assert torch.equal(run([row])[0], together[row])
+
+
+def test_a_nan_query_keeps_valid_positions_and_harms_no_other_row():
+    ctx = filled([1500, 1500], 2, 64, torch.float32)
+    query = make_query(ctx, 4, torch.float32)
+    budgets = torch.full((2,), 200, dtype=torch.int32)
+    options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    args = (ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    want = selection_buffers(ctx, 4, 400)
+    ops.sparq_select(query, *args, **options, **want)
+    query[0] = torch.nan
+    got = selection_buffers(ctx, 4, 400)
+    ops.sparq_select(query, *args, **options, **got)
+    assert torch.equal(got["indices"][1], want["indices"][1])
+    for head in range(2):
+        kept = got["indices"][0, head, : int(got["counts"][0, head])]
+        assert len(kept) > 0 and (kept >= 0).all() and (kept < 1500).all()

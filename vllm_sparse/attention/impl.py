@@ -9,7 +9,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .. import ops
-from ..config import SparseConfig, SparseConfigError
+from ..config import SparseConfig
 from ..selectors import SELECTORS, DecodeRows, LayerShape, Selector
 from .metadata import SparseMetadata
 from .prefill import prefill
@@ -75,9 +75,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             SparseConfigError: when they do not fit the layer's shape.
         """
         self.config = config.resolve(self.head_size, self.shape.num_queries_per_kv)
-        if self.config.selector not in ("dense", *SELECTORS):
-            raise SparseConfigError(f"unknown selector {self.config.selector!r}")
-        # Also None for the first layers, once their index is known.
         self.selector: Selector | None = None
         if self.config.selector != "dense":
             self.selector = SELECTORS[self.config.selector](self.config, self.shape)
@@ -154,8 +151,10 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         out: torch.Tensor,
     ) -> None:
         if self._dense_layer is None:
-            index = extract_layer_index(layer.layer_name)
-            self._dense_layer = index < self.config.dense_layers
+            first = self.config.dense_layers
+            self._dense_layer = (
+                first > 0 and extract_layer_index(layer.layer_name) < first
+            )
         selector = None if self._dense_layer else self.selector
         indices = counts = kept_mass = None
         if selector is not None and rows.indices is not None:

@@ -121,7 +121,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             return None
         recorder.totals.decode_tokens += len(rows)
         block_table = common.block_table_tensor
-        one_each = len(rows) == num_decodes
+        one_each = rows == list(range(num_decodes))
         indices = counts = None
         if any(budget >= 0 for budget in budgets):
             max_kept = max(

@@ -19,7 +19,7 @@ def load():
     if spec is None or spec.origin is None:
         raise ImportError(
             "vllm_sparse's compiled ops are missing; build them with "
-            "`pip install --no-build-isolation .` in the project's folder"
+            "`pip install --no-build-isolation -e .` in the project's folder"
         )
     try:
         torch.ops.load_library(spec.origin)

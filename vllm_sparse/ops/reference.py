@@ -88,7 +88,7 @@ def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> 
             for offset, data in (
                 (lay.codes_offset, pack_codes(codes)),
                 (lay.params_offset, params),
-                (lay.prefix_mean_offset, mean.half()),
+                (lay.prefix_mean_offset, mean.clamp(-65504, 65504).half()),
             ):
                 data = data.contiguous().reshape(-1).view(torch.uint8)
                 _sidecar(chunk, offset, data.numel()).copy_(data)
