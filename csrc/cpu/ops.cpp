@@ -57,8 +57,8 @@ void seal_blocks(Tensor& kv_cache,
                  int64_t head_size) {
   SealParams p;
   p.cache = kv_cache_view(kv_cache, head_size);
-  p.num_jobs = block_ids.size(0);
   p.block_ids = int_vector(block_ids, "block_ids", -1, "");
+  p.num_jobs = block_ids.size(0);
   p.prev_block_ids = int_vector(prev_block_ids, "prev_block_ids", p.num_jobs, "blocks to seal");
   p.block_index = int_vector(block_index, "block_index", p.num_jobs, "blocks to seal");
   for (int64_t i = 0; i < p.num_jobs; ++i) {
@@ -89,8 +89,8 @@ void gather_kv(const Tensor& kv_cache,
   check_tensor(key, "key", 3);
   GatherParams p;
   p.cache = kv_cache_view(kv_cache, key.size(2));
-  p.num_rows = seq_lens.size(0);
   p.seq_lens = int_vector(seq_lens, "seq_lens", -1, "");
+  p.num_rows = seq_lens.size(0);
   p.block_table = check_block_table(block_table, p.num_rows, p.seq_lens, p.cache);
   p.block_table_stride = block_table.stride(0);
   check_tensor(out_start, "out_start", 1);
