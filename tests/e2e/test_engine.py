@@ -436,6 +436,7 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     assert totals["sparse_rows"] == totals["decode_rows"]
 
 
+@pytest.mark.slow
 def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
     """Dense decoding in bf16 against vLLM's backend, each step on its own tokens."""
     params = greedy(logprobs=0)

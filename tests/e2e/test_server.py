@@ -75,6 +75,7 @@ def wait_until_healthy(process, url: str, log: Path) -> None:
     raise AssertionError(f"no server: {log.read_text()[-4000:]}")
 
 
+@pytest.mark.slow
 def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     log = tmp_path / "server.log"
     arguments = ["--attention-backend", "sparq", "--enforce-eager"]
@@ -104,6 +105,7 @@ def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 def test_serve_stops_on_a_bad_option_before_loading_anything(tmp_path):
     log = tmp_path / "server.log"
     arguments = ["--attention-backend", "sparq", "--additional-config.sparse.rank", "0"]
@@ -194,6 +196,7 @@ def answers(llm) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.slow
 def test_sliding_window_layers_beside_ours(hybrid_model):
     """Two KV cache groups whose pages differ in size, one of them with a sidecar."""
     with engine(hybrid_model, attention_backend="CPU_ATTN") as llm:
