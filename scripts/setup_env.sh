@@ -119,7 +119,10 @@ set_up() {
   # setuptools first and torch before the project: its build imports both.
   install setuptools wheel ninja "${packages[@]}"
   say "building the C++ ops"
-  (cd "$root" && install --no-build-isolation --no-deps --editable .)
+  local build=("$venv/bin/pip" install --quiet)
+  if command -v uv >/dev/null; then build=(uv pip install --quiet --python "$venv/bin/python"); fi
+  (cd "$root" && "${build[@]}" --no-build-isolation --no-deps --editable .) ||
+    die "building the C++ ops failed; the compiler's message stands above"
 }
 
 export PATH="$venv/bin:$PATH"

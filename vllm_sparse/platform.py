@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from .compat.vllm import require_supported
+from .compat.vllm import init_logger, require_supported
 from .config import SparseConfig
 from .plugin import is_ours
 
@@ -42,8 +42,6 @@ class SparseCpuPlatform(VllmCpuPlatform):
         name = selected_backend.name.lower()
         kind = _kind_left_to_vllm(attn_selector_config)
         if kind is not None:
-            from vllm.logger import init_logger
-
             init_logger(__name__).info_once(
                 "%s: %s layers are served densely by vLLM's CPU_ATTN.", name, kind
             )

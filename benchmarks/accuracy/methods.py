@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_sparse.config import SparseConfig
+from vllm_sparse.config import SparseConfig, default_rank
 
 SELECTORS = ("dense", "sparq", "exact", "quest", "window")
 BLOCK_TOKENS = 128
@@ -85,7 +85,7 @@ def estimate_bytes(method: Method, shape: ModelShape, context: int) -> float:
     exact: nothing is charged although it reads every key: an oracle, no method.
     """
     if method.selector == "sparq":
-        rank = method.options.get("rank") or shape.head_size // 4
+        rank = method.options.get("rank") or default_rank(shape.head_size)
         return context // BLOCK_TOKENS * (BLOCK_TOKENS * rank / 2 + 4 * rank)
     if method.selector == "quest":
         # Decoding opens a page at once, hence one more than fills the context.

@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from benchmarks.accuracy.environment import describe
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
+from vllm_sparse.config import default_rank
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import paged_context
 
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--rank", type=int, help="default: head size / 4")
+    parser.add_argument("--rank", type=int, help="default: as in the backend")
     parser.add_argument("--fraction", type=float, default=1 / 16, help="tokens kept")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, default=4, help="caches to rotate over")
@@ -226,7 +227,7 @@ def main() -> None:
                 head_size=args.head_size,
                 batch=batch,
                 seq_len=seq_len,
-                rank=args.rank or args.head_size // 4,
+                rank=args.rank or default_rank(args.head_size),
                 top_k=max(160, int(args.fraction * seq_len)),
             )
             got = measure(case, dtype, args.layers, args.repeats)

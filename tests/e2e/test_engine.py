@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +19,8 @@ pytest.importorskip("vllm")
 
 from vllm import LLM, SamplingParams  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from get_model import get_model  # noqa: E402
+from scripts.get_model import get_model  # noqa: E402
+from vllm_sparse.config import default_rank  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -349,7 +348,7 @@ def test_statistics_equal_an_independent_computation(sparse, prompts):
     generate(sparse, prompts, greedy(new))
     row_bytes = 2 * HEAD_SIZE * 4  # K and V in fp32
     channel_bytes = 128 // 2 + 2 * 2  # codes of 128 tokens, scale and minimum
-    rank = HEAD_SIZE // 4
+    rank = default_rank(HEAD_SIZE)
     rows = sparse_rows = read = dense = 0
     for length in PROMPT_LENGTHS:
         for context in range(length + 1, length + new):
@@ -436,7 +435,6 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     assert totals["sparse_rows"] == totals["decode_rows"]
 
 
-@pytest.mark.slow
 def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
     """Dense decoding in bf16 against vLLM's backend, each step on its own tokens."""
     params = greedy(logprobs=0)

@@ -21,8 +21,7 @@ pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from get_model import get_model  # noqa: E402
+from scripts.get_model import get_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -38,10 +37,15 @@ def free_port() -> int:
 
 @contextmanager
 def server(log: Path, *arguments: str):
-    """The URL of a running ``vllm serve``; its output goes to ``log``."""
+    """A running ``vllm serve`` and its URL; its output goes to ``log``.
+
+    The module is what that command runs; the command itself asks for the version of a
+    package named vllm, which the CPU distribution is not.
+    """
     port = free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(get_model())]
-    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(get_model()), "--host", "127.0.0.1"]
+    command += ["--port", str(port), *arguments]
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -75,7 +79,6 @@ def wait_until_healthy(process, url: str, log: Path) -> None:
     raise AssertionError(f"no server: {log.read_text()[-4000:]}")
 
 
-@pytest.mark.slow
 def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     log = tmp_path / "server.log"
     arguments = ["--attention-backend", "sparq", "--enforce-eager"]
@@ -105,7 +108,6 @@ def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     assert process.poll() is not None
 
 
-@pytest.mark.slow
 def test_serve_stops_on_a_bad_option_before_loading_anything(tmp_path):
     log = tmp_path / "server.log"
     arguments = ["--attention-backend", "sparq", "--additional-config.sparse.rank", "0"]
@@ -196,7 +198,6 @@ def answers(llm) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.slow
 def test_sliding_window_layers_beside_ours(hybrid_model):
     """Two KV cache groups whose pages differ in size, one of them with a sidecar."""
     with engine(hybrid_model, attention_backend="CPU_ATTN") as llm:
@@ -215,6 +216,7 @@ def test_sliding_window_layers_beside_ours(hybrid_model):
         # Prefix-cache hits in both groups.
         assert answers(llm) == expected
 
+        assert llm.reset_prefix_cache()
         options = {"top_k": 0.3, "dense_below": 0, "local_window": 16}
         llm.collective_rpc("reconfigure_sparse", args=(options,))
         llm.collective_rpc("reset_sparse_stats")

@@ -207,9 +207,9 @@ def test_budget(top_k, seq_len, budget):
 
 
 @pytest.mark.parametrize(
-    ("head_size", "rank"), [(64, 16), (80, 20), (96, 24), (128, 32), (256, 64)]
+    ("head_size", "rank"), [(64, 24), (80, 30), (96, 36), (128, 48), (256, 96)]
 )
-def test_resolve_fills_in_a_quarter_of_the_head_size(head_size, rank):
+def test_resolve_fills_in_three_eighths_of_the_head_size(head_size, rank):
     assert parse().resolve(head_size, 4).rank == rank
     assert parse(rank=7).resolve(head_size, 4).rank == 7
     assert parse(rank=head_size).resolve(head_size, 4).rank == head_size

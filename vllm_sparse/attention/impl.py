@@ -4,11 +4,11 @@
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .. import ops
+from ..compat.vllm import init_logger
 from ..config import SparseConfig
 from ..selectors import SELECTORS, DecodeRows, LayerShape, Selector
 from .metadata import SparseMetadata

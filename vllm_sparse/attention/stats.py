@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field
 
 import torch
-from vllm.logger import init_logger
+
+from ..compat.vllm import init_logger
 
 logger = init_logger(__name__)
 

