@@ -129,7 +129,7 @@ def test_parse_method():
 
 def test_estimate_bytes():
     assert estimate_bytes(Method("sparq", {"rank": 16}), SHAPE, 4096) == 4096 * 8.5
-    assert estimate_bytes(Method("sparq"), SHAPE, 4096 + 127) == 4096 * 8.5
+    assert estimate_bytes(Method("sparq"), SHAPE, 4096 + 127) == 4096 * 12.75
     assert estimate_bytes(Method("quest"), SHAPE, 4096) == 4096 * 16 + 256
     assert estimate_bytes(Method("exact"), SHAPE, 4096) == 0
 
