@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
       "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass) -> ()");
   m.def(
+      "sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
+      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
+      "Tensor(d!) out, Tensor(e!)? tokens_read) -> ()");
+  m.def(
       "attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
       "Tensor(a!) out, Tensor(b!)? tokens_read) -> ()");
@@ -31,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cpu::seal_blocks));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cpu::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cpu::sparq_select));
+  m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cpu::sparq_attend));
   m.impl("attend", TORCH_BOX(&vllm_sparse::cpu::attend));
 }
 

@@ -108,6 +108,7 @@ struct Kernels {
   void (*gather)(const GatherParams&);
   void (*select)(const SelectParams&);
   void (*attend)(const AttendParams&);
+  void (*select_attend)(const SelectParams&, const AttendParams&);
 };
 
 // Runs fn(ctx, task) for every task in [0, num_tasks) on torch's threads, in any order.

@@ -7,6 +7,6 @@
 #pragma GCC target("avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx2 {
 #include "kernels.inc"
-const Kernels kernels = {"avx2", store, seal, gather, select, attend};
+const Kernels kernels = {"avx2", store, seal, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::avx2
 #endif

@@ -4,5 +4,5 @@
 
 namespace vllm_sparse::portable {
 #include "kernels.inc"
-const Kernels kernels = {"portable", store, seal, gather, select, attend};
+const Kernels kernels = {"portable", store, seal, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::portable

@@ -116,19 +116,21 @@ void gather_kv(const Tensor& kv_cache,
   kernels().gather(p);
 }
 
-void sparq_select(const Tensor& query,
-                  const Tensor& kv_cache,
-                  const Tensor& block_table,
-                  const Tensor& seq_lens,
-                  const Tensor& budgets,
-                  int64_t rank,
-                  int64_t local_window,
-                  int64_t sink_tokens,
-                  double scale,
-                  double soft_cap,
-                  Tensor& indices,
-                  Tensor& counts,
-                  std::optional<Tensor> kept_mass) {
+namespace {
+
+SelectParams select_params(const Tensor& query,
+                           const Tensor& kv_cache,
+                           const Tensor& block_table,
+                           const Tensor& seq_lens,
+                           const Tensor& budgets,
+                           int64_t rank,
+                           int64_t local_window,
+                           int64_t sink_tokens,
+                           double scale,
+                           double soft_cap,
+                           Tensor& indices,
+                           Tensor& counts,
+                           std::optional<Tensor>& kept_mass) {
   check_tensor(query, "query", 3);
   SelectParams p;
   p.cache = kv_cache_view(kv_cache, query.size(2));
@@ -187,7 +189,110 @@ void sparq_select(const Tensor& query,
     check_size(*kept_mass, "kept_mass", 1, query.size(1), "num_heads");
     p.kept_mass = static_cast<float*>(kept_mass->data_ptr());
   }
+  return p;
+}
+
+// Adds what the rows attend to, tokens per KV head, to a counter.
+void count_tokens(const AttendParams& p, std::optional<Tensor>& tokens_read) {
+  if (!tokens_read) return;
+  int64_t& total = *static_cast<int64_t*>(tokens_read->data_ptr());
+  for (int64_t i = 0; i < p.num_rows * p.cache.num_kv_heads; ++i) {
+    const bool listed = p.counts != nullptr && p.counts[i] >= 0;
+    total += listed ? p.counts[i] : p.seq_lens[i / p.cache.num_kv_heads];
+  }
+}
+
+void check_outputs(const Tensor& query,
+                   Tensor& out,
+                   const std::optional<Tensor>& tokens_read,
+                   AttendParams& p) {
+  p.out_stride = check_heads(out, "out", p.cache);
+  check_size(out, "out", 0, p.num_rows, "rows");
+  check_size(out, "out", 1, query.size(1), "num_heads");
+  p.out = out.data_ptr();
+  if (!tokens_read) return;
+  check_tensor(*tokens_read, "tokens_read", 1);
+  check_dtype(*tokens_read, "tokens_read", ScalarType::Long, "int64");
+  check_size(*tokens_read, "tokens_read", 0, 1, "one counter");
+}
+
+}  // namespace
+
+void sparq_select(const Tensor& query,
+                  const Tensor& kv_cache,
+                  const Tensor& block_table,
+                  const Tensor& seq_lens,
+                  const Tensor& budgets,
+                  int64_t rank,
+                  int64_t local_window,
+                  int64_t sink_tokens,
+                  double scale,
+                  double soft_cap,
+                  Tensor& indices,
+                  Tensor& counts,
+                  std::optional<Tensor> kept_mass) {
+  const SelectParams p = select_params(query,
+                                       kv_cache,
+                                       block_table,
+                                       seq_lens,
+                                       budgets,
+                                       rank,
+                                       local_window,
+                                       sink_tokens,
+                                       scale,
+                                       soft_cap,
+                                       indices,
+                                       counts,
+                                       kept_mass);
   if (p.num_rows > 0) kernels().select(p);
+}
+
+void sparq_attend(const Tensor& query,
+                  const Tensor& kv_cache,
+                  const Tensor& block_table,
+                  const Tensor& seq_lens,
+                  const Tensor& budgets,
+                  int64_t rank,
+                  int64_t local_window,
+                  int64_t sink_tokens,
+                  double scale,
+                  double soft_cap,
+                  Tensor& indices,
+                  Tensor& counts,
+                  std::optional<Tensor> kept_mass,
+                  Tensor& out,
+                  std::optional<Tensor> tokens_read) {
+  const SelectParams s = select_params(query,
+                                       kv_cache,
+                                       block_table,
+                                       seq_lens,
+                                       budgets,
+                                       rank,
+                                       local_window,
+                                       sink_tokens,
+                                       scale,
+                                       soft_cap,
+                                       indices,
+                                       counts,
+                                       kept_mass);
+  AttendParams p;
+  p.cache = s.cache;
+  p.query = s.query;
+  p.query_stride = s.query_stride;
+  p.block_table = s.block_table;
+  p.block_table_stride = s.block_table_stride;
+  p.seq_lens = s.seq_lens;
+  p.indices = s.indices;
+  p.max_kept = s.max_kept;
+  p.counts = s.counts;
+  p.kept_mass = s.kept_mass;
+  p.num_rows = s.num_rows;
+  p.group = s.group;
+  p.scale = s.scale;
+  p.soft_cap = s.soft_cap;
+  check_outputs(query, out, tokens_read, p);
+  if (p.num_rows > 0) kernels().select_attend(s, p);
+  count_tokens(p, tokens_read);
 }
 
 void attend(const Tensor& query,
@@ -242,6 +347,20 @@ void attend(const Tensor& query,
                       "] = ",
                       p.counts[i],
                       " must be -1 (everything) or from 1 to indices' size and seq_len");
+      for (int32_t j = 0; j < p.counts[i]; ++j) {
+        const int32_t token = p.indices[i * p.max_kept + j];
+        STD_TORCH_CHECK(token >= 0 && token < seq_len,
+                        "indices[",
+                        i / p.cache.num_kv_heads,
+                        "][",
+                        i % p.cache.num_kv_heads,
+                        "][",
+                        j,
+                        "] = ",
+                        token,
+                        " is not a token of the row's ",
+                        seq_len);
+      }
     }
   }
   if (kept_mass) {
@@ -252,21 +371,9 @@ void attend(const Tensor& query,
     check_size(*kept_mass, "kept_mass", 1, query.size(1), "num_heads");
     p.kept_mass = static_cast<const float*>(kept_mass->data_ptr());
   }
-  p.out_stride = check_heads(out, "out", p.cache);
-  check_size(out, "out", 0, p.num_rows, "rows");
-  check_size(out, "out", 1, query.size(1), "num_heads");
-  p.out = out.data_ptr();
-  if (tokens_read) {
-    check_tensor(*tokens_read, "tokens_read", 1);
-    check_dtype(*tokens_read, "tokens_read", ScalarType::Long, "int64");
-    check_size(*tokens_read, "tokens_read", 0, 1, "one counter");
-    int64_t& total = *static_cast<int64_t*>(tokens_read->data_ptr());
-    for (int64_t i = 0; i < p.num_rows * p.cache.num_kv_heads; ++i) {
-      const bool listed = p.counts != nullptr && p.counts[i] >= 0;
-      total += listed ? p.counts[i] : p.seq_lens[i / p.cache.num_kv_heads];
-    }
-  }
+  check_outputs(query, out, tokens_read, p);
   if (p.num_rows > 0) kernels().attend(p);
+  count_tokens(p, tokens_read);
 }
 
 std::string cpu_isa() { return kernels().name; }

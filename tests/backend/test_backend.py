@@ -571,9 +571,9 @@ def test_statistics_are_bytes_of_rows_codes_and_parameters(drive):
     assert driver.recorder.snapshot() == dict.fromkeys(driver.recorder.snapshot(), 0)
     driver.step(decode(0), decode(1))
     row_bytes = 2 * 64 * 4
-    # Request 0: 300 tokens, two sealed blocks scored with 16 channels of 64 code and 4
+    # Request 0: 300 tokens, two sealed blocks scored with 24 channels of 64 code and 4
     # parameter bytes; 60 tokens attended. Request 1: 101 tokens, dense.
-    scores = 2 * 16 * (64 + 4)
+    scores = 2 * 24 * (64 + 4)
     assert driver.recorder.snapshot() == {
         "decode_tokens": 2,
         "decode_rows": 2,

@@ -92,6 +92,13 @@ def sparq_select_arguments():
     )
 
 
+def sparq_attend_arguments():
+    return sparq_select_arguments() | dict(
+        out=torch.zeros(ROWS, HEADS, SIZE),
+        tokens_read=torch.zeros(1, dtype=torch.int64),
+    )
+
+
 def attend_arguments():
     ctx = context()
     return dict(
@@ -112,6 +119,7 @@ ARGUMENTS: dict[str, Callable[[], dict]] = {
     "seal_blocks": seal_blocks_arguments,
     "gather_kv": gather_kv_arguments,
     "sparq_select": sparq_select_arguments,
+    "sparq_attend": sparq_attend_arguments,
     "attend": attend_arguments,
 }
 TENSORS = [
@@ -367,7 +375,7 @@ def test_seal_jobs_must_be_sorted():
     )
 
 
-@pytest.mark.parametrize("op", ["gather_kv", "sparq_select", "attend"])
+@pytest.mark.parametrize("op", ["gather_kv", "sparq_select", "sparq_attend", "attend"])
 def test_block_table_entries_out_of_range(op):
     for wrong in (-1, 10**6):
         table = ARGUMENTS[op]()["block_table"]
@@ -380,7 +388,7 @@ def test_block_table_entries_out_of_range(op):
         call(op, block_table=table)
 
 
-@pytest.mark.parametrize("op", ["gather_kv", "sparq_select", "attend"])
+@pytest.mark.parametrize("op", ["gather_kv", "sparq_select", "sparq_attend", "attend"])
 @pytest.mark.parametrize("wrong", [0, -5, 513, 2**31 - 1])
 def test_context_lengths_out_of_range(op, wrong):
     arguments = ARGUMENTS[op]()
@@ -415,8 +423,19 @@ def test_gather_writes_contiguous_outputs():
         ("sink_tokens", -1, "sink_tokens must not be negative, got -1"),
     ],
 )
-def test_select_options_out_of_range(option, wrong, said):
-    assert said in refused("sparq_select", **{option: wrong})
+@pytest.mark.parametrize("op", ["sparq_select", "sparq_attend"])
+def test_select_options_out_of_range(op, option, wrong, said):
+    assert said in refused(op, **{option: wrong})
+
+
+@pytest.mark.parametrize("wrong", [-1, 131])
+def test_listed_tokens_beyond_the_context(wrong):
+    arguments = attend_arguments()
+    assert arguments["seq_lens"][1] == 131
+    arguments["counts"][1, 2] = 3
+    arguments["indices"][1, 2, :3] = torch.tensor([0, wrong, 5])
+    message = refused("attend", **arguments)
+    assert f"indices[1][2][1] = {wrong} is not a token of the row's 131" in message
 
 
 @pytest.mark.parametrize(

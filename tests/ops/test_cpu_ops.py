@@ -226,6 +226,36 @@ def test_attend_equals_the_reference(shape, dtype, soft_cap):
         assert read[0] == read[1] > 0
 
 
+@pytest.mark.parametrize("rows", [[5], [0, 1, 2, 3, 4, 5]], ids=["few", "many"])
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_steps_in_one_op_equal_the_two(dtype, with_mass, rows):
+    """One row is cut up between threads, six rows are handled whole."""
+    ctx = filled(SEQ_LENS, 3, 64, dtype)
+    query = make_query(ctx, 9, dtype)[rows]
+    args = (query, ctx.kv_cache, ctx.block_table[rows], ctx.seq_lens[rows])
+    budgets = torch.tensor([-1, 64, 64, 200, -1, 300], dtype=torch.int32)[rows]
+    options = dict(rank=20, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
+    results = []
+    for fused in (False, True):
+        lists = dict(
+            indices=torch.full((len(rows), 3, 320), -7, dtype=torch.int32),
+            counts=torch.zeros(len(rows), 3, dtype=torch.int32),
+            kept_mass=torch.zeros(len(rows), 9) if with_mass else None,
+        )
+        out, read = torch.full_like(query, torch.nan), torch.zeros(1).long()
+        if fused:
+            last = dict(out=out, tokens_read=read)
+            ops.sparq_attend(*args, budgets, **options, **lists, **last)
+        else:
+            ops.sparq_select(*args, budgets, **options, **lists)
+            ops.attend(*args, **lists, scale=0.2, out=out, tokens_read=read)
+        results.append([*lists.values(), out, read])
+    for apart, together in zip(*results, strict=True):
+        assert with_mass or apart is not None or together is None
+        assert apart is None or torch.equal(apart, together)
+
+
 def test_results_do_not_depend_on_the_batch():
     lens = [3000, 150, 2048, 777]
     ctx = filled(lens, 3, 64, torch.float32)

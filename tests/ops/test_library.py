@@ -12,7 +12,14 @@ from vllm_sparse.testing.generate import PagedContext, paged_context
 SEQ_LENS = [300, 131]
 HEADS, KV_HEADS, SIZE = 6, 3, 64
 ROOM = 80
-OPS = ["store_kv", "seal_blocks", "gather_kv", "sparq_select", "attend"]
+OPS = [
+    "store_kv",
+    "seal_blocks",
+    "gather_kv",
+    "sparq_select",
+    "sparq_attend",
+    "attend",
+]
 
 
 def context(dtype=torch.float32) -> PagedContext:
@@ -47,6 +54,9 @@ def arguments(op: str, optional: bool = True) -> tuple:
     if op == "sparq_select":
         return query, *where, budgets, 16, 16, 4, 0.125, 0.0, *lists, mass
     read = torch.zeros(1, dtype=torch.int64) if optional else None
+    if op == "sparq_attend":
+        chosen = (*lists, mass, torch.zeros_like(query), read)
+        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, *chosen
     chosen = (*lists, mass) if optional else (None, None, None)
     return query, *where, *chosen, 0.125, 0.0, torch.zeros_like(query), read
 
@@ -56,7 +66,7 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(load(), op).default, arguments(op))
 
 
-@pytest.mark.parametrize("op", ["sparq_select", "attend"])
+@pytest.mark.parametrize("op", ["sparq_select", "sparq_attend", "attend"])
 def test_opcheck_without_optional_tensors(op):
     torch.library.opcheck(getattr(load(), op).default, arguments(op, optional=False))
 

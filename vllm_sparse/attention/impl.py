@@ -156,23 +156,19 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
                 first > 0 and extract_layer_index(layer.layer_name) < first
             )
         selector = None if self._dense_layer else self.selector
-        indices = counts = kept_mass = None
         if selector is not None and rows.indices is not None:
-            kept_mass = selector.select(query, kv_cache, rows)
-            indices, counts = rows.indices, rows.counts
-        ops.attend(
-            query,
-            kv_cache,
-            rows.block_table,
-            rows.seq_lens,
-            indices=indices,
-            counts=counts,
-            kept_mass=kept_mass,
-            scale=self.scale,
-            soft_cap=self.shape.soft_cap,
-            out=out,
-            tokens_read=recorder.tokens_read,
-        )
+            selector.attend(query, kv_cache, rows, out, recorder.tokens_read)
+        else:
+            ops.attend(
+                query,
+                kv_cache,
+                rows.block_table,
+                rows.seq_lens,
+                scale=self.scale,
+                soft_cap=self.shape.soft_cap,
+                out=out,
+                tokens_read=recorder.tokens_read,
+            )
         self._record(selector, rows)
 
     def _record(self, selector: Selector | None, rows: DecodeRows) -> None:

@@ -109,6 +109,44 @@ def sparq_select(
     )
 
 
+def sparq_attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    *,
+    rank: int,
+    local_window: int,
+    sink_tokens: int,
+    scale: float,
+    soft_cap: float,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    kept_mass: torch.Tensor | None = None,
+    out: torch.Tensor,
+    tokens_read: torch.Tensor | None = None,
+) -> None:
+    """:func:`sparq_select`, then :func:`attend` over what it chose, in one call."""
+    load().sparq_attend(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        budgets,
+        rank,
+        local_window,
+        sink_tokens,
+        scale,
+        soft_cap,
+        indices,
+        counts,
+        kept_mass,
+        out,
+        tokens_read,
+    )
+
+
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,

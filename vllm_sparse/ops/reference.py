@@ -268,3 +268,28 @@ def attend(
                 alpha = kept_mass[row, heads].unsqueeze(-1)
                 y = alpha * y + (1 - alpha) * total / length
             out[row, heads] = y.to(out.dtype)
+
+
+def sparq_attend(
+    query,
+    kv_cache,
+    block_table,
+    seq_lens,
+    budgets,
+    rank,
+    local_window,
+    sink_tokens,
+    scale,
+    soft_cap,
+    indices,
+    counts,
+    kept_mass,
+    out,
+    tokens_read=None,
+) -> None:
+    """Both steps of SparQ."""
+    context = (query, kv_cache, block_table, seq_lens)
+    lists = (indices, counts, kept_mass)
+    options = (rank, local_window, sink_tokens, scale, soft_cap)
+    sparq_select(*context, budgets, *options, *lists)
+    attend(*context, *lists, scale, soft_cap, out, tokens_read)

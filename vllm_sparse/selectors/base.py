@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import ops
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig
 
@@ -79,6 +80,35 @@ class Selector(ABC):
         Returns:
             kept mass [num_rows, num_heads] fp32 where the mean-value term is on.
         """
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        tokens_read: torch.Tensor,
+    ) -> None:
+        """:meth:`select`, then exact attention over what it chose.
+
+        Args:
+            out: [num_rows, num_heads, head_size], written.
+            tokens_read: [1] int64, the tokens attended per KV head are added to it.
+        """
+        kept_mass = self.select(query, kv_cache, rows)
+        ops.attend(
+            query,
+            kv_cache,
+            rows.block_table,
+            rows.seq_lens,
+            indices=rows.indices,
+            counts=rows.counts,
+            kept_mass=kept_mass,
+            scale=self.shape.scale,
+            soft_cap=self.shape.soft_cap,
+            out=out,
+            tokens_read=tokens_read,
+        )
 
     @abstractmethod
     def score_bytes(self, seq_len: int) -> int:

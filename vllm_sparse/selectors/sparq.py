@@ -17,25 +17,47 @@ class SparqSelector(Selector):
     def select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
     ) -> torch.Tensor | None:
-        kept_mass = None
-        if self.config.mean_value:
-            kept_mass = torch.empty(query.shape[:2], dtype=torch.float32)
+        options = self._options(query, rows)
         ops.sparq_select(
+            query, kv_cache, rows.block_table, rows.seq_lens, rows.budgets, **options
+        )
+        return options["kept_mass"]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        tokens_read: torch.Tensor,
+    ) -> None:
+        # One op: chosen rows are attended while another core still scores.
+        ops.sparq_attend(
             query,
             kv_cache,
             rows.block_table,
             rows.seq_lens,
             rows.budgets,
-            rank=self.config.rank,
-            local_window=self.config.local_window,
-            sink_tokens=self.config.sink_tokens,
-            scale=self.shape.scale,
-            soft_cap=self.shape.soft_cap,
-            indices=rows.indices,
-            counts=rows.counts,
-            kept_mass=kept_mass,
+            **self._options(query, rows),
+            out=out,
+            tokens_read=tokens_read,
         )
-        return kept_mass
+
+    def _options(self, query: torch.Tensor, rows: DecodeRows) -> dict:
+        config, shape = self.config, self.shape
+        kept_mass = None
+        if config.mean_value:
+            kept_mass = torch.empty(query.shape[:2], dtype=torch.float32)
+        return {
+            "rank": config.rank,
+            "local_window": config.local_window,
+            "sink_tokens": config.sink_tokens,
+            "scale": shape.scale,
+            "soft_cap": shape.soft_cap,
+            "indices": rows.indices,
+            "counts": rows.counts,
+            "kept_mass": kept_mass,
+        }
 
     def score_bytes(self, seq_len: int) -> int:
         layout = self.shape.layout
