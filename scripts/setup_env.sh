@@ -137,6 +137,8 @@ fi
 # Python compiles modules when first imported; without keeping that, every start of
 # vLLM takes 20 seconds longer.
 unset PYTHONDONTWRITEBYTECODE
+# Large tensors on huge pages: selection reads lines scattered over the whole cache.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 # With GNU's OpenMP a decode step can take ten times as long on a busy machine; vLLM
 # asks for Intel's to be loaded first (its CPU installation page).
 if [ -e "$venv/lib/libiomp5.so" ]; then

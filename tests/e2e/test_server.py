@@ -46,7 +46,10 @@ def server(log: Path, *arguments: str):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(get_model()), "--host", "127.0.0.1"]
     command += ["--port", str(port), *arguments]
-    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
