@@ -452,15 +452,17 @@ def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
         configure(llm, SPARSE)
         generate(llm, prompts[4:], greedy(4))
         assert stats(llm)["sparse_rows"] == 2 * 3 * NUM_LAYERS
-    compared = 0
+    differences: list[float] = []
     for a, b, pa, pb in zip(
         tokens(dense), tokens(ours), logprobs(dense), logprobs(ours), strict=True
     ):
         # bf16 ties may part the texts; beyond that, contexts differ.
         same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
-        compared += same
-        assert max(abs(x - y) for x, y in zip(pa[:same], pb[:same])) < 0.15
-    assert compared > 0.6 * len(prompts) * NEW_TOKENS
+        differences += [abs(x - y) for x, y in zip(pa[:same], pb[:same])]
+    assert len(differences) > 0.6 * len(prompts) * NEW_TOKENS
+    # Both round to bf16 (8 bits) in every layer, in another order.
+    assert max(differences) < 0.3
+    assert sum(differences) / len(differences) < 0.03
 
 
 def test_importing_the_engine_tests_left_the_threads_alone():

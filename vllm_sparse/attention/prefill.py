@@ -69,7 +69,10 @@ def plan_prefill(
     # Token i of all rows sits at its row's first scratch slot plus its position.
     shift = (first_block * BLOCK_SIZE - out_start).repeat_interleave(lens)
     width = int(blocks.max())
+    num_blocks = int(blocks.sum())
+    # Entries past a row's own blocks are never read, but must be blocks.
     table = first_block[:, None] + torch.arange(width)[None, :]
+    table = table.clamp(max=num_blocks - 1)
     return PrefillRows(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
@@ -77,7 +80,7 @@ def plan_prefill(
         scratch_table=table.int(),
         slots=torch.arange(total) + shift,
         out_start=out_start,
-        num_scratch_blocks=int(blocks.sum()) + width,
+        num_scratch_blocks=num_blocks,
         has_context=total > int(query_start_loc[-1]),
         scheduler_metadata=vllm_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
@@ -106,6 +109,9 @@ class Scratch:
         key = (name, rest, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape[0] < first:
+            # The old one goes first, or both would be held while it grows.
+            del buffer
+            self._buffers.pop(key, None)
             # Finite always: masked products of stale memory must not become NaN.
             buffer = torch.zeros((first, *rest), dtype=dtype)
             self._buffers[key] = buffer
