@@ -36,7 +36,6 @@ class Timed:
         extra = {}
         if self.is_sparse:
             extra = {
-                "additional_config": {NAMESPACE: json.loads(args.sparse)},
                 "worker_extension_cls": "vllm_sparse.attention.stats.WorkerExtension",
             }
         self.llm = LLM(
@@ -70,6 +69,11 @@ class Timed:
         first = self.seconds(prompts, 1)
         return (self.seconds(prompts, 1 + tokens) - first) / tokens
 
+    def configure(self, options: dict | None) -> None:
+        """Switch to other options of our backend; None where it is vLLM's own."""
+        if options is not None:
+            self.llm.collective_rpc("reconfigure_sparse", args=(options,))
+
     def kv_share(self) -> float | None:
         """Share of the dense KV bytes read since the last call."""
         if not self.is_sparse:
@@ -86,42 +90,55 @@ def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    engines = [Timed(backend, args) for backend in args.backends]
+    # Label, engine, options: our engine is measured once per set of options.
+    variants: list[tuple[str, Timed, dict | None]] = []
+    for backend in args.backends:
+        engine = Timed(backend, args)
+        if not engine.is_sparse:
+            variants.append((backend, engine, None))
+            continue
+        for text in args.sparse:
+            label = f"{backend} {text}" if len(args.sparse) > 1 else backend
+            variants.append((label, engine, json.loads(text)))
     cases = [("ttft", n, 1) for n in args.ttft_lengths]
     cases += [("decode", n, b) for n in args.lengths for b in args.batches]
     rows = []
     bar = tqdm(total=len(cases) * args.repeats)
     for kind, length, batch in cases:
         bar.set_description(f"{kind} {length} x {batch}")
-        times: dict[str, list[float]] = {e.backend: [] for e in engines}
+        times: dict[str, list[float]] = {label: [] for label, *_ in variants}
+        shares: dict[str, float | None] = {}
         prompts = make_prompts(batch, length, seed=length + batch)
         if kind == "decode":
-            for engine in engines:
+            for engine in dict.fromkeys(engine for _, engine, _ in variants):
                 engine.seconds(prompts, 1)
-                engine.kv_share()
         for repeat in range(args.repeats):
-            for engine in engines:
+            for number, (label, engine, options) in enumerate(variants):
+                engine.configure(options)
+                engine.kv_share()
                 if kind == "ttft":  # prompts never seen before
-                    fresh = make_prompts(1, length, seed=10**6 + repeat * 10 + length)
-                    times[engine.backend].append(engine.seconds(fresh, 1))
+                    seed = 10**6 + (repeat * 10 + number) * 10**4 + length
+                    seconds = engine.seconds(make_prompts(1, length, seed), 1)
                 else:
-                    step = engine.decode_step(prompts, args.tokens)
-                    times[engine.backend].append(step)
+                    seconds = engine.decode_step(prompts, args.tokens)
+                    shares[label] = engine.kv_share()
+                times[label].append(seconds)
             bar.update()
-        for engine in engines:
-            seconds = statistics.median(times[engine.backend])
+        for label, _, options in variants:
+            seconds = statistics.median(times[label])
             row = {
                 "kind": kind,
-                "backend": engine.backend,
+                "backend": label,
+                "sparse": options,
                 "context": length,
                 "batch": batch,
                 "ms": seconds * 1e3,
-                "all_ms": [t * 1e3 for t in times[engine.backend]],
+                "all_ms": [t * 1e3 for t in times[label]],
             }
             if kind == "decode":
                 row |= {
                     "tokens_per_s": batch / seconds,
-                    "kv_share": engine.kv_share(),
+                    "kv_share": shares[label],
                 }
             rows.append(row)
     bar.close()
@@ -146,7 +163,8 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backends", nargs="+", default=["cpu_attn", "sparq"])
-    parser.add_argument("--sparse", default="{}", help="options of sparq, as JSON")
+    add = parser.add_argument
+    add("--sparse", nargs="+", default=["{}"], help="options of sparq, as JSON each")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8000])
     parser.add_argument("--ttft-lengths", type=int, nargs="*", default=[6000])
