@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.environment import describe
 from scripts.get_model import get_model
-from vllm_sparse.config import NAMESPACE
 
 
 class Timed:
