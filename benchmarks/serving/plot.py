@@ -37,7 +37,8 @@ def plot(result: dict, path: Path) -> None:
     axes.set_xticks(centre, [f"{n} tokens\nbatch {b}" for n, b in groups])
     axes.set_ylabel("decode tokens / s")
     axes.set_title("SmolLM2-135M, 2 cores, bf16")
-    axes.legend()
+    axes.margins(y=0.2)
+    axes.legend(loc="upper center", ncols=len(backends), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
