@@ -118,63 +118,34 @@ class Layer:
         )
 
     def dense(self) -> None:
+        ops.attend(*self._context(), scale=self.scale, out=self.out)
+
+    def _context(self) -> tuple[torch.Tensor, ...]:
         ctx = self.ctx
-        ops.attend(
-            self.query,
-            ctx.kv_cache,
-            ctx.block_table,
-            ctx.seq_lens,
-            scale=self.scale,
-            out=self.out,
-        )
+        return self.query, ctx.kv_cache, ctx.block_table, ctx.seq_lens
+
+    def _selection(self) -> dict:
+        return {
+            "rank": self.case.rank,
+            "local_window": 32,
+            "sink_tokens": 4,
+            "scale": self.scale,
+            "soft_cap": 0.0,
+            **self._lists(),
+        }
+
+    def _lists(self) -> dict:
+        return {"indices": self.indices, "counts": self.counts}
 
     def select(self) -> None:
-        ctx = self.ctx
-        ops.sparq_select(
-            self.query,
-            ctx.kv_cache,
-            ctx.block_table,
-            ctx.seq_lens,
-            self.budgets,
-            rank=self.case.rank,
-            local_window=32,
-            sink_tokens=4,
-            scale=self.scale,
-            soft_cap=0.0,
-            indices=self.indices,
-            counts=self.counts,
-        )
+        ops.sparq_select(*self._context(), self.budgets, **self._selection())
 
     def attend(self) -> None:
-        ctx = self.ctx
-        ops.attend(
-            self.query,
-            ctx.kv_cache,
-            ctx.block_table,
-            ctx.seq_lens,
-            indices=self.indices,
-            counts=self.counts,
-            scale=self.scale,
-            out=self.out,
-        )
+        ops.attend(*self._context(), **self._lists(), scale=self.scale, out=self.out)
 
     def sparq(self) -> None:
-        ctx = self.ctx
-        ops.sparq_attend(
-            self.query,
-            ctx.kv_cache,
-            ctx.block_table,
-            ctx.seq_lens,
-            self.budgets,
-            rank=self.case.rank,
-            local_window=32,
-            sink_tokens=4,
-            scale=self.scale,
-            soft_cap=0.0,
-            indices=self.indices,
-            counts=self.counts,
-            out=self.out,
-        )
+        selection = self._selection()
+        ops.sparq_attend(*self._context(), self.budgets, **selection, out=self.out)
 
     def bytes_moved(self) -> tuple[int, int]:
         """(sparse, dense) unique bytes of one call."""
