@@ -39,9 +39,13 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 # Everything that decides what is installed. The folder is part of it because an
 # editable install points there.
 fingerprint() {
+  { source_fingerprint; echo "$extras"; cat "$root/scripts/setup_env.sh"; } | sha256sum
+}
+
+source_fingerprint() {
   cd "$root"
-  { echo "$root $extras"; cat pyproject.toml setup.py scripts/setup_env.sh
-    find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -d ' ' -f 1
+  { echo "$root"; cat pyproject.toml setup.py
+    find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum
 }
 
 # uv reads none of pip's configuration: print the options that say the same, one a line.
@@ -118,11 +122,16 @@ set_up() {
   mapfile -t packages < <(requirements "$@")
   # setuptools first and torch before the project: its build imports both.
   install setuptools wheel ninja "${packages[@]}"
-  say "building the C++ ops"
+  # Other extras need no new build.
+  local built="$venv/.built" sources
+  sources="$(source_fingerprint)"
+  if [ "$(cat "$built" 2>/dev/null)" = "$sources" ]; then return; fi
+  say "building the C++ ops (a minute or two)"
   local build=("$venv/bin/pip" install --quiet)
   if command -v uv >/dev/null; then build=(uv pip install --quiet --python "$venv/bin/python"); fi
   (cd "$root" && "${build[@]}" --no-build-isolation --no-deps --editable .) ||
     die "building the C++ ops failed; the compiler's message stands above"
+  echo "$sources" >"$built"
 }
 
 export PATH="$venv/bin:$PATH"
@@ -144,3 +153,5 @@ export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 if [ -e "$venv/lib/libiomp5.so" ]; then
   export LD_PRELOAD="$venv/lib/libiomp5.so${LD_PRELOAD:+:$LD_PRELOAD}"
 fi
+# Sourced by hand: a failing command must not end the user's shell.
+case $- in *i*) set +eu +o pipefail ;; esac

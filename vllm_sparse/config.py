@@ -35,7 +35,7 @@ class SparseConfig:
     # Method that chooses tokens. "exact" (oracle), "quest" and "window" are slow, plain
     # versions for comparison; "dense" keeps everything.
     selector: str = "sparq"
-    # Channels of K read to score tokens (r in SparQ). None: head_size / 4.
+    # Channels of K read to score tokens (r in SparQ). None: 3/8 of head_size.
     rank: int | None = None
     # Tokens attended exactly, with sinks, window and unsealed tail counted in.
     # An int is a count; a float in (0, 1] is that fraction of the context.

@@ -133,7 +133,8 @@ static inline float hmax(vf v) {
 // Round to the nearest integer, ties to even; |x| < 2^22.
 static inline vf round_even(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// e^x for x <= 0, relative error below 3e-7 plus that of the product x * log2(e); 0 below -87.
+// e^x for x <= 0, relative error below 3e-7 plus that of the product x * log2(e);
+// 0 where it underflows.
 static inline vf exp_negative(vf x) {
 #if defined(ISA_AVX512)
   // 2^y as 2^floor(y) * 2^rest; scaling takes the floor and underflows to 0 by itself.

@@ -416,7 +416,10 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     chosen = [prompts[4][:150] * 2, prompts[3]]
     configure(llm, SPARSE)
     expected = tokens(generate(llm, chosen, greedy(**COLD)))
+    # In a process of its own: ngram drafting imports numba, and vLLM 0.32's
+    # _rebind_kernels, which walks all modules at each start, fails on llvmlite's.
     with running(
+        in_process=False,
         dtype="float32",
         attention_backend="sparq",
         worker_extension_cls=EXTENSION,
