@@ -1,37 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Builds the C++ ops against torch's stable ABI; the rest is in pyproject.toml."""
+"""Builds the C++ and CUDA ops against torch's stable ABI; the rest is in pyproject.toml.
 
+``VLLM_SPARSE_CUDA`` = auto (default: build the CUDA ops where nvcc is found), on or off;
+``VLLM_SPARSE_CUDA_ARCHS`` = compute capabilities, for example "90a" or "80;89;90a;100".
+"""
+
+import os
+import shutil
+import subprocess
 from glob import glob
+from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import (
+    BuildExtension,
+    CppExtension,
+    include_paths,
+    library_paths,
+)
 
 # Lowest torch whose stable ABI is used; one build serves all later ones.
 TORCH_TARGET = "0x020b000000000000"
 # Lowest CPython of the limited API (3.11).
 PY_LIMITED_API = "0x030b0000"
+# Without this the linker drops libtorch, which the stable shims live in.
+LINK_TORCH = ["--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+CUDA_NAME = "vllm_sparse._C_cuda"
+CUDA_ARCHS = "80;89;90a;100"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of the PATH or of the usual place."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [f"{home}/bin/nvcc" for home in homes if home]
+    for path in (found[0], shutil.which("nvcc"), found[-1]):
+        if path and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA ops; never depends on a GPU being there."""
+    switch = os.environ.get("VLLM_SPARSE_CUDA", "auto")
+    if switch not in ("auto", "on", "off"):
+        raise SystemExit(f"VLLM_SPARSE_CUDA must be auto, on or off, not {switch!r}")
+    if switch == "on" and find_nvcc() is None:
+        raise SystemExit(
+            "VLLM_SPARSE_CUDA=on, but there is no nvcc: set CUDA_HOME or put it on PATH"
+        )
+    return switch != "off" and find_nvcc() is not None
+
+
+class Build(BuildExtension):
+    """Calls nvcc itself for the CUDA library: torch may be a build without CUDA."""
+
+    def build_extension(self, ext) -> None:
+        if ext.name == CUDA_NAME:
+            self.build_cuda(ext)
+        else:
+            super().build_extension(ext)
+
+    def build_cuda(self, ext) -> None:
+        archs = os.environ.get("VLLM_SPARSE_CUDA_ARCHS", CUDA_ARCHS).split(";")
+        flags = [
+            "-O3",
+            "-std=c++20",
+            "--threads=0",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+            *(f"-I{path}" for path in include_paths()),
+        ]
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        for source in ext.sources:
+            objects.append(str(folder / (Path(source).name + ".o")))
+            command = [find_nvcc(), *flags, "-c", source, "-o", objects[-1]]
+            subprocess.run(command, check=True)
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{path}" for path in library_paths()]
+        link = ["-Xlinker=" + LINK_TORCH[0], *LINK_TORCH[1:]]
+        shared = ["-shared", "-cudart=static", *libraries, *link]
+        command = [find_nvcc(), *shared, *objects, "-o", str(output)]
+        subprocess.run(command, check=True)
+
+
+extensions = [
+    CppExtension(
+        "vllm_sparse._C",
+        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cpu/*.inc"),
+        extra_compile_args={
+            "cxx": [
+                "-O2",
+                "-std=c++20",
+                "-fvisibility=hidden",
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+                f"-DPy_LIMITED_API={PY_LIMITED_API}",
+            ]
+        },
+        extra_link_args=[f"-Wl,{LINK_TORCH[0]}", *LINK_TORCH[1:]],
+        py_limited_api=True,
+    )
+]
+if wants_cuda():
+    sources = [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/ops.cpp"]
+    extensions.append(Extension(CUDA_NAME, sources, py_limited_api=True))
 
 setup(
-    ext_modules=[
-        CppExtension(
-            "vllm_sparse._C",
-            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/cpu/*.inc"),
-            extra_compile_args={
-                "cxx": [
-                    "-O2",
-                    "-std=c++20",
-                    "-fvisibility=hidden",
-                    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-                    f"-DPy_LIMITED_API={PY_LIMITED_API}",
-                ]
-            },
-            # Without this the linker drops libtorch, which the stable shims live in.
-            extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

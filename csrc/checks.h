@@ -16,6 +16,14 @@ namespace vllm_sparse {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef VLLM_SPARSE_DEVICE_CUDA
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+constexpr const char* kDeviceName = "GPU";
+#else
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+constexpr const char* kDeviceName = "CPU";
+#endif
+
 inline Dtype model_dtype(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat;
@@ -25,10 +33,10 @@ inline Dtype model_dtype(const Tensor& t, const char* name) {
   }
 }
 
-// `dims` dimensions on the CPU, and the last of them contiguous.
+// `dims` dimensions on the library's device, and the last of them contiguous.
 inline void check_tensor(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, name, " must have ", dims, " dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(on_device(t), name, " must be on the ", kDeviceName);
   STD_TORCH_CHECK(t.size(dims - 1) <= 1 || t.stride(dims - 1) == 1,
                   name,
                   " must be contiguous in its last dimension");

@@ -15,7 +15,14 @@ A broken contract raises RuntimeError naming the tensor and what was expected.
 
 import torch
 
-from .library import load
+from .library import load, require_cuda
+
+
+def _ops(kv_cache: torch.Tensor):
+    """The op namespace, once it is known to serve the cache's device."""
+    if kv_cache.is_cuda:
+        require_cuda()
+    return load()
 
 
 def store_kv(
@@ -30,7 +37,7 @@ def store_kv(
         key, value: [>= num_tokens, num_kv_heads, head_size], any token and head stride.
         slot_mapping: [num_tokens] int64, block * BLOCK_SIZE + offset; negative: skip.
     """
-    load().store_kv(key, value, kv_cache, slot_mapping)
+    _ops(kv_cache).store_kv(key, value, kv_cache, slot_mapping)
 
 
 def seal_blocks(
@@ -47,7 +54,7 @@ def seal_blocks(
         prev_block_ids: [num_jobs] int32 block before each in its context; -1: none.
         block_index: [num_jobs] int32 place in the context, ascending.
     """
-    load().seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size)
+    _ops(kv_cache).seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size)
 
 
 def gather_kv(
@@ -64,7 +71,7 @@ def gather_kv(
         out_start: [num_rows] int64, the row's first token in ``key`` and ``value``.
         key, value: [num_tokens, num_kv_heads, head_size], written.
     """
-    load().gather_kv(kv_cache, block_table, seq_lens, out_start, key, value)
+    _ops(kv_cache).gather_kv(kv_cache, block_table, seq_lens, out_start, key, value)
 
 
 def sparq_select(
@@ -92,7 +99,7 @@ def sparq_select(
             or -1 where everything is kept.
         kept_mass: [num_rows, num_heads] fp32, written: estimated probability mass kept.
     """
-    load().sparq_select(
+    _ops(kv_cache).sparq_select(
         query,
         kv_cache,
         block_table,
@@ -128,7 +135,7 @@ def sparq_attend(
     tokens_read: torch.Tensor | None = None,
 ) -> None:
     """:func:`sparq_select`, then :func:`attend` over what it chose, in one call."""
-    load().sparq_attend(
+    _ops(kv_cache).sparq_attend(
         query,
         kv_cache,
         block_table,
@@ -169,7 +176,7 @@ def attend(
         out: [num_rows, num_heads, head_size], written.
         tokens_read: [1] int64 counter, the tokens attended per KV head are added to it.
     """
-    load().attend(
+    _ops(kv_cache).attend(
         query,
         kv_cache,
         block_table,

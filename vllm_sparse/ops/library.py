@@ -8,19 +8,11 @@ from importlib.util import find_spec
 import torch
 
 
-@cache
-def load():
-    """Load the compiled library and return its op namespace.
-
-    Raises:
-        ImportError: when the library is missing or does not fit this torch.
-    """
-    spec = find_spec("vllm_sparse._C")
+def _load(name: str) -> bool:
+    """Load one compiled library; False when it was not built."""
+    spec = find_spec(f"vllm_sparse.{name}")
     if spec is None or spec.origin is None:
-        raise ImportError(
-            "vllm_sparse's compiled ops are missing; build them with "
-            "`pip install --no-build-isolation -e .` in the project's folder"
-        )
+        return False
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
@@ -28,4 +20,38 @@ def load():
             f"vllm_sparse's compiled ops do not load under torch {torch.__version__} "
             f"(2.11 or newer is needed): {error}"
         ) from error
+    return True
+
+
+@cache
+def load():
+    """Load the compiled libraries and return their op namespace.
+
+    Raises:
+        ImportError: when the library is missing or does not fit this torch.
+    """
+    if not _load("_C"):
+        raise ImportError(
+            "vllm_sparse's compiled ops are missing; build them with "
+            "`pip install --no-build-isolation -e .` in the project's folder"
+        )
+    if torch.cuda.is_available():
+        _load("_C_cuda")
     return torch.ops.vllm_sparse
+
+
+@cache
+def require_cuda() -> None:
+    """Make sure that the ops take CUDA tensors.
+
+    Raises:
+        ImportError: when there is no CUDA device or the CUDA library was not built.
+    """
+    if not torch.cuda.is_available():
+        raise ImportError("torch finds no CUDA device")
+    load()
+    if find_spec("vllm_sparse._C_cuda") is None:
+        raise ImportError(
+            "vllm_sparse's CUDA ops are missing; build them where nvcc is found with "
+            "`VLLM_SPARSE_CUDA=on pip install --no-build-isolation -e .`"
+        )

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+//
+// Exact attention over listed tokens. A cluster of thread blocks shares the tokens of one (row, KV
+// head) and merges its partial results through shared memory.
+#include "kernels.h"
+
+namespace vllm_sparse::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTile = 256;  // tokens whose addresses are looked up at once
+constexpr int kUnroll = 4;  // tokens of a lane in flight
+
+template <class T>
+struct Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  uint4 raw;
+  __device__ void unpack(float (&x)[kSize]) const {
+    if constexpr (sizeof(T) == 4) {
+      x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
+      x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
+    } else {
+      const T* values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) x[i] = to_float(values[i]);
+    }
+  }
+};
+
+// LT lanes read a token, N vectors of 16 bytes each; G query heads at a time.
+template <int C, class T, int LT, int N, int G>
+__global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (C > 1) return;
+#endif
+  constexpr int E = Vector<T>::kSize, kTokens = 32 / LT, kWidth = LT * N * E;
+  __shared__ const uint4* rows[kTile];
+  __shared__ float partial[kWarps][G][kWidth];
+  __shared__ float warp_top[kWarps][G], warp_sum_of[kWarps][G];
+  __shared__ float result[G][kWidth], top[G], sum[G];
+
+  const int64_t item = blockIdx.x / C, row = item / p.cache.num_kv_heads;
+  const int rank = blockIdx.x % C, head = static_cast<int>(item % p.cache.num_kv_heads);
+  const int first_head = blockIdx.y * G, head_size = p.cache.head_size;
+  const int heads = min(G, p.group - first_head);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LT, slot = lane / LT;
+  const int vectors = head_size / E;
+  const int length =
+      static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
+  const int listed = p.counts == nullptr ? -1 : p.counts[item];
+  const int count = listed < 0 ? length : static_cast<int>(min(int64_t{listed}, p.max_kept));
+  const int share = (count + C - 1) / C;
+  const int first = min(count, share * rank), end = min(count, first + share);
+  if (p.tokens_read != nullptr && rank == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.tokens_read), count);
+  }
+
+  const float scale = p.soft_cap > 0 ? p.scale : p.scale * kLog2e;
+  float q[G][N][E], acc[G][N][E] = {}, m[G], l[G] = {};
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    m[g] = -INFINITY;
+    const uint8_t* from = static_cast<const uint8_t*>(p.query) + row * p.query_stride;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        const int d = (part + n * LT) * E + i;
+        const int64_t at = (int64_t{head} * p.group + first_head + g) * head_size + d;
+        q[g][n][i] =
+            g < heads && d < head_size ? to_float(reinterpret_cast<const T*>(from)[at]) * scale : 0;
+      }
+    }
+  }
+
+  for (int start = first; start < end; start += kTile) {
+    const int tile = min(kTile, end - start);
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile; i += kThreads) {
+      int t = start + i;
+      if (listed >= 0) t = min(max(p.indices[item * p.max_kept + t], 0), max(length - 1, 0));
+      const int32_t id = p.block_table[row * p.block_table_stride + t / kBlockSize];
+      rows[i] = reinterpret_cast<const uint4*>(chunk_of(p.cache, safe_block(p.cache, id), head)) +
+                int64_t{t % kBlockSize} * 2 * vectors;
+    }
+    __syncthreads();
+    for (int base = warp * kTokens * kUnroll; base < tile; base += kWarps * kTokens * kUnroll) {
+      Vector<T> k[kUnroll][N], v[kUnroll][N];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint4* from = rows[min(base + u * kTokens + slot, tile - 1)];
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          const int at = min(part + n * LT, vectors - 1);
+          k[u][n].raw = __ldg(from + at);
+          v[u][n].raw = __ldg(from + vectors + at);
+        }
+      }
+      float x[kUnroll][G];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int g = 0; g < G; ++g) x[u][g] = 0;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          float key[E];
+          k[u][n].unpack(key);
+          if (part + n * LT >= vectors) continue;
+#pragma unroll
+          for (int g = 0; g < G; ++g) {
+#pragma unroll
+            for (int i = 0; i < E; ++i) x[u][g] = fmaf(q[g][n][i], key[i], x[u][g]);
+          }
+        }
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+#pragma unroll
+          for (int i = 1; i < LT; i *= 2) x[u][g] += __shfl_xor_sync(kFullMask, x[u][g], i);
+          if (p.soft_cap > 0) x[u][g] = p.soft_cap * kLog2e * tanhf(x[u][g] / p.soft_cap);
+          if (base + u * kTokens + slot >= tile) x[u][g] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        float peak = m[g];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) peak = fmaxf(peak, x[u][g]);
+        // A lane without a token yet: any finite value keeps NaN out.
+        const float shift = peak == -INFINITY ? 0 : peak;
+        const float factor = exp2f(m[g] - shift);
+        m[g] = peak;
+        l[g] *= factor;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+          for (int i = 0; i < E; ++i) acc[g][n][i] *= factor;
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          x[u][g] = exp2f(x[u][g] - shift);
+          l[g] += x[u][g];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          float value[E];
+          v[u][n].unpack(value);
+#pragma unroll
+          for (int g = 0; g < G; ++g) {
+#pragma unroll
+            for (int i = 0; i < E; ++i) acc[g][n][i] = fmaf(x[u][g], value[i], acc[g][n][i]);
+          }
+        }
+      }
+    }
+  }
+
+  // Merge: lanes that held other tokens, then warps, then the cluster.
+#pragma unroll
+  for (int g = 0; g < G; ++g) {
+    float peak = m[g];
+#pragma unroll
+    for (int i = LT; i < 32; i *= 2) peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, i));
+    const float factor = m[g] == -INFINITY ? 0 : exp2f(m[g] - peak);
+    l[g] *= factor;
+#pragma unroll
+    for (int i = LT; i < 32; i *= 2) l[g] += __shfl_xor_sync(kFullMask, l[g], i);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        float a = acc[g][n][e] * factor;
+#pragma unroll
+        for (int i = LT; i < 32; i *= 2) a += __shfl_xor_sync(kFullMask, a, i);
+        if (slot == 0) partial[warp][g][(part + n * LT) * E + e] = a;
+      }
+    }
+    if (lane == 0) {
+      warp_top[warp][g] = peak;
+      warp_sum_of[warp][g] = l[g];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < G * kWidth; i += kThreads) {
+    const int g = i / kWidth, d = i % kWidth;
+    float peak = -INFINITY, total = 0, a = 0;
+    for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, warp_top[w][g]);
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = warp_top[w][g] == -INFINITY ? 0 : exp2f(warp_top[w][g] - peak);
+      total += factor * warp_sum_of[w][g];
+      a += factor * partial[w][g][d];
+    }
+    result[g][d] = a;
+    if (d == 0) top[g] = peak, sum[g] = total;
+  }
+  Cluster<C>::sync();
+  const int outputs = heads * head_size;
+  for (int i = rank * kThreads + threadIdx.x; i < outputs; i += C * kThreads) {
+    const int g = i / head_size, d = i % head_size;
+    float tops[C], peak = -INFINITY, total = 0, a = 0;
+#pragma unroll
+    for (int r = 0; r < C; ++r) {
+      tops[r] = Cluster<C>::at(top, r)[g];
+      peak = fmaxf(peak, tops[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < C; ++r) {
+      const float factor = tops[r] == -INFINITY ? 0 : exp2f(tops[r] - peak);
+      total += factor * Cluster<C>::at(sum, r)[g];
+      a += factor * Cluster<C>::at(&result[0][0], r)[g * kWidth + d];
+    }
+    float y = count > 0 ? a / total : 0;
+    const int64_t query_head = int64_t{head} * p.group + first_head + g;
+    if (p.kept_mass != nullptr && length > 0) {
+      // Mean of V over the whole context: the last sealed block knows it up to its end.
+      const int sealed = length / kBlockSize, tail = length % kBlockSize;
+      const int32_t* table = p.block_table + row * p.block_table_stride;
+      float values = 0;
+      if (tail > 0) {
+        const T* from = reinterpret_cast<const T*>(
+                            chunk_of(p.cache, safe_block(p.cache, table[sealed]), head)) +
+                        head_size + d;
+#pragma unroll 8
+        for (int t = 0; t < tail; ++t) values += to_float(from[int64_t{t} * 2 * head_size]);
+      }
+      if (sealed > 0) {
+        const int64_t offset = int64_t{kBlockSize} * 2 * head_size * sizeof(T) +
+                               head_size * (kCodeBytes + 4);
+        const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed - 1]), head);
+        values += __half2float(reinterpret_cast<const __half*>(chunk + offset)[d]) *
+                  static_cast<float>(sealed * kBlockSize);
+      }
+      const float alpha =
+          p.kept_mass[row * p.cache.num_kv_heads * p.group + query_head];
+      y = alpha * y + (1 - alpha) * values / static_cast<float>(length);
+    }
+    uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.out_stride;
+    store_float(out, query_head * head_size + d, p.cache.dtype, y);
+  }
+  Cluster<C>::sync();  // others may still read this block's shared memory
+}
+
+template <int C, class T, int LT, int N>
+void launch_lanes(const Device& device, const AttendArgs& p) {
+  const int heads = p.group == 1 ? 1 : p.group == 2 ? 2 : 4;
+  const dim3 grid(p.num_rows * p.cache.num_kv_heads, (p.group + heads - 1) / heads);
+  switch (heads) {
+    case 1: launch(device, attend_kernel<C, T, LT, N, 1>, C, grid, kThreads, 0, p); break;
+    case 2: launch(device, attend_kernel<C, T, LT, N, 2>, C, grid, kThreads, 0, p); break;
+    default: launch(device, attend_kernel<C, T, LT, N, 4>, C, grid, kThreads, 0, p);
+  }
+}
+
+template <int C, class T>
+void launch_typed(const Device& device, const AttendArgs& p) {
+  const int vectors = p.cache.head_size / Vector<T>::kSize;
+  if (vectors <= 8) return launch_lanes<C, T, 8, 1>(device, p);
+  if (vectors <= 16) return launch_lanes<C, T, 16, 1>(device, p);
+  if (vectors <= 32) return launch_lanes<C, T, 32, 1>(device, p);
+  if constexpr (sizeof(T) == 4) launch_lanes<C, T, 32, 2>(device, p);
+}
+
+template <int C>
+void launch_cluster(const Device& device, const AttendArgs& p) {
+  switch (p.cache.dtype) {
+    case Dtype::kHalf: return launch_typed<C, __half>(device, p);
+    case Dtype::kBFloat16: return launch_typed<C, __nv_bfloat16>(device, p);
+    default: return launch_typed<C, float>(device, p);
+  }
+}
+
+}  // namespace
+
+void launch_attend(const Device& device, const AttendArgs& p) {
+  device.clusters ? launch_cluster<kClusterSize>(device, p) : launch_cluster<1>(device, p);
+}
+
+}  // namespace vllm_sparse::cuda

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+//
+// What all CUDA kernels share: number conversions, reductions, thread-block clusters, launches.
+#pragma once
+
+#include <cuda_runtime.h>
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+
+#include "../params.h"
+
+namespace vllm_sparse::cuda {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kClusterSize = 8;  // the largest size every Hopper and Blackwell part schedules
+constexpr float kLog2e = 1.4426950408889634f;
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+#ifdef __CUDACC__
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline float load_float(const void* data, int64_t i, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kHalf: return to_float(static_cast<const __half*>(data)[i]);
+    case Dtype::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+__device__ inline void store_float(void* data, int64_t i, Dtype dtype, float x) {
+  switch (dtype) {
+    case Dtype::kHalf: static_cast<__half*>(data)[i] = __float2half_rn(x); break;
+    case Dtype::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x); break;
+    default: static_cast<float*>(data)[i] = x;
+  }
+}
+
+__device__ inline uint8_t* chunk_of(const KvCache& cache, int64_t block, int head) {
+  return cache.data + block * cache.block_stride + head * cache.head_stride;
+}
+
+// Values cannot be checked before a launch: a bad block id reads block 0, not foreign memory.
+__device__ inline int64_t safe_block(const KvCache& cache, int32_t id) {
+  return id >= 0 && id < cache.num_blocks ? id : 0;
+}
+
+__device__ inline float warp_sum(float x) {
+  for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(kFullMask, x, i);
+  return x;
+}
+
+// C cooperating blocks that read each other's shared memory; C = 1 where there are no clusters.
+template <int C>
+struct Cluster {
+  __device__ static void sync() {
+    if constexpr (C == 1) {
+      __syncthreads();
+    } else {
+#if __CUDA_ARCH__ >= 900
+      cooperative_groups::this_cluster().sync();
+#endif
+    }
+  }
+  template <class T>
+  __device__ static const T* at(const T* shared, int rank) {
+    if constexpr (C == 1) return shared;
+#if __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), rank);
+#else
+    return shared;
+#endif
+  }
+};
+
+#endif  // __CUDACC__
+
+struct Device {
+  cudaStream_t stream;
+  bool clusters;
+  int num_sms, max_shared;  // shared memory that one thread block may have
+};
+
+#ifdef __CUDACC__
+
+// grid.x counts clusters.
+template <class Params>
+void launch(const Device& device,
+            void (*kernel)(Params),
+            int cluster,
+            dim3 grid,
+            int threads,
+            size_t shared_bytes,
+            const Params& params) {
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.x * cluster, grid.y, grid.z);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = device.stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+#endif  // __CUDACC__
+
+}  // namespace vllm_sparse::cuda

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""CUDA kernels against the fp32 reference: ragged, random, NaN-poisoned inputs."""
+
+import pytest
+import torch
+
+from vllm_sparse import ops
+from vllm_sparse.ops import reference
+from vllm_sparse.testing.compare import assert_close
+from vllm_sparse.testing.generate import PagedContext, paged_context
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# num_heads, num_kv_heads, head_size: GQA, MHA, MQA, odd sizes, wide groups.
+SHAPES = [
+    (9, 3, 64),
+    (4, 4, 80),
+    (6, 1, 96),
+    (8, 2, 128),
+    (4, 1, 256),
+    (16, 2, 64),
+    (7, 1, 64),
+    (12, 1, 128),
+]
+SEQ_LENS = [1, 127, 128, 129, 700, 2175, 9000]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled(seq_lens, num_kv_heads, head_size, dtype) -> PagedContext:
+    """A batch on the CPU, stored and sealed by the reference's equals there."""
+    ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
+    for row in range(len(seq_lens)):
+        ops.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
+    return ctx
+
+
+def raw(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
+def to_gpu(t):
+    return t.cuda() if isinstance(t, torch.Tensor) else t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_store_and_seal_equal_the_cpu(shape, dtype):
+    _, num_kv_heads, head_size = shape
+    want = filled(SEQ_LENS, num_kv_heads, head_size, dtype)
+    ctx = paged_context(SEQ_LENS, num_kv_heads, head_size, dtype, generator())
+    cache = ctx.kv_cache.cuda()
+    for row in range(len(SEQ_LENS)):
+        slots = ctx.slots(row).cuda()
+        ops.store_kv(ctx.keys[row].cuda(), ctx.values[row].cuda(), cache, slots)
+    ops.seal_blocks(cache, *map(to_gpu, ctx.seal_jobs()), head_size)
+    end = reference._layout(cache, head_size).prefix_mean_offset
+    got, expected = raw(cache.cpu()).flatten(2), raw(want.kv_cache).flatten(2)
+    assert torch.equal(got[..., :end], expected[..., :end])
+    mean = slice(end, end + 2 * head_size)
+    assert_close(
+        got[..., mean].contiguous().view(torch.float16),
+        expected[..., mean].contiguous().view(torch.float16),
+    )
+
+
+def test_store_reads_strided_tokens_and_skips_slots_out_of_range():
+    ctx = paged_context([200], 3, 64, torch.bfloat16, generator())
+    want = ctx.kv_cache.clone()
+    for columns in (15 * 64, 15 * 64 + 1):  # aligned to 16 bytes, and not
+        qkv = torch.randn(200, columns, generator=generator(1)).bfloat16()
+        key = qkv[:, 9 * 64 : 12 * 64].unflatten(1, (3, 64))
+        value = qkv[:, 12 * 64 : 15 * 64].unflatten(1, (3, 64))
+        slots = ctx.slots(0)
+        slots[5], slots[6] = -1, 10**9
+        reference.store_kv(key, value, want, slots.where(slots < 10**9, -1))
+        cache, qkv = ctx.kv_cache.cuda(), qkv.cuda()
+        key = qkv[:, 9 * 64 : 12 * 64].unflatten(1, (3, 64))
+        value = qkv[:, 12 * 64 : 15 * 64].unflatten(1, (3, 64))
+        ops.store_kv(key, value, cache, slots.cuda())
+        assert torch.equal(raw(cache.cpu()), raw(want))
+
+
+def test_gather_returns_the_stored_context():
+    ctx = filled([300, 128, 5], 3, 64, torch.bfloat16)
+    key = torch.full((433, 3, 64), torch.nan, dtype=torch.bfloat16).cuda()
+    value = torch.full_like(key, torch.nan)
+    start = torch.tensor([0, 300, 428]).cuda()
+    table, lens = ctx.block_table.cuda(), ctx.seq_lens.cuda()
+    ops.gather_kv(ctx.kv_cache.cuda(), table, lens, start, key, value)
+    assert torch.equal(key.cpu(), torch.cat(ctx.keys))
+    assert torch.equal(value.cpu(), torch.cat(ctx.values))
+
+
+def make_query(ctx, num_heads, dtype, seed=7):
+    shape = (len(ctx.keys), num_heads, ctx.keys[0].shape[-1])
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+def buffers(ctx, num_heads, max_kept, with_mass=True):
+    rows, num_kv_heads = len(ctx.keys), ctx.kv_cache.shape[1]
+    return dict(
+        indices=torch.full((rows, num_kv_heads, max_kept), -7, dtype=torch.int32),
+        counts=torch.full((rows, num_kv_heads), -7, dtype=torch.int32),
+        kept_mass=torch.full((rows, num_heads), torch.nan) if with_mass else None,
+    )
+
+
+def check_lists(got, want, args, options, tolerance=0.02):
+    """Lists may differ only in tokens whose scores are equal within fp16's rounding."""
+    query, cache, table, lens, _ = args
+    assert torch.equal(got["counts"], want["counts"])
+    num_kv_heads = cache.shape[1]
+    group = query.shape[1] // num_kv_heads
+    for row, head in (want["counts"] >= 0).nonzero().tolist():
+        n = int(want["counts"][row, head])
+        kept = got["indices"][row, head, :n].tolist()
+        expected = want["indices"][row, head, :n].tolist()
+        assert kept == sorted(set(kept))
+        assert (got["indices"][row, head, n:] == -7).all()
+        swapped = set(kept) ^ set(expected)
+        if not swapped:
+            continue
+        assert len(swapped) <= max(4, n // 16), len(swapped)
+        scores = reference.sparq_probabilities(
+            query[row].float().view(num_kv_heads, group, -1)[head],
+            cache,
+            table[row],
+            int(lens[row]),
+            head,
+            options["rank"],
+            options["scale"],
+            options["soft_cap"],
+        ).sum(0)[list(swapped)]
+        assert scores.max() <= scores.min() * (1 + tolerance)
+
+
+@pytest.mark.parametrize("with_mass", [True, False], ids=["mass", "no-mass"])
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap, with_mass):
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled(SEQ_LENS, num_kv_heads, head_size, dtype)
+    query = make_query(ctx, num_heads, dtype)
+    budgets = torch.tensor([64, 64, 64, -1, 200, 300, 1000], dtype=torch.int32)
+    rank = 3 * head_size // 8 if soft_cap else head_size // 4
+    options = dict(
+        rank=rank,
+        local_window=16,
+        sink_tokens=4,
+        scale=head_size**-0.5,
+        soft_cap=soft_cap,
+    )
+    got = buffers(ctx, num_heads, 1100, with_mass)
+    got = {name: to_gpu(t) for name, t in got.items()}
+    want = buffers(ctx, num_heads, 1100)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    ops.sparq_select(*map(to_gpu, args), **options, **got)
+    got = {name: t.cpu() for name, t in got.items() if t is not None}
+    reference.sparq_select(*args, **options, **want)
+    dense = (got["counts"] == -1).all(1).tolist()
+    assert dense == [True, True, False, True, False, False, False]
+    check_lists(got, want, args, options)
+    if with_mass:
+        assert_close(got["kept_mass"], want["kept_mass"], 1e-3)
+
+
+@pytest.mark.parametrize("budget", [-1, 0, 1, 130, 131, 1999, 2000, 2001])
+def test_select_at_the_edges_of_a_budget(budget):
+    ctx = filled([2000, 2048, 2049], 2, 64, torch.float32)
+    query = make_query(ctx, 4, torch.float32)
+    budgets = torch.full((3,), budget, dtype=torch.int32)
+    options = dict(rank=64, local_window=40, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    got, want = buffers(ctx, 4, 2048), buffers(ctx, 4, 2048)
+    got = {name: t.cuda() for name, t in got.items()}
+    ops.sparq_select(*map(to_gpu, args), **options, **got)
+    reference.sparq_select(*args, **options, **want)
+    check_lists({name: t.cpu() for name, t in got.items()}, want, args, options)
+    assert_close(got["kept_mass"].cpu(), want["kept_mass"], 1e-3)
+
+
+def test_select_breaks_ties_towards_lower_positions():
+    ctx = paged_context([1024], 1, 64, torch.float32, generator())
+    ctx.keys[0][:] = 1.0  # every token scores the same
+    ops.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
+    ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
+    out = {name: t.cuda() for name, t in buffers(ctx, 1, 128).items()}
+    budgets = torch.tensor([100], dtype=torch.int32)
+    query = make_query(ctx, 1, torch.float32)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    options = dict(rank=16, local_window=10, sink_tokens=0, scale=0.125, soft_cap=0.0)
+    ops.sparq_select(*map(to_gpu, args), **options, **out)
+    assert out["indices"][0, 0, :100].tolist() == [*range(90), *range(1014, 1024)]
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attend_equals_the_reference(shape, dtype, soft_cap):
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled(SEQ_LENS, num_kv_heads, head_size, dtype)
+    query = make_query(ctx, num_heads, dtype)
+    rows = len(SEQ_LENS)
+    indices = torch.full((rows, num_kv_heads, 900), 10**9, dtype=torch.int32)
+    counts = torch.full((rows, num_kv_heads), -1, dtype=torch.int32)
+    for row, n in ((2, 1), (4, 37), (5, 300), (6, 900)):
+        for head in range(num_kv_heads):
+            order = torch.randperm(SEQ_LENS[row], generator=generator(head))[:n]
+            indices[row, head, :n] = order.sort().values.int()
+            counts[row, head] = n
+    mass = torch.rand(rows, num_heads, generator=generator(3))
+    lists = dict(indices=indices, counts=counts)
+    nothing = dict(indices=None, counts=None)
+    for chosen in (
+        dict(**nothing, kept_mass=None),
+        dict(**lists, kept_mass=None),
+        dict(**lists, kept_mass=mass),
+    ):
+        got = torch.full_like(query, torch.nan).cuda()
+        want = torch.full_like(query, torch.nan)
+        args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+        options = dict(scale=head_size**-0.5, soft_cap=soft_cap)
+        read = torch.zeros(1, dtype=torch.int64)
+        read_gpu = read.cuda()
+        given = {name: to_gpu(t) for name, t in chosen.items()}
+        ops.attend(
+            *map(to_gpu, args), **given, **options, out=got, tokens_read=read_gpu
+        )
+        reference.attend(*args, **chosen, **options, out=want, tokens_read=read)
+        assert_close(got.cpu(), want)
+        assert read_gpu.item() == read.item() > 0
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_both_steps_in_one_op_equal_the_two_also_in_a_graph(with_mass):
+    ctx = filled(SEQ_LENS, 3, 64, torch.bfloat16)
+    query = make_query(ctx, 9, torch.bfloat16)
+    budgets = torch.tensor([-1, 64, 64, 200, -1, 300, 500], dtype=torch.int32)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    *args, budgets = map(to_gpu, args)
+    options = dict(rank=24, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
+    made = [buffers(ctx, 9, 640, with_mass) for _ in range(2)]
+    apart, together = ({k: to_gpu(t) for k, t in m.items()} for m in made)
+    out = [torch.full_like(args[0], torch.nan) for _ in range(2)]
+    ops.sparq_select(*args, budgets, **options, **apart)
+    ops.attend(*args, **apart, scale=0.2, out=out[0])
+    graph = torch.cuda.CUDAGraph()
+    ops.sparq_attend(*args, budgets, **options, **together, out=out[1])
+    with torch.cuda.graph(graph):
+        ops.sparq_attend(*args, budgets, **options, **together, out=out[1])
+    out[1].fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(*out)
+    assert torch.equal(apart["indices"], together["indices"])
+
+
+def test_a_context_beyond_shared_memory_and_a_nan_query():
+    """Long contexts keep their scores in global memory when there are many rows."""
+    ctx = filled([40000] + [2000] * 17, 1, 64, torch.bfloat16)
+    query = make_query(ctx, 12, torch.bfloat16)
+    query[3] = torch.nan
+    budgets = torch.full((18,), 256, dtype=torch.int32)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    got = {name: t.cuda() for name, t in buffers(ctx, 12, 400).items()}
+    want = buffers(ctx, 12, 400)
+    ops.sparq_select(*map(to_gpu, args), **options, **got)
+    got = {name: t.cpu() for name, t in got.items()}
+    kept = got["indices"][3, 0, : int(got["counts"][3, 0])]
+    assert len(kept) > 0 and (kept >= 0).all() and (kept < 2000).all()
+    reference.sparq_select(*args, **options, **want)
+    for lists in (got, want):
+        lists["counts"][3] = -1
+    check_lists(got, want, args, options)
+
+
+def test_values_out_of_range_harm_nothing():
+    ctx = filled([1500, 1500, 1500], 2, 64, torch.float32)
+    query = make_query(ctx, 4, torch.float32)
+    budgets = torch.full((3,), 200, dtype=torch.int32)
+    options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    outs = []
+    for broken in (False, True):
+        table, lens = ctx.block_table.clone(), ctx.seq_lens.clone()
+        if broken:
+            table[1, 3], table[1, 4], lens[2] = -5, 10**9, 0
+        args = (query, ctx.kv_cache, table, lens, budgets)
+        lists = {name: t.cuda() for name, t in buffers(ctx, 4, 300).items()}
+        outs.append(torch.full_like(query, torch.nan).cuda())
+        ops.sparq_attend(*map(to_gpu, args), **options, **lists, out=outs[-1])
+    assert torch.equal(outs[0][0], outs[1][0])
+    assert (outs[1][2] == 0).all()
