@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Builds the C++ and CUDA ops against torch's stable ABI; the rest is in pyproject.toml.
+"""Builds the C++ and CUDA ops against torch's stable ABI; see also pyproject.toml.
 
-``VLLM_SPARSE_CUDA`` = auto (default: build the CUDA ops where nvcc is found), on or off;
+``VLLM_SPARSE_CUDA`` = auto (default: build CUDA ops where nvcc is found), on or off;
 ``VLLM_SPARSE_CUDA_ARCHS`` = compute capabilities, for example "90a" or "80;89;90a;100".
 """
 

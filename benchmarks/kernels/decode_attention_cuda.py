@@ -4,8 +4,8 @@
 
     python -m benchmarks.kernels.decode_attention_cuda --output NAME.json
 
-Both sides are CUDA graphs over several layers' caches, so that neither finds its data in
-the L2, with random block tables and distinct pages per request. Selection is part of our
+Both sides are CUDA graphs over several layers, so that neither finds its data in
+the L2, with random block tables and own pages per request. Selection is part of our
 time. ``VLLM_SPARSE_COMMIT`` names the commit where there is no git.
 """
 
@@ -176,8 +176,12 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=1024)
-    parser.add_argument("--cases", nargs="+", default=[], help="batch x length: 16x32768")
-    parser.add_argument("--tail", type=int, default=64, help="tokens short of the length")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], help="batch x length: 16x32768"
+    )
+    parser.add_argument(
+        "--tail", type=int, default=64, help="tokens short of the length"
+    )
     parser.add_argument("--num-splits", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--rotate-bytes", type=int, default=2**30)

@@ -31,17 +31,15 @@ struct Vector {
 };
 
 // LT lanes read a token, N vectors of 16 bytes each; G query heads at a time.
-template <int C, class T, int LT, int N, int G>
-__global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
-#if __CUDA_ARCH__ < 900
-  if constexpr (C > 1) return;
-#endif
+template <class T, int LT, int N, int G>
+__global__ void __launch_bounds__(kThreads, 2) attend_kernel(AttendArgs p) {
   constexpr int E = Vector<T>::kSize, kTokens = 32 / LT, kWidth = LT * N * E;
   __shared__ const uint4* rows[kTile];
   __shared__ float partial[kWarps][G][kWidth];
   __shared__ float warp_top[kWarps][G], warp_sum_of[kWarps][G];
   __shared__ float result[G][kWidth], top[G], sum[G];
 
+  const int C = p.cluster;
   const int64_t item = blockIdx.x / C, row = item / p.cache.num_kv_heads;
   const int rank = blockIdx.x % C, head = static_cast<int>(item % p.cache.num_kv_heads);
   const int first_head = blockIdx.y * G, head_size = p.cache.head_size;
@@ -66,13 +64,14 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
     const uint8_t* from = static_cast<const uint8_t*>(p.query) + row * p.query_stride;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
+      const int at = part + n * LT;
+      const int64_t query_head = int64_t{head} * p.group + first_head + min(g, heads - 1);
+      const Vector<T> vector = {reinterpret_cast<const uint4*>(
+          from + query_head * head_size * sizeof(T))[min(at, vectors - 1)]};
+      vector.unpack(q[g][n]);
+      const float factor = g < heads && at < vectors ? scale : 0;
 #pragma unroll
-      for (int i = 0; i < E; ++i) {
-        const int d = (part + n * LT) * E + i;
-        const int64_t at = (int64_t{head} * p.group + first_head + g) * head_size + d;
-        q[g][n][i] =
-            g < heads && d < head_size ? to_float(reinterpret_cast<const T*>(from)[at]) * scale : 0;
-      }
+      for (int i = 0; i < E; ++i) q[g][n][i] *= factor;
     }
   }
 
@@ -108,7 +107,6 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
         for (int n = 0; n < N; ++n) {
           float key[E];
           k[u][n].unpack(key);
-          if (part + n * LT >= vectors) continue;
 #pragma unroll
           for (int g = 0; g < G; ++g) {
 #pragma unroll
@@ -198,21 +196,19 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
     result[g][d] = a;
     if (d == 0) top[g] = peak, sum[g] = total;
   }
-  Cluster<C>::sync();
+  cluster_sync(C);
   const int outputs = heads * head_size;
   for (int i = rank * kThreads + threadIdx.x; i < outputs; i += C * kThreads) {
     const int g = i / head_size, d = i % head_size;
-    float tops[C], peak = -INFINITY, total = 0, a = 0;
-#pragma unroll
+    float peak = -INFINITY, total = 0, a = 0;
+#pragma unroll 8
+    for (int r = 0; r < C; ++r) peak = fmaxf(peak, cluster_at(top, r, C)[g]);
+#pragma unroll 8
     for (int r = 0; r < C; ++r) {
-      tops[r] = Cluster<C>::at(top, r)[g];
-      peak = fmaxf(peak, tops[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < C; ++r) {
-      const float factor = tops[r] == -INFINITY ? 0 : exp2f(tops[r] - peak);
-      total += factor * Cluster<C>::at(sum, r)[g];
-      a += factor * Cluster<C>::at(&result[0][0], r)[g * kWidth + d];
+      const float mine = cluster_at(top, r, C)[g];
+      const float factor = mine == -INFINITY ? 0 : exp2f(mine - peak);
+      total += factor * cluster_at(sum, r, C)[g];
+      a += factor * cluster_at(&result[0][0], r, C)[g * kWidth + d];
     }
     float y = count > 0 ? a / total : 0;
     const int64_t query_head = int64_t{head} * p.group + first_head + g;
@@ -229,55 +225,51 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendArgs p) {
         for (int t = 0; t < tail; ++t) values += to_float(from[int64_t{t} * 2 * head_size]);
       }
       if (sealed > 0) {
-        const int64_t offset = int64_t{kBlockSize} * 2 * head_size * sizeof(T) +
-                               head_size * (kCodeBytes + 4);
+        const int64_t offset =
+            int64_t{kBlockSize} * 2 * head_size * sizeof(T) + head_size * (kCodeBytes + 4);
         const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed - 1]), head);
         values += __half2float(reinterpret_cast<const __half*>(chunk + offset)[d]) *
                   static_cast<float>(sealed * kBlockSize);
       }
-      const float alpha =
-          p.kept_mass[row * p.cache.num_kv_heads * p.group + query_head];
+      const float alpha = p.kept_mass[row * p.cache.num_kv_heads * p.group + query_head];
       y = alpha * y + (1 - alpha) * values / static_cast<float>(length);
     }
     uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.out_stride;
     store_float(out, query_head * head_size + d, p.cache.dtype, y);
   }
-  Cluster<C>::sync();  // others may still read this block's shared memory
+  cluster_sync(C);  // others may still read this block's shared memory
 }
 
-template <int C, class T, int LT, int N>
-void launch_lanes(const Device& device, const AttendArgs& p) {
+template <class T, int LT, int N>
+void launch_lanes(const Device& device, AttendArgs& p) {
   const int heads = p.group == 1 ? 1 : p.group == 2 ? 2 : 4;
-  const dim3 grid(p.num_rows * p.cache.num_kv_heads, (p.group + heads - 1) / heads);
+  const int64_t items = p.num_rows * p.cache.num_kv_heads;
+  const dim3 grid(items, (p.group + heads - 1) / heads);
+  p.cluster = cluster_size(device.clusters, device.num_sms, items * grid.y);
   switch (heads) {
-    case 1: launch(device, attend_kernel<C, T, LT, N, 1>, C, grid, kThreads, 0, p); break;
-    case 2: launch(device, attend_kernel<C, T, LT, N, 2>, C, grid, kThreads, 0, p); break;
-    default: launch(device, attend_kernel<C, T, LT, N, 4>, C, grid, kThreads, 0, p);
+    case 1: launch(device, attend_kernel<T, LT, N, 1>, p.cluster, grid, kThreads, 0, p); break;
+    case 2: launch(device, attend_kernel<T, LT, N, 2>, p.cluster, grid, kThreads, 0, p); break;
+    default: launch(device, attend_kernel<T, LT, N, 4>, p.cluster, grid, kThreads, 0, p);
   }
 }
 
-template <int C, class T>
-void launch_typed(const Device& device, const AttendArgs& p) {
+template <class T>
+void launch_typed(const Device& device, AttendArgs& p) {
   const int vectors = p.cache.head_size / Vector<T>::kSize;
-  if (vectors <= 8) return launch_lanes<C, T, 8, 1>(device, p);
-  if (vectors <= 16) return launch_lanes<C, T, 16, 1>(device, p);
-  if (vectors <= 32) return launch_lanes<C, T, 32, 1>(device, p);
-  if constexpr (sizeof(T) == 4) launch_lanes<C, T, 32, 2>(device, p);
-}
-
-template <int C>
-void launch_cluster(const Device& device, const AttendArgs& p) {
-  switch (p.cache.dtype) {
-    case Dtype::kHalf: return launch_typed<C, __half>(device, p);
-    case Dtype::kBFloat16: return launch_typed<C, __nv_bfloat16>(device, p);
-    default: return launch_typed<C, float>(device, p);
-  }
+  if (vectors <= 8) return launch_lanes<T, 8, 1>(device, p);
+  if (vectors <= 16) return launch_lanes<T, 16, 1>(device, p);
+  if (vectors <= 32) return launch_lanes<T, 32, 1>(device, p);
+  if constexpr (sizeof(T) == 4) launch_lanes<T, 32, 2>(device, p);
 }
 
 }  // namespace
 
-void launch_attend(const Device& device, const AttendArgs& p) {
-  device.clusters ? launch_cluster<kClusterSize>(device, p) : launch_cluster<1>(device, p);
+void launch_attend(const Device& device, AttendArgs p) {
+  switch (p.cache.dtype) {
+    case Dtype::kHalf: return launch_typed<__half>(device, p);
+    case Dtype::kBFloat16: return launch_typed<__nv_bfloat16>(device, p);
+    default: return launch_typed<float>(device, p);
+  }
 }
 
 }  // namespace vllm_sparse::cuda

@@ -19,11 +19,13 @@
 namespace vllm_sparse::cuda {
 
 constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kClusterSize = 8;  // the largest size every Hopper and Blackwell part schedules
+constexpr int kMaxCluster = 8;  // the largest size every Hopper and Blackwell part schedules
 constexpr float kLog2e = 1.4426950408889634f;
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next check would find this error again
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 #ifdef __CUDACC__
@@ -57,35 +59,45 @@ __device__ inline int64_t safe_block(const KvCache& cache, int32_t id) {
   return id >= 0 && id < cache.num_blocks ? id : 0;
 }
 
+// Results below the smallest normal number are zero, which no caller can tell apart.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float warp_sum(float x) {
   for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(kFullMask, x, i);
   return x;
 }
 
-// C cooperating blocks that read each other's shared memory; C = 1 where there are no clusters.
-template <int C>
-struct Cluster {
-  __device__ static void sync() {
-    if constexpr (C == 1) {
-      __syncthreads();
-    } else {
+// `size` thread blocks that read each other's shared memory; 1 where there are no clusters.
+__device__ inline void cluster_sync(int size) {
 #if __CUDA_ARCH__ >= 900
-      cooperative_groups::this_cluster().sync();
+  if (size > 1) return cooperative_groups::this_cluster().sync();
 #endif
-    }
-  }
-  template <class T>
-  __device__ static const T* at(const T* shared, int rank) {
-    if constexpr (C == 1) return shared;
+  __syncthreads();
+}
+
+template <class T>
+__device__ inline const T* cluster_at(const T* shared, int rank, int size) {
 #if __CUDA_ARCH__ >= 900
+  if (size > 1) {
     return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), rank);
-#else
-    return shared;
-#endif
   }
-};
+#endif
+  return shared;
+}
 
 #endif  // __CUDACC__
+
+// How many thread blocks share a (row, KV head): as many as fit on the device at once. Each has
+// a cost of its own, so that more of them pay only while multiprocessors are idle.
+inline int cluster_size(bool clusters, int num_sms, int64_t items) {
+  int size = 1;
+  while (clusters && size < kMaxCluster && 2 * size * items <= 2 * num_sms) size *= 2;
+  return size;
+}
 
 struct Device {
   cudaStream_t stream;
@@ -104,7 +116,7 @@ void launch(const Device& device,
             int threads,
             size_t shared_bytes,
             const Params& params) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }

@@ -19,15 +19,16 @@ struct GatherArgs : GatherParams {
 };
 
 struct SelectArgs : SelectParams {
-  int64_t max_blocks;   // columns of the block table
-  uint8_t* workspace;   // [num_rows, num_kv_heads, max_blocks] records, or null
-  int shared_records;   // records that fit into a thread block's shared memory
-  int cluster;          // thread blocks of a (row, KV head)
+  int64_t max_blocks;  // columns of the block table
+  uint8_t* workspace;  // [num_rows, num_kv_heads, max_blocks] records, or null
+  int shared_records;  // records that fit into a thread block's shared memory
+  int cluster;         // thread blocks of a (row, KV head)
 };
 
 struct AttendArgs : AttendParams {
   int64_t max_blocks;
   int64_t* tokens_read;  // or null
+  int cluster;           // thread blocks of a (row, KV head)
 };
 
 // Fills in shared_records and cluster; returns the bytes of workspace that the launch needs.
@@ -37,6 +38,6 @@ void launch_store(const Device& device, const StoreArgs& args);
 void launch_seal(const Device& device, const SealArgs& args);
 void launch_gather(const Device& device, const GatherArgs& args);
 void launch_select(const Device& device, const SelectArgs& args);
-void launch_attend(const Device& device, const AttendArgs& args);
+void launch_attend(const Device& device, AttendArgs args);
 
 }  // namespace vllm_sparse::cuda

@@ -32,8 +32,7 @@ Device current_device(int32_t index) {
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, index));
-  check(cudaDeviceGetAttribute(
-      &device.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check(cudaDeviceGetAttribute(&device.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   device.clusters = major >= 9;
   return device;
 }
@@ -45,16 +44,15 @@ Tensor workspace_like(const Tensor& like, int64_t bytes) {
 // Kernels move K and V 16 bytes at a time.
 KvCache aligned_cache(const Tensor& kv_cache, int64_t head_size) {
   const KvCache cache = kv_cache_view(kv_cache, head_size);
-  STD_TORCH_CHECK((reinterpret_cast<uintptr_t>(cache.data) | cache.block_stride |
-                   cache.head_stride) % 16 == 0,
-                  "kv_cache must be aligned to 16 bytes");
+  STD_TORCH_CHECK(
+      (reinterpret_cast<uintptr_t>(cache.data) | cache.block_stride | cache.head_stride) % 16 == 0,
+      "kv_cache must be aligned to 16 bytes");
   return cache;
 }
 
 void same_device(const Tensor& t, const char* name, const Tensor& kv_cache) {
-  STD_TORCH_CHECK(t.get_device_index() == kv_cache.get_device_index(),
-                  name,
-                  " must be on kv_cache's device");
+  STD_TORCH_CHECK(
+      t.get_device_index() == kv_cache.get_device_index(), name, " must be on kv_cache's device");
 }
 
 const int32_t* rows_vector(const Tensor& t, const char* name, int64_t rows, const Tensor& cache) {

@@ -35,7 +35,7 @@ __device__ __half clamped_half(float x) {
 // One thread block per (job, KV head): the first D threads quantise a channel of K each, the
 // others average one of V.
 template <class T>
-__global__ void seal_kernel(SealArgs p) {
+__global__ void __launch_bounds__(2 * kMaxHeadSize) seal_kernel(SealArgs p) {
   const int64_t job = blockIdx.x;
   const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
   const int32_t id = p.block_ids[job];
@@ -71,8 +71,8 @@ __global__ void seal_kernel(SealArgs p) {
       words[i] |= static_cast<uint32_t>(fminf(fmaxf(code, 0.0f), 15.0f)) << (4 * j);
     }
   }
-  uint4* codes = reinterpret_cast<uint4*>(chunk + int64_t{kBlockSize} * stride * sizeof(T) +
-                                          d * kCodeBytes);
+  uint4* codes =
+      reinterpret_cast<uint4*>(chunk + int64_t{kBlockSize} * stride * sizeof(T) + d * kCodeBytes);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     codes[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);

@@ -46,8 +46,7 @@ struct Codes {
       for (int i = 0; i < 4; ++i) {
         const int d = q.channel[first + 16 * k + 2 * pair + (i & 1) + 8 * (i >> 1)];
         words[k][i] = __ldg(reinterpret_cast<const uint2*>(codes + d * kCodeBytes) + word);
-        params[k][i] =
-            __ldg(reinterpret_cast<const __half2*>(codes + head_size * kCodeBytes) + d);
+        params[k][i] = __ldg(reinterpret_cast<const __half2*>(codes + head_size * kCodeBytes) + d);
       }
     }
   }

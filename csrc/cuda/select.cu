@@ -14,24 +14,33 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 2048;
+constexpr int kStaticShared = 28 * 1024;  // what the kernel declares, and 1 KiB of the system's
 
 __host__ __device__ inline int pad_to(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Scores of 128 tokens: float key[128], half x[group][128] (logits less the block's maximum),
-// float top[group] (those maxima). The maximum keeps fp16's error relative to what matters.
+// Scores of 128 tokens: half x[group][128] (logits less the block's maximum: fp16's error stays
+// small where it matters), float top[group] (those maxima), and uint32 key[128]: the ranking, which
+// takes the logits' place where they are not needed any more.
 struct Record {
   uint8_t* base;
   int group;
-  __host__ __device__ static int bytes(int group) {
-    return kBlockSize * 4 + group * kBlockSize * 2 + pad_to(group * 4, 16);
+  bool keep_logits;
+  __host__ __device__ static int logit_bytes(int group) {
+    return kBlockSize * 2 * (group > 2 ? group : 2);
   }
-  __device__ uint32_t* key() const { return reinterpret_cast<uint32_t*>(base); }
+  __host__ __device__ static int bytes(int group, bool keep_logits) {
+    return logit_bytes(group) + pad_to(group * 4, 16) + (keep_logits ? kBlockSize * 4 : 0);
+  }
   __device__ __half* x(int head) const {
-    return reinterpret_cast<__half*>(base + kBlockSize * 4) + head * kBlockSize;
+    return reinterpret_cast<__half*>(base) + head * kBlockSize;
   }
-  __device__ float* top() const { return reinterpret_cast<float*>(x(group)); }
+  __device__ float* top() const { return reinterpret_cast<float*>(base + logit_bytes(group)); }
+  __device__ uint32_t* key() const {
+    const int offset = keep_logits ? logit_bytes(group) + pad_to(group * 4, 16) : 0;
+    return reinterpret_cast<uint32_t*>(base + offset);
+  }
 };
 
 // Shared memory of one thread block, in this order.
@@ -39,9 +48,8 @@ struct Shared {
   int padded_rank, pitch, head_size, group, max_ids;
   __host__ __device__ int floats() const {
     // query, raw query, channels, magnitudes; per head: maximum, sum, coefficient, mass; block ids
-    return pad_to(padded_rank * pitch + group * head_size + padded_rank + head_size + 4 * pitch +
-                      max_ids,
-                  4);
+    return pad_to(
+        padded_rank * pitch + group * head_size + padded_rank + head_size + 4 * pitch + max_ids, 4);
   }
   __host__ __device__ int bytes() const { return floats() * 4; }
 };
@@ -62,7 +70,7 @@ struct Normaliser {
   __device__ void merge(float other_top, float other_sum) {
     const float m = fmaxf(top, other_top);
     if (m == -INFINITY) return;
-    sum = sum * exp2f((top - m) * kLog2e) + other_sum * exp2f((other_top - m) * kLog2e);
+    sum = sum * fast_exp2((top - m) * kLog2e) + other_sum * fast_exp2((other_top - m) * kLog2e);
     top = m;
   }
 };
@@ -72,9 +80,15 @@ __device__ inline float cap_logit(float x, float soft_cap) {
 }
 
 // The rank largest sums of |q| over the group, and the queries restricted to them.
-__device__ void prepare_queries(
-    const SelectArgs& p, const Shared& s, int64_t row, int head, float* query, float* raw,
-    int* channel, float* magnitude, float* factor) {
+__device__ void prepare_queries(const SelectArgs& p,
+                                const Shared& s,
+                                int64_t row,
+                                int head,
+                                float* query,
+                                float* raw,
+                                int* channel,
+                                float* magnitude,
+                                float* factor) {
   const void* from = static_cast<const uint8_t*>(p.query) + row * p.query_stride;
   const int size = s.head_size;
   for (int i = threadIdx.x; i < p.group * size; i += kThreads) {
@@ -90,11 +104,13 @@ __device__ void prepare_queries(
   for (int d = threadIdx.x; d < size; d += kThreads) {
     const float mine = magnitude[d];
     int place = 0;
+#pragma unroll 4
     for (int e = 0; e < size; e += 4) {
       const float4 m = *reinterpret_cast<const float4*>(magnitude + e);
-      place += (m.x > mine) + (m.y > mine) + (m.z > mine) + (m.w > mine);
+      place += (m.x > mine || (m.x == mine && e < d)) + (m.y > mine || (m.y == mine && e + 1 < d)) +
+               (m.z > mine || (m.z == mine && e + 2 < d)) +
+               (m.w > mine || (m.w == mine && e + 3 < d));
     }
-    for (int e = 0; e < d; ++e) place += magnitude[e] == mine;
     if (place < p.rank) channel[place] = d;
   }
   __syncthreads();
@@ -148,7 +164,7 @@ __device__ void store_logits(const SelectArgs& p,
     for (int j = 0; j < kTiles; ++j) {
       const __half2 rounded = __floats2half2_rn(x[j][h][0] - top, x[j][h][1] - top);
       const float2 e = __half22float2(rounded);
-      sum += exp2f(e.x * kLog2e) + exp2f(e.y * kLog2e);
+      sum += fast_exp2(e.x * kLog2e) + fast_exp2(e.y * kLog2e);
       if (valid) *reinterpret_cast<__half2*>(out + 16 * (tile + j) + 2 * word) = rounded;
     }
     sums[h].merge(top, sum);
@@ -168,7 +184,7 @@ __device__ void score_sealed(const SelectArgs& p,
                              Normaliser (&sums)[2]) {
   const int steps = (p.rank + 16 * K - 1) / (16 * K), warp = threadIdx.x / 32;
   const int64_t offset = int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
-  const int record_bytes = Record::bytes(p.group);
+  const int record_bytes = Record::bytes(p.group, p.kept_mass != nullptr);
   if (warp >= sealed) return;
   Codes<K> next;
   next.load(query, chunk_of(p.cache, ids[warp], head) + offset, p.cache.head_size, 0);
@@ -186,47 +202,63 @@ __device__ void score_sealed(const SelectArgs& p,
       }
       logits.template add<K>(query, codes, 16 * K * step, first_head);
     }
-    store_logits<kWide>(p, logits, Record{records + b * record_bytes, p.group}, first_head, sums);
+    store_logits<kWide>(p,
+                        logits,
+                        Record{records + b * record_bytes, p.group, p.kept_mass != nullptr},
+                        first_head,
+                        sums);
   }
 }
 
-// The block that is not sealed, from exact keys: eight lanes a token, heads one after the other.
+// The block that is not sealed, from exact keys: eight lanes a token. `logits` has room for four
+// heads.
 __device__ void score_tail(const SelectArgs& p,
                            const ScoreQuery& query,
                            const uint8_t* chunk,
                            int head_size,
                            int count,
                            const Record& record,
+                           float (*logits)[kBlockSize],
                            float* top,
                            float* sum) {
-  const int part = threadIdx.x % 8;
-  for (int g = 0; g < p.group; ++g) {
-    for (int t = threadIdx.x / 8; t < kBlockSize; t += kThreads / 8) {
-      float x = 0;
+  const int part = threadIdx.x % 8, warp = threadIdx.x / 32;
+  for (int first = 0; first < p.group; first += 4) {
+#pragma unroll
+    for (int step = 0; step < kBlockSize * 8 / kThreads; ++step) {
+      const int t = threadIdx.x / 8 + step * (kThreads / 8);
+      float x[4] = {};
+#pragma unroll 4
       for (int c = part; c < p.rank && t < count; c += 8) {
-        x += query.query[c * query.pitch + g] *
-             load_float(chunk, int64_t{t} * 2 * head_size + query.channel[c], p.cache.dtype);
+        const float k =
+            load_float(chunk, int64_t{t} * 2 * head_size + query.channel[c], p.cache.dtype);
+        const float4 q = *reinterpret_cast<const float4*>(query.query + c * query.pitch + first);
+        x[0] = fmaf(q.x, k, x[0]);
+        x[1] = fmaf(q.y, k, x[1]);
+        x[2] = fmaf(q.z, k, x[2]);
+        x[3] = fmaf(q.w, k, x[3]);
       }
-      x += __shfl_xor_sync(kFullMask, x, 1);
-      x += __shfl_xor_sync(kFullMask, x, 2);
-      x += __shfl_xor_sync(kFullMask, x, 4);
-      // Until the maximum is known, the keys' place holds the logits.
-      if (part == 0) {
-        reinterpret_cast<float*>(record.key())[t] = t < count ? cap_logit(x, p.soft_cap) : -INFINITY;
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        x[h] += __shfl_xor_sync(kFullMask, x[h], 1);
+        x[h] += __shfl_xor_sync(kFullMask, x[h], 2);
+        x[h] += __shfl_xor_sync(kFullMask, x[h], 4);
+        if (part == h) logits[h][t] = t < count ? cap_logit(x[h], p.soft_cap) : -INFINITY;
       }
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
-      const float4 x = reinterpret_cast<const float4*>(record.key())[threadIdx.x];
+    const int g = first + warp;
+    if (warp < 4 && g < p.group) {
+      const int lane = threadIdx.x % 32;
+      const float4 x = reinterpret_cast<const float4*>(logits[warp])[lane];
       float m = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
       for (int i = 16; i > 0; i >>= 1) m = fmaxf(m, __shfl_xor_sync(kFullMask, m, i));
-      __half2* out = reinterpret_cast<__half2*>(record.x(g)) + 2 * threadIdx.x;
+      __half2* out = reinterpret_cast<__half2*>(record.x(g)) + 2 * lane;
       out[0] = __floats2half2_rn(x.x - m, x.y - m);
       out[1] = __floats2half2_rn(x.z - m, x.w - m);
       const float2 a = __half22float2(out[0]), b = __half22float2(out[1]);
-      const float s = warp_sum(exp2f(a.x * kLog2e) + exp2f(a.y * kLog2e) + exp2f(b.x * kLog2e) +
-                               exp2f(b.y * kLog2e));
-      if (threadIdx.x == 0) {
+      const float s = warp_sum(fast_exp2(a.x * kLog2e) + fast_exp2(a.y * kLog2e) +
+                               fast_exp2(b.x * kLog2e) + fast_exp2(b.y * kLog2e));
+      if (lane == 0) {
         Normaliser both{top[g], sum[g]};
         both.merge(m, s);
         top[g] = both.top;
@@ -313,52 +345,47 @@ struct Threshold {
 
 // One level of a radix select over the cluster's histograms: every thread block adds up one slice
 // of the bins, then all look into the slice in which the wanted count is reached.
-template <int C>
 __device__ void find_bin(uint32_t* histogram,
                          uint32_t* slice,  // [kBins / C] sums, then their total
                          uint32_t* scratch,
                          int rank,
+                         int C,
                          uint32_t& bin,
                          uint32_t& need,
                          uint32_t& bin_count) {
-  constexpr int kSlice = kBins / C, kPerThread = kSlice / kThreads;
-  Cluster<C>::sync();
+  const int size = kBins / C, per_thread = size / kThreads, mine = threadIdx.x * per_thread;
+  cluster_sync(C);
   // Slices and bins are numbered from the top: the largest keys come first.
-  uint32_t sums[kPerThread] = {}, mine = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int b = kBins - 1 - (rank * kSlice + threadIdx.x * kPerThread + i);
-    for (int r = 0; r < C; ++r) sums[i] += Cluster<C>::at(histogram, r)[b];
-    slice[threadIdx.x * kPerThread + i] = sums[i];
-    mine += sums[i];
+  uint32_t sum = 0, total;
+  for (int i = 0; i < per_thread; ++i) {
+    const int b = kBins - 1 - (rank * size + mine + i);
+    uint32_t all = 0;
+#pragma unroll 8
+    for (int r = 0; r < C; ++r) all += cluster_at(histogram, r, C)[b];
+    slice[mine + i] = all;
+    sum += all;
   }
-  uint32_t total;
-  block_scan(mine, scratch, total);
-  if (threadIdx.x == 0) slice[kSlice] = total;
-  Cluster<C>::sync();
+  block_scan(sum, scratch, total);
+  if (threadIdx.x == 0) slice[size] = total;
+  cluster_sync(C);
   int which = 0;
   uint32_t before = 0;
   for (int r = 0; r < C - 1; ++r) {
-    const uint32_t in_slice = Cluster<C>::at(slice, r)[kSlice];
+    const uint32_t in_slice = cluster_at(slice, r, C)[size];
     if (before + in_slice >= need) break;
     before += in_slice;
     ++which;
   }
-  mine = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    sums[i] = Cluster<C>::at(slice, which)[threadIdx.x * kPerThread + i];
-    mine += sums[i];
-  }
-  uint32_t seen = before + block_scan(mine, scratch, total);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    if (seen < need && seen + sums[i] >= need) {
-      scratch[kWarps] = kBins - 1 - (which * kSlice + threadIdx.x * kPerThread + i);
-      scratch[kWarps + 1] = need - seen;
-      scratch[kWarps + 2] = sums[i];
-    }
-    seen += sums[i];
+  const uint32_t* bins = cluster_at(slice, which, C) + mine;
+  sum = 0;
+  for (int i = 0; i < per_thread; ++i) sum += bins[i];
+  uint32_t seen = before + block_scan(sum, scratch, total);
+  if (seen < need && seen + sum >= need) {
+    int i = 0;
+    while (seen + bins[i] < need) seen += bins[i++];
+    scratch[kWarps] = kBins - 1 - (which * size + mine + i);
+    scratch[kWarps + 1] = need - seen;
+    scratch[kWarps + 2] = bins[i];
   }
   __syncthreads();
   bin = scratch[kWarps];
@@ -374,17 +401,15 @@ __device__ inline void keep_all(const SelectArgs& p, int64_t item) {
   }
 }
 
-template <int C, bool kWide, int K>
+template <bool kWide, int K>
 __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
-#if __CUDA_ARCH__ < 900
-  if constexpr (C > 1) return;
-#endif
   __shared__ uint32_t histogram[2][kBins];
-  __shared__ uint32_t slice[kBins / C + 4];
+  __shared__ __align__(16) uint32_t slice[kBins + 4];
   __shared__ uint32_t scratch[kWarps * 16];
   __shared__ uint2 counted;  // kept above the threshold, equal to it, in this thread block's share
   extern __shared__ __align__(16) uint8_t dynamic[];
 
+  const int C = p.cluster;
   const int64_t item = blockIdx.x / C, row = item / p.cache.num_kv_heads;
   const int rank = blockIdx.x % C, head = static_cast<int>(item % p.cache.num_kv_heads);
   const int length =
@@ -414,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   const int blocks = (length + kBlockSize - 1) / kBlockSize;
   const int first = static_cast<int>(int64_t{blocks} * rank / C);
   const int count = static_cast<int>(int64_t{blocks} * (rank + 1) / C) - first;
-  const int record_bytes = Record::bytes(p.group);
+  const int record_bytes = Record::bytes(p.group, p.kept_mass != nullptr);
   uint8_t* records = dynamic + s.bytes();
   if (count > p.shared_records) {
     records = p.workspace + (item * p.max_blocks + first) * record_bytes;
@@ -428,30 +453,24 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
 
   const ScoreQuery score_query{query, channel, s.pitch};
   const int sealed_here = min(count, max(0, sealed - first));
-  score_heads<kWide, K>(p,
-                        score_query,
-                        ids,
-                        head,
-                        sealed_here,
-                        records,
-                        reinterpret_cast<float*>(scratch),
-                        top,
-                        sum);
+  score_heads<kWide, K>(
+      p, score_query, ids, head, sealed_here, records, reinterpret_cast<float*>(scratch), top, sum);
   if (sealed_here < count) {
     score_tail(p,
                score_query,
                chunk_of(p.cache, ids[count - 1], head),
                s.head_size,
                length % kBlockSize,
-               Record{records + (count - 1) * record_bytes, p.group},
+               Record{records + (count - 1) * record_bytes, p.group, p.kept_mass != nullptr},
+               reinterpret_cast<float (*)[kBlockSize]>(slice),
                top,
                sum);
   }
-  Cluster<C>::sync();
+  cluster_sync(C);
   // Probability = exp2(x * log2e + coefficient + top * log2e).
   for (int g = threadIdx.x; g < p.group; g += kThreads) {
     Normaliser all;
-    for (int r = 0; r < C; ++r) all.merge(Cluster<C>::at(top, r)[g], Cluster<C>::at(sum, r)[g]);
+    for (int r = 0; r < C; ++r) all.merge(cluster_at(top, r, C)[g], cluster_at(sum, r, C)[g]);
     coefficient[g] = -all.top * kLog2e - log2f(all.sum);
   }
   __syncthreads();
@@ -459,20 +478,19 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   // Pool over the group, and rank: bits of a float that is not negative sort like the float.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int b = warp; b < count; b += kWarps) {
-    const Record record{records + b * record_bytes, p.group};
+    const Record record{records + b * record_bytes, p.group, p.kept_mass != nullptr};
     float pooled[4] = {};
     for (int g = 0; g < p.group; ++g) {
       const float c = coefficient[g] + record.top()[g] * kLog2e;
       const uint2 raw4 = reinterpret_cast<const uint2*>(record.x(g))[lane];
       const float2 a = __half22float2(reinterpret_cast<const __half2&>(raw4.x));
       const float2 d = __half22float2(reinterpret_cast<const __half2&>(raw4.y));
-      pooled[0] += exp2f(fmaf(a.x, kLog2e, c));
-      pooled[1] += exp2f(fmaf(a.y, kLog2e, c));
-      pooled[2] += exp2f(fmaf(d.x, kLog2e, c));
-      pooled[3] += exp2f(fmaf(d.y, kLog2e, c));
+      pooled[0] += fast_exp2(fmaf(a.x, kLog2e, c));
+      pooled[1] += fast_exp2(fmaf(a.y, kLog2e, c));
+      pooled[2] += fast_exp2(fmaf(d.x, kLog2e, c));
+      pooled[3] += fast_exp2(fmaf(d.y, kLog2e, c));
     }
-    uint4 keys;
-    uint32_t* k = &keys.x;
+    uint32_t k[4];
     const int position = (first + b) * kBlockSize + 4 * lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -480,7 +498,8 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
       const bool candidate = position + i >= sinks && position + i < recent;
       if (candidate) atomicAdd(&histogram[0][k[i] >> 20], 1);
     }
-    reinterpret_cast<uint4*>(record.key())[lane] = keys;
+    __syncwarp();  // keys may take the place of logits that other lanes have read
+    reinterpret_cast<uint4*>(record.key())[lane] = make_uint4(k[0], k[1], k[2], k[3]);
   }
 
   Threshold threshold;
@@ -488,7 +507,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   threshold.prefix = 1;  // nothing reaches it
   if (wanted > 0) {
     uint32_t bin, in_bin;
-    find_bin<C>(histogram[0], slice, scratch, rank, bin, threshold.need, in_bin);
+    find_bin(histogram[0], slice, scratch, rank, C, bin, threshold.need, in_bin);
     threshold.prefix = bin;
     threshold.shift = 20;
     for (int level = 1; level < 3 && in_bin != threshold.need; ++level) {
@@ -498,9 +517,9 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
         __syncthreads();
       }
       for (int b = warp; b < count; b += kWarps) {
-        const Record record{records + b * record_bytes, p.group};
+        const Record record{records + b * record_bytes, p.group, p.kept_mass != nullptr};
         const uint4 keys = reinterpret_cast<const uint4*>(record.key())[lane];
-        const uint32_t* k = &keys.x;
+        const uint32_t k[4] = {keys.x, keys.y, keys.z, keys.w};
         const int position = (first + b) * kBlockSize + 4 * lane;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -510,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
           }
         }
       }
-      find_bin<C>(bins, slice, scratch, rank, bin, threshold.need, in_bin);
+      find_bin(bins, slice, scratch, rank, C, bin, threshold.need, in_bin);
       threshold.prefix = threshold.prefix << 10 | bin;
       threshold.shift -= 10;
     }
@@ -520,9 +539,9 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   const int warp_first = count * warp / kWarps, warp_end = count * (warp + 1) / kWarps;
   uint32_t above = 0, equal = 0;
   for (int b = warp_first; b < warp_end; ++b) {
-    const Record record{records + b * record_bytes, p.group};
+    const Record record{records + b * record_bytes, p.group, p.kept_mass != nullptr};
     const uint4 keys = reinterpret_cast<const uint4*>(record.key())[lane];
-    const uint32_t* k = &keys.x;
+    const uint32_t k[4] = {keys.x, keys.y, keys.z, keys.w};
     const int position = (first + b) * kBlockSize + 4 * lane;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -540,17 +559,17 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   above_before = __shfl_sync(kFullMask, above_before, 0);
   equal_before = __shfl_sync(kFullMask, equal_before, 0);
   if (threadIdx.x == 0) counted = make_uint2(total_above, total_equal);
-  Cluster<C>::sync();
+  cluster_sync(C);
   for (int r = 0; r < rank; ++r) {
-    const uint2 other = *Cluster<C>::at(&counted, r);
+    const uint2 other = *cluster_at(&counted, r, C);
     above_before += other.x;
     equal_before += other.y;
   }
   int32_t* out = p.indices + item * p.max_kept;
   for (int b = warp_first; b < warp_end; ++b) {
-    const Record record{records + b * record_bytes, p.group};
-    uint4 keys = reinterpret_cast<const uint4*>(record.key())[lane];
-    uint32_t* k = &keys.x;
+    const Record record{records + b * record_bytes, p.group, p.kept_mass != nullptr};
+    const uint4 keys = reinterpret_cast<const uint4*>(record.key())[lane];
+    uint32_t k[4] = {keys.x, keys.y, keys.z, keys.w};
     const int position = (first + b) * kBlockSize + 4 * lane;
     uint32_t mine = 0;  // above in the low half, equal in the high half
 #pragma unroll
@@ -583,7 +602,9 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
       if (kept && place < p.max_kept) out[place] = t;
       k[i] = kept;
     }
-    if (p.kept_mass != nullptr) reinterpret_cast<uint4*>(record.key())[lane] = keys;
+    if (p.kept_mass != nullptr) {
+      reinterpret_cast<uint4*>(record.key())[lane] = make_uint4(k[0], k[1], k[2], k[3]);
+    }
     above_before += whole & 0xffff;
     equal_before += whole >> 16;
   }
@@ -597,11 +618,11 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
     for (int g = 0; g < p.group; ++g) {
       float sum_kept = 0;
       for (int b = warp; b < count; b += kWarps) {
-        const Record record{records + b * record_bytes, p.group};
+        const Record record{records + b * record_bytes, p.group, p.kept_mass != nullptr};
         const float c = coefficient[g] + record.top()[g] * kLog2e;
         for (int t = lane; t < kBlockSize; t += 32) {
           const float x = __half2float(record.x(g)[t]);
-          if (record.key()[t]) sum_kept += exp2f(fmaf(x, kLog2e, c));
+          if (record.key()[t]) sum_kept += fast_exp2(fmaf(x, kLog2e, c));
         }
       }
       sum_kept = warp_sum(sum_kept);
@@ -613,51 +634,48 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
       }
       __syncthreads();
     }
-    Cluster<C>::sync();
+    cluster_sync(C);
     for (int g = threadIdx.x; rank == 0 && g < p.group; g += kThreads) {
       float all = 0;
-      for (int r = 0; r < C; ++r) all += Cluster<C>::at(mass, r)[g];
+      for (int r = 0; r < C; ++r) all += cluster_at(mass, r, C)[g];
       p.kept_mass[item * p.group + g] = fminf(all, 1.0f);
     }
   }
-  Cluster<C>::sync();  // others may still read this block's shared memory
+  cluster_sync(C);  // others may still read this block's shared memory
 }
 
-template <int C, bool kWide>
+template <bool kWide>
 void launch_wide(const Device& device, const SelectArgs& p, dim3 grid, size_t bytes) {
-  const int tiles = (p.rank + 15) / 16;
-  if (tiles % 3 == 0) {
-    launch(device, select_kernel<C, kWide, 3>, C, grid, kThreads, bytes, p);
+  if ((p.rank + 15) / 16 % 3 == 0) {
+    launch(device, select_kernel<kWide, 3>, p.cluster, grid, kThreads, bytes, p);
   } else {
-    launch(device, select_kernel<C, kWide, 2>, C, grid, kThreads, bytes, p);
+    launch(device, select_kernel<kWide, 2>, p.cluster, grid, kThreads, bytes, p);
   }
 }
 
 }  // namespace
 
 int64_t plan_select(const Device& device, SelectArgs& p) {
-  p.cluster = device.clusters ? kClusterSize : 1;
+  const int64_t items = p.num_rows * p.cache.num_kv_heads;
+  p.cluster = cluster_size(device.clusters, device.num_sms, items);
   const int64_t wanted = (p.max_blocks + p.cluster - 1) / p.cluster;
-  const int record = Record::bytes(p.group);
-  // Few rows: all of shared memory. Many: room for three thread blocks on a multiprocessor.
-  const int64_t blocks = p.num_rows * p.cache.num_kv_heads * p.cluster;
-  const int64_t budget = blocks <= device.num_sms ? device.max_shared - 20 * 1024 : 52 * 1024;
+  const int record = Record::bytes(p.group, p.kept_mass != nullptr);
+  // Few rows: all of shared memory. Many: room for two thread blocks on a multiprocessor.
+  const bool few = items * p.cluster <= device.num_sms;
+  const int64_t budget = (few ? device.max_shared : device.max_shared / 2) - kStaticShared;
   const int64_t room = budget - shared_plan(p).bytes();
-  p.shared_records = static_cast<int>(room < 0 ? 0 : room / record < wanted ? room / record : wanted);
-  if (p.shared_records >= wanted) return 0;
-  return p.num_rows * p.cache.num_kv_heads * p.max_blocks * record;
+  p.shared_records = static_cast<int>(room < 0                 ? 0
+                                      : room / record < wanted ? room / record
+                                                               : wanted);
+  return p.shared_records >= wanted ? 0 : items * p.max_blocks * record;
 }
 
 void launch_select(const Device& device, const SelectArgs& p) {
   const dim3 grid(p.num_rows * p.cache.num_kv_heads);
-  const size_t bytes = shared_plan(p).bytes() + size_t(p.shared_records) * Record::bytes(p.group);
-  if (p.cluster > 1) {
-    p.group > 4 ? launch_wide<kClusterSize, true>(device, p, grid, bytes)
-                : launch_wide<kClusterSize, false>(device, p, grid, bytes);
-  } else {
-    p.group > 4 ? launch_wide<1, true>(device, p, grid, bytes)
-                : launch_wide<1, false>(device, p, grid, bytes);
-  }
+  const size_t bytes = shared_plan(p).bytes() +
+                       size_t(p.shared_records) * Record::bytes(p.group, p.kept_mass != nullptr);
+  p.group > 4 ? launch_wide<true>(device, p, grid, bytes)
+              : launch_wide<false>(device, p, grid, bytes);
 }
 
 }  // namespace vllm_sparse::cuda

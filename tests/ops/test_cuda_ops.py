@@ -115,7 +115,7 @@ def buffers(ctx, num_heads, max_kept, with_mass=True):
 
 
 def check_lists(got, want, args, options, tolerance=0.02):
-    """Lists may differ only in tokens whose scores are equal within fp16's rounding."""
+    """Lists may differ only in tokens whose scores fp16 cannot tell apart."""
     query, cache, table, lens, _ = args
     assert torch.equal(got["counts"], want["counts"])
     num_kv_heads = cache.shape[1]
@@ -126,11 +126,11 @@ def check_lists(got, want, args, options, tolerance=0.02):
         expected = want["indices"][row, head, :n].tolist()
         assert kept == sorted(set(kept))
         assert (got["indices"][row, head, n:] == -7).all()
-        swapped = set(kept) ^ set(expected)
-        if not swapped:
+        swapped = sorted(set(kept) ^ set(expected))
+        if not swapped and got.get("kept_mass") is None:
             continue
         assert len(swapped) <= max(4, n // 16), len(swapped)
-        scores = reference.sparq_probabilities(
+        probs = reference.sparq_probabilities(
             query[row].float().view(num_kv_heads, group, -1)[head],
             cache,
             table[row],
@@ -139,8 +139,14 @@ def check_lists(got, want, args, options, tolerance=0.02):
             options["rank"],
             options["scale"],
             options["soft_cap"],
-        ).sum(0)[list(swapped)]
-        assert scores.max() <= scores.min() * (1 + tolerance)
+        )
+        if swapped:
+            scores = probs.sum(0)[swapped]
+            assert scores.max() <= scores.min() * (1 + tolerance)
+        if got.get("kept_mass") is not None:
+            mass = probs[:, kept].sum(-1).clamp(max=1.0)
+            heads = slice(head * group, (head + 1) * group)
+            assert_close(got["kept_mass"][row, heads], mass, 1e-3)
 
 
 @pytest.mark.parametrize("with_mass", [True, False], ids=["mass", "no-mass"])
@@ -171,7 +177,7 @@ def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap, with_mass
     assert dense == [True, True, False, True, False, False, False]
     check_lists(got, want, args, options)
     if with_mass:
-        assert_close(got["kept_mass"], want["kept_mass"], 1e-3)
+        assert (got["kept_mass"][got["counts"][:, 0] == -1] == 1).all()
 
 
 @pytest.mark.parametrize("budget", [-1, 0, 1, 130, 131, 1999, 2000, 2001])
@@ -186,7 +192,6 @@ def test_select_at_the_edges_of_a_budget(budget):
     ops.sparq_select(*map(to_gpu, args), **options, **got)
     reference.sparq_select(*args, **options, **want)
     check_lists({name: t.cpu() for name, t in got.items()}, want, args, options)
-    assert_close(got["kept_mass"].cpu(), want["kept_mass"], 1e-3)
 
 
 def test_select_breaks_ties_towards_lower_positions():

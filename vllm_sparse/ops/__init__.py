@@ -54,7 +54,9 @@ def seal_blocks(
         prev_block_ids: [num_jobs] int32 block before each in its context; -1: none.
         block_index: [num_jobs] int32 place in the context, ascending.
     """
-    _ops(kv_cache).seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size)
+    _ops(kv_cache).seal_blocks(
+        kv_cache, block_ids, prev_block_ids, block_index, head_size
+    )
 
 
 def gather_kv(
