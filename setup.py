@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Builds the C++ and CUDA ops against torch's stable ABI; see also pyproject.toml.
 
-``VLLM_SPARSE_CUDA`` = auto (default: build CUDA ops where nvcc is found), on or off;
+``VLLM_SPARSE_CUDA`` = off (default while no backend uses them), on, or auto (build the
+CUDA ops where nvcc is found);
 ``VLLM_SPARSE_CUDA_ARCHS`` = compute capabilities, for example "90a" or "80;89;90a;100".
 """
 
@@ -42,7 +43,7 @@ def find_nvcc() -> str | None:
 
 def wants_cuda() -> bool:
     """Whether to build the CUDA ops; never depends on a GPU being there."""
-    switch = os.environ.get("VLLM_SPARSE_CUDA", "auto")
+    switch = os.environ.get("VLLM_SPARSE_CUDA", "off")
     if switch not in ("auto", "on", "off"):
         raise SystemExit(f"VLLM_SPARSE_CUDA must be auto, on or off, not {switch!r}")
     if switch == "on" and find_nvcc() is None:
