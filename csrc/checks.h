@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <utility>
 
 #include "params.h"
 
@@ -120,6 +121,98 @@ inline int query_group(const Tensor& query, const KvCache& cache) {
                   " heads, not a multiple of kv_cache's ",
                   cache.num_kv_heads);
   return static_cast<int>(query.size(1) / cache.num_kv_heads);
+}
+
+// Token lists (3 dimensions) or their counts (2): [num_rows, num_kv_heads, ...] int32.
+inline int32_t* check_lists(
+    const Tensor& t, const char* name, int64_t dims, int64_t num_rows, const KvCache& cache) {
+  check_tensor(t, name, dims);
+  check_dtype(t, name, ScalarType::Int, "int32");
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  check_size(t, name, 0, num_rows, "rows");
+  check_size(t, name, 1, cache.num_kv_heads, "num_kv_heads");
+  return static_cast<int32_t*>(t.data_ptr());
+}
+
+// kept_mass: [num_rows, num_heads] float32, or nothing.
+inline float* check_mass(const std::optional<Tensor>& t, const Tensor& query) {
+  if (!t) return nullptr;
+  check_tensor(*t, "kept_mass", 2);
+  check_dtype(*t, "kept_mass", ScalarType::Float, "float32");
+  STD_TORCH_CHECK(t->is_contiguous(), "kept_mass must be contiguous");
+  check_size(*t, "kept_mass", 0, query.size(0), "rows");
+  check_size(*t, "kept_mass", 1, query.size(1), "num_heads");
+  return static_cast<float*>(t->data_ptr());
+}
+
+// The query's part of SelectParams and AttendParams; the cache is known.
+template <class Params>
+inline void set_query(const Tensor& query, double scale, double soft_cap, Params& p) {
+  p.query_stride = check_heads(query, "query", p.cache);
+  p.group = query_group(query, p.cache);
+  p.query = query.data_ptr();
+  p.num_rows = query.size(0);
+  p.scale = static_cast<float>(scale);
+  p.soft_cap = static_cast<float>(soft_cap);
+}
+
+inline void set_sparq_options(int64_t rank,
+                              int64_t local_window,
+                              int64_t sink_tokens,
+                              SelectParams& p) {
+  STD_TORCH_CHECK(rank >= 1 && rank <= p.cache.head_size,
+                  "rank must lie between 1 and head_size = ",
+                  p.cache.head_size,
+                  ", got ",
+                  rank);
+  STD_TORCH_CHECK(local_window >= 1, "local_window must be at least 1, got ", local_window);
+  STD_TORCH_CHECK(sink_tokens >= 0, "sink_tokens must not be negative, got ", sink_tokens);
+  p.rank = static_cast<int>(rank);
+  p.local_window = static_cast<int>(local_window);
+  p.sink_tokens = static_cast<int>(sink_tokens);
+}
+
+inline int64_t* set_outputs(const Tensor& query,
+                            const Tensor& out,
+                            const std::optional<Tensor>& tokens_read,
+                            AttendParams& p) {
+  p.out_stride = check_heads(out, "out", p.cache);
+  check_size(out, "out", 0, p.num_rows, "rows");
+  check_size(out, "out", 1, query.size(1), "num_heads");
+  p.out = out.data_ptr();
+  if (!tokens_read) return nullptr;
+  check_tensor(*tokens_read, "tokens_read", 1);
+  check_dtype(*tokens_read, "tokens_read", ScalarType::Long, "int64");
+  check_size(*tokens_read, "tokens_read", 0, 1, "one counter");
+  return static_cast<int64_t*>(tokens_read->data_ptr());
+}
+
+// The part of store_kv's contract that no value decides.
+inline void set_store(const Tensor& key,
+                      const Tensor& value,
+                      const Tensor& slot_mapping,
+                      StoreParams& p) {
+  for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
+    check_tensor(*tensor, name, 3);
+    STD_TORCH_CHECK(
+        model_dtype(*tensor, name) == p.cache.dtype, name, " must have kv_cache's dtype");
+    check_size(*tensor, name, 1, p.cache.num_kv_heads, "num_kv_heads");
+    check_size(*tensor, name, 2, p.cache.head_size, "head_size");
+  }
+  check_tensor(slot_mapping, "slot_mapping", 1);
+  check_dtype(slot_mapping, "slot_mapping", ScalarType::Long, "int64");
+  p.num_tokens = slot_mapping.size(0);  // key and value may be padded beyond it
+  STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
+                  "key and value must hold at least slot_mapping's ",
+                  p.num_tokens,
+                  " tokens");
+  p.key = key.data_ptr();
+  p.value = value.data_ptr();
+  p.key_stride = key.stride(0) * p.cache.element_size;
+  p.value_stride = value.stride(0) * p.cache.element_size;
+  p.key_head_stride = key.stride(1) * p.cache.element_size;
+  p.value_head_stride = value.stride(1) * p.cache.element_size;
+  p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
 }
 
 // block_table [num_rows, >= blocks of the longest context] int32.

@@ -100,6 +100,24 @@ struct AttendParams {
   int64_t out_stride;  // bytes between rows
 };
 
+// What attention takes over from the selection before it; outputs are left to the caller.
+inline void attend_after(const SelectParams& s, AttendParams& p) {
+  p.cache = s.cache;
+  p.query = s.query;
+  p.query_stride = s.query_stride;
+  p.block_table = s.block_table;
+  p.block_table_stride = s.block_table_stride;
+  p.seq_lens = s.seq_lens;
+  p.indices = s.indices;
+  p.max_kept = s.max_kept;
+  p.counts = s.counts;
+  p.kept_mass = s.kept_mass;
+  p.num_rows = s.num_rows;
+  p.group = s.group;
+  p.scale = s.scale;
+  p.soft_cap = s.soft_cap;
+}
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;

@@ -68,31 +68,13 @@ const int32_t* block_table_of(const Tensor& t, int64_t num_rows, const Tensor& k
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
-// indices, counts: [num_rows, num_kv_heads, ...] int32.
-int32_t* list_of(const Tensor& t,
-                 const char* name,
-                 int64_t dims,
-                 int64_t num_rows,
-                 const KvCache& cache,
-                 const Tensor& kv_cache) {
-  check_tensor(t, name, dims);
-  check_dtype(t, name, ScalarType::Int, "int32");
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  check_size(t, name, 0, num_rows, "rows");
-  check_size(t, name, 1, cache.num_kv_heads, "num_kv_heads");
-  same_device(t, name, kv_cache);
-  return static_cast<int32_t*>(t.data_ptr());
-}
-
-float* mass_of(const std::optional<Tensor>& t, const Tensor& query, const Tensor& kv_cache) {
-  if (!t) return nullptr;
-  check_tensor(*t, "kept_mass", 2);
-  check_dtype(*t, "kept_mass", ScalarType::Float, "float32");
-  STD_TORCH_CHECK(t->is_contiguous(), "kept_mass must be contiguous");
-  check_size(*t, "kept_mass", 0, query.size(0), "rows");
-  check_size(*t, "kept_mass", 1, query.size(1), "num_heads");
-  same_device(*t, "kept_mass", kv_cache);
-  return static_cast<float*>(t->data_ptr());
+void lists_on_device(const Tensor& indices,
+                     const Tensor& counts,
+                     const std::optional<Tensor>& kept_mass,
+                     const Tensor& kv_cache) {
+  same_device(indices, "indices", kv_cache);
+  same_device(counts, "counts", kv_cache);
+  if (kept_mass) same_device(*kept_mass, "kept_mass", kv_cache);
 }
 
 SelectArgs select_args(const Tensor& query,
@@ -112,31 +94,18 @@ SelectArgs select_args(const Tensor& query,
   SelectArgs p;
   p.cache = aligned_cache(kv_cache, query.size(2));
   same_device(query, "query", kv_cache);
-  p.query_stride = check_heads(query, "query", p.cache);
-  p.group = query_group(query, p.cache);
-  p.query = query.data_ptr();
-  p.num_rows = query.size(0);
+  set_query(query, scale, soft_cap, p);
   p.seq_lens = rows_vector(seq_lens, "seq_lens", p.num_rows, kv_cache);
   p.budgets = rows_vector(budgets, "budgets", p.num_rows, kv_cache);
   p.block_table = block_table_of(block_table, p.num_rows, kv_cache);
   p.block_table_stride = block_table.stride(0);
   p.max_blocks = block_table.size(1);
-  STD_TORCH_CHECK(rank >= 1 && rank <= p.cache.head_size,
-                  "rank must lie between 1 and head_size = ",
-                  p.cache.head_size,
-                  ", got ",
-                  rank);
-  STD_TORCH_CHECK(local_window >= 1, "local_window must be at least 1, got ", local_window);
-  STD_TORCH_CHECK(sink_tokens >= 0, "sink_tokens must not be negative, got ", sink_tokens);
-  p.rank = static_cast<int>(rank);
-  p.local_window = static_cast<int>(local_window);
-  p.sink_tokens = static_cast<int>(sink_tokens);
-  p.scale = static_cast<float>(scale);
-  p.soft_cap = static_cast<float>(soft_cap);
-  p.indices = list_of(indices, "indices", 3, p.num_rows, p.cache, kv_cache);
+  set_sparq_options(rank, local_window, sink_tokens, p);
+  p.indices = check_lists(indices, "indices", 3, p.num_rows, p.cache);
   p.max_kept = indices.size(2);
-  p.counts = list_of(counts, "counts", 2, p.num_rows, p.cache, kv_cache);
-  p.kept_mass = mass_of(kept_mass, query, kv_cache);
+  p.counts = check_lists(counts, "counts", 2, p.num_rows, p.cache);
+  p.kept_mass = check_mass(kept_mass, query);
+  lists_on_device(indices, counts, kept_mass, kv_cache);
   return p;
 }
 
@@ -148,23 +117,14 @@ void run_select(const Device& device, SelectArgs& p, const Tensor& query) {
   launch_select(device, p);
 }
 
-void set_outputs(const Tensor& query,
-                 const Tensor& kv_cache,
-                 const Tensor& out,
-                 const std::optional<Tensor>& tokens_read,
-                 AttendArgs& p) {
-  p.out_stride = check_heads(out, "out", p.cache);
-  check_size(out, "out", 0, p.num_rows, "rows");
-  check_size(out, "out", 1, query.size(1), "num_heads");
+void outputs_on_device(const Tensor& query,
+                       const Tensor& kv_cache,
+                       const Tensor& out,
+                       const std::optional<Tensor>& tokens_read,
+                       AttendArgs& p) {
+  p.tokens_read = set_outputs(query, out, tokens_read, p);
   same_device(out, "out", kv_cache);
-  p.out = out.data_ptr();
-  p.tokens_read = nullptr;
-  if (!tokens_read) return;
-  check_tensor(*tokens_read, "tokens_read", 1);
-  check_dtype(*tokens_read, "tokens_read", ScalarType::Long, "int64");
-  check_size(*tokens_read, "tokens_read", 0, 1, "one counter");
-  same_device(*tokens_read, "tokens_read", kv_cache);
-  p.tokens_read = static_cast<int64_t*>(tokens_read->data_ptr());
+  if (tokens_read) same_device(*tokens_read, "tokens_read", kv_cache);
 }
 
 }  // namespace
@@ -176,29 +136,10 @@ void store_kv(const Tensor& key,
   check_tensor(key, "key", 3);
   StoreArgs p;
   p.cache = aligned_cache(kv_cache, key.size(2));
-  for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
-    check_tensor(*tensor, name, 3);
-    STD_TORCH_CHECK(
-        model_dtype(*tensor, name) == p.cache.dtype, name, " must have kv_cache's dtype");
-    check_size(*tensor, name, 1, p.cache.num_kv_heads, "num_kv_heads");
-    check_size(*tensor, name, 2, p.cache.head_size, "head_size");
-    same_device(*tensor, name, kv_cache);
-  }
-  check_tensor(slot_mapping, "slot_mapping", 1);
-  check_dtype(slot_mapping, "slot_mapping", ScalarType::Long, "int64");
+  set_store(key, value, slot_mapping, p);
+  same_device(key, "key", kv_cache);
+  same_device(value, "value", kv_cache);
   same_device(slot_mapping, "slot_mapping", kv_cache);
-  p.num_tokens = slot_mapping.size(0);  // key and value may be padded beyond it
-  STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
-                  "key and value must hold at least slot_mapping's ",
-                  p.num_tokens,
-                  " tokens");
-  p.key = key.data_ptr();
-  p.value = value.data_ptr();
-  p.key_stride = key.stride(0) * p.cache.element_size;
-  p.value_stride = value.stride(0) * p.cache.element_size;
-  p.key_head_stride = key.stride(1) * p.cache.element_size;
-  p.value_head_stride = value.stride(1) * p.cache.element_size;
-  p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
   launch_store(current_device(index), p);
@@ -322,22 +263,9 @@ void sparq_attend(const Tensor& query,
                              counts,
                              kept_mass);
   AttendArgs p;
-  p.cache = s.cache;
-  p.query = s.query;
-  p.query_stride = s.query_stride;
-  p.block_table = s.block_table;
-  p.block_table_stride = s.block_table_stride;
+  attend_after(s, p);
   p.max_blocks = s.max_blocks;
-  p.seq_lens = s.seq_lens;
-  p.indices = s.indices;
-  p.max_kept = s.max_kept;
-  p.counts = s.counts;
-  p.kept_mass = s.kept_mass;
-  p.num_rows = s.num_rows;
-  p.group = s.group;
-  p.scale = s.scale;
-  p.soft_cap = s.soft_cap;
-  set_outputs(query, kv_cache, out, tokens_read, p);
+  outputs_on_device(query, kv_cache, out, tokens_read, p);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
@@ -361,28 +289,24 @@ void attend(const Tensor& query,
   AttendArgs p;
   p.cache = aligned_cache(kv_cache, query.size(2));
   same_device(query, "query", kv_cache);
-  p.query_stride = check_heads(query, "query", p.cache);
-  p.group = query_group(query, p.cache);
-  p.query = query.data_ptr();
-  p.num_rows = query.size(0);
+  set_query(query, scale, soft_cap, p);
   p.seq_lens = rows_vector(seq_lens, "seq_lens", p.num_rows, kv_cache);
   p.block_table = block_table_of(block_table, p.num_rows, kv_cache);
   p.block_table_stride = block_table.stride(0);
   p.max_blocks = block_table.size(1);
-  p.scale = static_cast<float>(scale);
-  p.soft_cap = static_cast<float>(soft_cap);
   STD_TORCH_CHECK(indices.has_value() == counts.has_value(),
                   "indices and counts must be given together");
   p.indices = nullptr;
   p.counts = nullptr;
   p.max_kept = 0;
   if (indices) {
-    p.indices = list_of(*indices, "indices", 3, p.num_rows, p.cache, kv_cache);
-    p.counts = list_of(*counts, "counts", 2, p.num_rows, p.cache, kv_cache);
+    p.indices = check_lists(*indices, "indices", 3, p.num_rows, p.cache);
+    p.counts = check_lists(*counts, "counts", 2, p.num_rows, p.cache);
     p.max_kept = indices->size(2);
+    lists_on_device(*indices, *counts, kept_mass, kv_cache);
   }
-  p.kept_mass = mass_of(kept_mass, query, kv_cache);
-  set_outputs(query, kv_cache, out, tokens_read, p);
+  p.kept_mass = check_mass(kept_mass, query);
+  outputs_on_device(query, kv_cache, out, tokens_read, p);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
