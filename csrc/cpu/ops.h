@@ -17,6 +17,12 @@ void seal_blocks(Tensor& kv_cache,
                  const Tensor& prev_block_ids,
                  const Tensor& block_index,
                  int64_t head_size);
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size);
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,

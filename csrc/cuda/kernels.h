@@ -14,6 +14,8 @@ struct SealArgs : SealParams {
   float* block_mean;  // workspace [num_jobs, num_kv_heads, head_size]
 };
 
+struct SealRowsArgs : SealRowsParams {};
+
 struct GatherArgs : GatherParams {
   int64_t max_blocks, num_out_tokens;
 };
@@ -36,6 +38,7 @@ int64_t plan_select(const Device& device, SelectArgs& args);
 
 void launch_store(const Device& device, const StoreArgs& args);
 void launch_seal(const Device& device, const SealArgs& args);
+void launch_seal_rows(const Device& device, const SealRowsArgs& args);
 void launch_gather(const Device& device, const GatherArgs& args);
 void launch_select(const Device& device, const SelectArgs& args);
 void launch_attend(const Device& device, AttendArgs args);

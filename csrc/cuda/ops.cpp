@@ -168,6 +168,21 @@ void seal_blocks(Tensor& kv_cache,
   launch_seal(current_device(index), p);
 }
 
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size) {
+  const SealRowsArgs p{
+      seal_rows_params(aligned_cache(kv_cache, head_size), block_table, seq_lens, query_start_loc)};
+  same_device(block_table, "block_table", kv_cache);
+  same_device(seq_lens, "seq_lens", kv_cache);
+  same_device(query_start_loc, "query_start_loc", kv_cache);
+  const int32_t index = kv_cache.get_device_index();
+  const DeviceGuard guard(index);
+  launch_seal_rows(current_device(index), p);
+}
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
@@ -318,6 +333,7 @@ void attend(const Tensor& query,
 STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CUDA, m) {
   m.impl("store_kv", TORCH_BOX(&vllm_sparse::cuda::store_kv));
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cuda::seal_blocks));
+  m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cuda::seal_rows));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cuda::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cuda::sparq_select));
   m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cuda::sparq_attend));

@@ -59,6 +59,28 @@ def seal_blocks(
     )
 
 
+def seal_rows(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    head_size: int,
+) -> None:
+    """Seal the block that each decode request's newest tokens have filled, if any.
+
+    One fixed grid whatever the lengths, so that a CUDA graph may hold it. Block 0,
+    vLLM's null block, is never sealed.
+
+    Args:
+        block_table, seq_lens: one row per request.
+        query_start_loc: [num_rows + 1] int32; a request has at most BLOCK_SIZE new
+            tokens.
+    """
+    _ops(kv_cache).seal_rows(
+        kv_cache, block_table, seq_lens, query_start_loc, head_size
+    )
+
+
 def gather_kv(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
