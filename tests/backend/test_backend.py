@@ -143,13 +143,13 @@ class Driver:
     BLOCKS_PER_REQUEST = 6
 
     def __init__(self, shape, vllm_config, num_requests, **layer_arguments):
-        from vllm_sparse.attention.impl import SparseAttentionImpl
-        from vllm_sparse.attention.metadata import SparseMetadataBuilder
+        from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl
+        from vllm_sparse.attention.cpu_metadata import CpuSparseMetadataBuilder
         from vllm_sparse.attention.stats import recorder
 
         self.shape = shape
         self.random = torch.Generator().manual_seed(0)
-        self.impl = SparseAttentionImpl(
+        self.impl = CpuSparseAttentionImpl(
             shape.heads,
             shape.size,
             shape.size**-0.5,
@@ -157,7 +157,7 @@ class Driver:
             logits_soft_cap=shape.soft_cap or None,
             **layer_arguments,
         )
-        self.builder = SparseMetadataBuilder(
+        self.builder = CpuSparseMetadataBuilder(
             FullAttentionSpec(
                 block_size=BLOCK_SIZE,
                 num_kv_heads=shape.kv_heads,

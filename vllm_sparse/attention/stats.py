@@ -109,8 +109,8 @@ class WorkerExtension:
             options: as under ``additional_config["sparse"]``.
         """
         from ..config import NAMESPACE, SparseConfig
+        from .builder import SparseMetadataBuilder
         from .impl import SparseAttentionImpl
-        from .metadata import SparseMetadataBuilder
 
         config = SparseConfig.from_additional_config({NAMESPACE: options})
         layers = self.vllm_config.compilation_config.static_forward_context

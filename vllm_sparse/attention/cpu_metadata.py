@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Once per step: which rows decode, which prefill, which blocks become full."""
+"""Once per step on the CPU: which rows decode, which prefill, which blocks fill up."""
 
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.utils import (
-    get_num_attention_heads_from_layers,
-    split_decodes_and_prefills,
-)
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ..cache.layout import BLOCK_SIZE
-from ..config import SparseConfig
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
-from .prefill import PrefillRows, plan_prefill
+from .builder import SparseMetadataBuilder
+from .cpu_prefill import PrefillRows, plan_prefill
 from .stats import recorder
 
 
@@ -45,31 +36,8 @@ class SparseMetadata(AttentionMetadata):
     seal: SealJobs | None
 
 
-class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
+class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
     """Builds :class:`SparseMetadata`; all decisions here use host numbers."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Draft tokens under verification decode too: one row per position.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.num_kv_heads = kv_cache_spec.num_kv_heads
-        self.num_heads = get_num_attention_heads_from_layers(
-            vllm_config, layer_names
-        ) or vllm_config.model_config.get_num_attention_heads(
-            vllm_config.parallel_config
-        )
-        self.configure(
-            SparseConfig.from_additional_config(vllm_config.additional_config)
-        )
-
-    def configure(self, config: SparseConfig) -> None:
-        self.config = config
 
     def build(
         self,
@@ -116,7 +84,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 row_lens.append(seq_len)
                 # A prompt's last token is prefill even when it comes alone, or a
                 # prefix-cache hit would change the first answer token.
-                budgets.append(-1 if prefilling[req] else self._budget(seq_len))
+                budgets.append(-1 if prefilling[req] else self.budget(seq_len))
         if not rows:
             return None
         recorder.totals.decode_tokens += len(rows)
@@ -145,16 +113,6 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             seq_lens_list=row_lens,
             budgets_list=budgets,
         )
-
-    def _budget(self, seq_len: int) -> int:
-        """Tokens to keep; -1: the row is dense."""
-        config = self.config
-        if config.selector == "dense" or seq_len < config.dense_below:
-            return -1
-        kept = tokens_kept(
-            seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
-        )
-        return -1 if kept >= seq_len else kept
 
     def _prefill_rows(
         self,
