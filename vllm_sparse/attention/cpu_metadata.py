@@ -8,21 +8,12 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ..cache.layout import BLOCK_SIZE
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
 from .builder import SparseMetadataBuilder
 from .cpu_prefill import PrefillRows, plan_prefill
+from .seal import SealJobs, seal_jobs
 from .stats import recorder
-
-
-@dataclass
-class SealJobs:
-    """Blocks that this step fills: the arguments of ``ops.seal_blocks``."""
-
-    block_ids: torch.Tensor
-    prev_block_ids: torch.Tensor
-    block_index: torch.Tensor
 
 
 @dataclass
@@ -60,7 +51,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
             prefill=self._prefill_rows(common, seq_lens, num_decodes)
             if num_prefills
             else None,
-            seal=_seal_jobs(common.block_table_tensor, starts, lens),
+            seal=seal_jobs(common.block_table_tensor, starts, lens),
         )
 
     def _decode_rows(
@@ -129,28 +120,3 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
             head_size=self.kv_cache_spec.head_size,
             dtype=self.vllm_config.model_config.dtype,
         )
-
-
-def _seal_jobs(
-    block_table: torch.Tensor, starts: list[int], lens: list[int]
-) -> SealJobs | None:
-    """Blocks whose last token is stored in this step, by their place in the context.
-
-    Draft tokens count: should they be rejected, the block's last token is stored again
-    later and the block sealed again; until then the context ends before it.
-    """
-    jobs = []
-    for req, seq_len in enumerate(lens):
-        computed = seq_len - (starts[req + 1] - starts[req])
-        for index in range(computed // BLOCK_SIZE, seq_len // BLOCK_SIZE):
-            jobs.append((index, req))
-    if not jobs:
-        return None
-    jobs.sort()
-    index, req = torch.tensor(jobs).T
-    prev = block_table[req, (index - 1).clamp(min=0)]
-    return SealJobs(
-        block_ids=block_table[req, index].contiguous(),
-        prev_block_ids=torch.where(index > 0, prev, -1).to(torch.int32),
-        block_index=index.to(torch.int32),
-    )

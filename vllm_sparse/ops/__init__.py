@@ -191,6 +191,7 @@ def attend(
     soft_cap: float = 0.0,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Exact attention over the listed tokens; without lists, over the whole context.
 
@@ -213,6 +214,19 @@ def attend(
         out,
         tokens_read,
     )
+
+
+def decode_workspace_bytes(
+    *,
+    num_rows: int,
+    num_kv_heads: int,
+    num_queries_per_kv: int,
+    max_blocks: int,
+    max_kept: int,
+    head_size: int,
+) -> int:
+    """Bytes of ``workspace`` that serve so many rows of such contexts."""
+    return 16
 
 
 def cpu_isa() -> str:
