@@ -72,9 +72,7 @@ def honouring(platform: type) -> type:
 
 # CpuPlatform, or vLLM's variant of it for the processor at hand.
 SparseCpuPlatform = honouring(
-    resolve_obj_by_qualname(
-        cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
-    )
+    resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 )
 
 

@@ -414,9 +414,7 @@ class Driver:
                 *where, self.impl.config.rank, *scaling
             )
             count = int(counts[0, head])
-            best, got = (
-                t[0, head, :count].long() for t in (indices, got_indices)
-            )
+            best, got = (t[0, head, :count].long() for t in (indices, got_indices))
             assert (got.diff() > 0).all()
             assert probs[:, got].sum() >= 0.99 * probs[:, best].sum()
             if mass is not None:

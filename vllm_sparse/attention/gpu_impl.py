@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""One attention layer on a GPU: nothing here depends on values, so graphs may hold it."""
+"""One attention layer on a GPU: nothing depends on values, so graphs may hold it."""
 
 import torch
 from vllm.platforms.interface import DeviceCapability

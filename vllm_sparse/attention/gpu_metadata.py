@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Once per step on a GPU, without waiting for it: decode rows are planned on the device.
+"""Once per step on a GPU, without waiting for it: the device plans the decode rows.
 
 The host does not know how many drafts were accepted (asynchronous scheduling), and a
 FULL CUDA graph replays with the shapes of its capture. So budgets come from a table
@@ -27,7 +27,7 @@ from .gpu_prefill import GpuPrefillRows
 from .seal import SealJobs, seal_jobs
 from .stats import DeviceCounter, recorder
 
-# Decode rows share this much memory for scores and lists; more rows are served in turns.
+# Decode rows share this much memory for scores and lists; more rows take turns.
 SCRATCH_BYTES = 512 * 2**20
 
 
@@ -73,9 +73,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         last = max_len + self.reorder_batch_threshold
         budgets = [-1, *map(self.budget, range(1, last + 1))]
         self.max_kept = max(1, *budgets)
-        self.budget_table = torch.tensor(
-            budgets, dtype=torch.int32, device=self.device
-        )
+        self.budget_table = torch.tensor(budgets, dtype=torch.int32, device=self.device)
         if self._buffers is not None and self.max_kept > self._buffers.max_kept:
             if compilation.cudagraph_mode.has_full_cudagraphs():
                 raise ValueError(
@@ -228,7 +226,7 @@ class _Buffers:
 def _prefilling(
     common: CommonAttentionMetadata, num_decodes: int
 ) -> torch.Tensor | None:
-    """[num_decodes] bool on the device; None when no decode request is in its prompt."""
+    """[num_decodes] bool on the device; None when no request is in its prompt."""
     flags = common.is_prefilling
     if flags is None or not flags[:num_decodes].any():
         return None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Dense prefill on GPUs: vLLM's FlashAttention reads the rows of our blocks in place."""
+"""Dense prefill on GPUs: FlashAttention reads the rows of our blocks in place."""
 
 from dataclasses import dataclass
 

@@ -45,7 +45,7 @@ class DecodeRows:
         counts: [num_rows, num_kv_heads] int32, likewise.
         kept_mass: [num_rows, num_heads] fp32, None where ops should allocate it.
         workspace: scratch memory of the ops, None where they should allocate it.
-        seq_lens_list, budgets_list: the same as Python numbers, where the host has them.
+        seq_lens_list, budgets_list: the same as Python numbers, if the host has them.
     """
 
     block_table: torch.Tensor
