@@ -43,13 +43,14 @@ SETTINGS = dict(
 )
 
 
-def ours(**changes):
+def ours(in_process=False, **changes):
+    """Our engine; those beside the shared one have a process of their own."""
     options = dict(
         attention_backend="sparq",
         worker_extension_cls=EXTENSION,
         additional_config={"sparse": SPARSE},
     )
-    return running(**SETTINGS | options | changes)
+    return running(in_process, **SETTINGS | options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +98,13 @@ def assert_same_but_for_ties(got, want, gap: float = 0.15) -> None:
 @pytest.fixture(scope="module")
 def dense(prompts):
     """What FlashAttention generates."""
-    with running(**SETTINGS, attention_backend="FLASH_ATTN") as llm:
+    with running(False, **SETTINGS, attention_backend="FLASH_ATTN") as llm:
         return generate(llm, prompts, greedy())
 
 
 @pytest.fixture(scope="module")
 def llm(dense):
-    with ours() as llm:
+    with ours(in_process=True) as llm:
         yield llm
 
 

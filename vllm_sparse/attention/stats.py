@@ -60,8 +60,10 @@ class DeviceCounter:
         self.row_score_bytes = row_score_bytes
         # Rows, sparse rows, tokens attended in sparse layers, tokens of the contexts,
         # sealed blocks of sparse rows.
-        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        with torch.inference_mode():
+            self.counts = torch.zeros(5, dtype=torch.int64, device=device)
 
+    @torch.inference_mode()
     def add(
         self, seq_lens: torch.Tensor, budgets: torch.Tensor, slots: torch.Tensor
     ) -> None:
@@ -72,6 +74,10 @@ class DeviceCounter:
         blocks = torch.where(sparse, seq_lens // BLOCK_SIZE, 0)
         rows = torch.stack((real, sparse, kept * real, seq_lens * real, blocks))
         self.counts += rows.sum(1)
+
+    @torch.inference_mode()  # as the engine's steps, which share the tensor
+    def reset(self) -> None:
+        self.counts.zero_()
 
     def totals(self) -> SparseStats:
         """Waits for the device."""
@@ -137,7 +143,7 @@ class StatsRecorder:
     def _collect(self, counter: DeviceCounter) -> None:
         for name, count in asdict(counter.totals()).items():
             setattr(self.totals, name, getattr(self.totals, name) + count)
-        counter.counts.zero_()
+        counter.reset()
 
     def snapshot(self) -> dict[str, int]:
         for counter in self.counters:
@@ -146,7 +152,7 @@ class StatsRecorder:
 
     def reset(self) -> None:
         for counter in self.counters:
-            counter.counts.zero_()
+            counter.reset()
         self.totals = SparseStats()
         self._logged_tokens = 0
 
