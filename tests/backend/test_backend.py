@@ -144,6 +144,7 @@ def drive(model_folder, request, monkeypatch):
             model_config=model,
             cache_config=CacheConfig(),
             attention_config=AttentionConfig(backend="SPARQ"),
+            compilation_config={"cudagraph_mode": "NONE"},
             additional_config={"sparse": options},
         )
         if shape.spec_tokens:
@@ -668,7 +669,7 @@ def test_statistics_are_bytes_of_rows_codes_and_parameters(drive):
     driver.step(Part(0, 299), Part(1, 100))
     assert driver.recorder.snapshot() == dict.fromkeys(driver.recorder.snapshot(), 0)
     driver.step(decode(0), decode(1))
-    row_bytes = 2 * 64 * 4
+    row_bytes = 2 * 64 * driver.shape.dtype.itemsize
     # Request 0: 300 tokens, two sealed blocks scored with 24 channels of 64 code and 4
     # parameter bytes; 60 tokens attended. Request 1: 101 tokens, dense.
     scores = 2 * 24 * (64 + 4)

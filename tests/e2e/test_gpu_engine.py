@@ -43,14 +43,13 @@ SETTINGS = dict(
 )
 
 
-def ours(in_process=False, **changes):
-    """Our engine; those beside the shared one have a process of their own."""
+def ours(**changes):
     options = dict(
         attention_backend="sparq",
         worker_extension_cls=EXTENSION,
         additional_config={"sparse": SPARSE},
     )
-    return running(in_process, **SETTINGS | options | changes)
+    return running(**SETTINGS | options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +97,13 @@ def assert_same_but_for_ties(got, want, gap: float = 0.15) -> None:
 @pytest.fixture(scope="module")
 def dense(prompts):
     """What FlashAttention generates."""
-    with running(False, **SETTINGS, attention_backend="FLASH_ATTN") as llm:
+    with running(**SETTINGS, attention_backend="FLASH_ATTN") as llm:
         return generate(llm, prompts, greedy())
 
 
 @pytest.fixture(scope="module")
 def llm(dense):
-    with ours(in_process=True) as llm:
+    with ours() as llm:
         yield llm
 
 
@@ -188,18 +187,19 @@ def test_preempted_requests_finish(llm, prompts, dense):
     assert_same_but_for_ties(outputs, [dense[i] for i in chosen])
 
 
-def test_graphs_off_gives_the_same_tokens(prompts, sparse):
-    with ours(enforce_eager=True, compilation_config={"mode": 0}) as llm:
-        got = generate(llm, prompts, greedy(**COLD))
-        totals = stats(llm)
-    assert tokens(got) == tokens(sparse)
-    assert totals["sparse_rows"] > 0
-
-
-def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
+@pytest.fixture(scope="module")
+def repeating(llm, prompts):
+    """Prompts that are drafted well, and their outputs without drafts."""
     chosen = [prompts[4][:150] * 2, prompts[6][:700] * 2]
     configure(llm, SPARSE)
-    expected = generate(llm, chosen, greedy(**COLD))
+    return chosen, generate(llm, chosen, greedy(**COLD))
+
+
+# The engines from here on end what the shared one needs: it is not used any more.
+
+
+def test_drafted_tokens_are_verified_by_sparse_rows(repeating):
+    chosen, expected = repeating
     with ours(
         speculative_config={
             "method": "ngram",
@@ -212,3 +212,11 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
         totals = stats(drafting)
     assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
     assert totals["sparse_rows"] == totals["decode_rows"]
+
+
+def test_graphs_off_gives_the_same_tokens(prompts, sparse, repeating):
+    with ours(enforce_eager=True, compilation_config={"mode": 0}) as llm:
+        got = generate(llm, prompts, greedy(**COLD))
+        totals = stats(llm)
+    assert tokens(got) == tokens(sparse)
+    assert totals["sparse_rows"] > 0
