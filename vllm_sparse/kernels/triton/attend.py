@@ -59,8 +59,9 @@ def attend_kernel(
     d = tl.arange(0, WIDTH)
     wide = (d < HEAD_SIZE)[None, :]
     heads = (g < group)[:, None] & wide
-    at = (head * group + g)[:, None] * HEAD_SIZE + d[None, :]
-    q = tl.load(query_ptr + row * query_stride + at, mask=heads, other=0.0).to(DOT)
+    query = query_ptr + row * query_stride + head * group * HEAD_SIZE
+    q = tl.load(query + g[:, None] * HEAD_SIZE + d[None, :], mask=heads, other=0.0)
+    q = q.to(DOT)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -70,12 +71,12 @@ def attend_kernel(
         inside = t < end
         position = t
         if LISTED:
-            at = indices_ptr + item * max_kept + t
-            position = tl.load(at, mask=t < tl.where(listed, end, 0), other=0)
-            position = tl.minimum(tl.maximum(position, 0), length - 1)
-            position = tl.where(listed, position, t)
-        at = block_table_ptr + row * block_table_stride + position // BLOCK_SIZE
-        block = tl.load(at, mask=inside, other=0)
+            entry = indices_ptr + item * max_kept + t
+            given = tl.load(entry, mask=t < tl.where(listed, end, 0), other=0)
+            given = tl.minimum(tl.maximum(given, 0), length - 1)
+            position = tl.where(listed, given, t)
+        entry = block_table_ptr + row * block_table_stride + position // BLOCK_SIZE
+        block = tl.load(entry, mask=inside, other=0)
         chunk = chunk_of(
             kv_cache_ptr, block, head, block_stride, head_stride, num_blocks
         )

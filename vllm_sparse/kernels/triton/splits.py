@@ -35,4 +35,4 @@ def tokens_of(
 @triton.jit
 def share_of(count, TILE: tl.constexpr):
     """Tokens of one split, whole tiles."""
-    return tl.cdiv(tl.cdiv(count, SPLITS), TILE) * TILE
+    return (count + SPLITS * TILE - 1) // (SPLITS * TILE) * TILE

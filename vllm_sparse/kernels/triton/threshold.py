@@ -29,20 +29,27 @@ def add_histogram(histogram_ptr, keys, counted, LEVEL: tl.constexpr):
 
 
 @triton.jit
+def find_digit(histogram_ptr, wanted, LEVEL: tl.constexpr):
+    """The digit in which the ``wanted``-th largest key is reached, and how many of the
+    keys with that digit are wanted."""
+    BINS: tl.constexpr = 2048 if LEVEL == 0 else 1024
+    FIRST: tl.constexpr = 0 if LEVEL == 0 else 1024 + 1024 * LEVEL
+    i = tl.arange(0, BINS)
+    # From the largest digit down.
+    counts = tl.load(histogram_ptr + FIRST + BINS - 1 - i)
+    seen = tl.cumsum(counts, 0)
+    above = seen < wanted
+    digit = BINS - 1 - tl.sum(above.to(tl.int32), 0)
+    return digit, wanted - tl.max(tl.where(above, seen, 0), 0)
+
+
+@triton.jit
 def find_prefix(histogram_ptr, wanted, LEVELS: tl.constexpr):
-    """Upper digits of the ``wanted``-th largest key, and how many keys that share them
-    are wanted."""
-    prefix = 0
-    for level in tl.static_range(LEVELS):
-        BINS: tl.constexpr = 2048 if level == 0 else 1024
-        FIRST: tl.constexpr = 0 if level == 0 else 1024 + 1024 * level
-        i = tl.arange(0, BINS)
-        # From the largest digit down.
-        counts = tl.load(histogram_ptr + FIRST + BINS - 1 - i)
-        seen = tl.cumsum(counts, 0)
-        above = seen < wanted
-        prefix = prefix * BINS + BINS - 1 - tl.sum(above.to(tl.int32), 0)
-        wanted -= tl.max(tl.where(above, seen, 0), 0)
+    """The same of the first LEVELS digits together."""
+    prefix, wanted = find_digit(histogram_ptr, wanted, 0)
+    for level in tl.static_range(1, LEVELS):
+        digit, wanted = find_digit(histogram_ptr, wanted, level)
+        prefix = prefix * 1024 + digit
     return prefix, wanted
 
 
