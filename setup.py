@@ -8,8 +8,8 @@ CUDA ops where nvcc is found);
 """
 
 import os
-import shutil
 import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -21,6 +21,10 @@ from torch.utils.cpp_extension import (
     library_paths,
 )
 
+# Build front ends do not put the project's folder on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+from scripts.nvcc import CUDA_ARCHS, NVCC_FLAGS, find_nvcc, gencode  # noqa: E402
+
 # Lowest torch whose stable ABI is used; one build serves all later ones.
 TORCH_TARGET = "0x020b000000000000"
 # Lowest CPython of the limited API (3.11).
@@ -28,17 +32,6 @@ PY_LIMITED_API = "0x030b0000"
 # Without this the linker drops libtorch, which the stable shims live in.
 LINK_TORCH = ["--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 CUDA_NAME = "vllm_sparse._C_cuda"
-CUDA_ARCHS = "80;89;90a;100"
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of the PATH or of the usual place."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    found = [f"{home}/bin/nvcc" for home in homes if home]
-    for path in (found[0], shutil.which("nvcc"), found[-1]):
-        if path and os.access(path, os.X_OK):
-            return path
-    return None
 
 
 def wants_cuda() -> bool:
@@ -63,14 +56,12 @@ class Build(BuildExtension):
             super().build_extension(ext)
 
     def build_cuda(self, ext) -> None:
-        archs = os.environ.get("VLLM_SPARSE_CUDA_ARCHS", CUDA_ARCHS).split(";")
+        asked = os.environ.get("VLLM_SPARSE_CUDA_ARCHS")
         flags = [
-            "-O3",
-            "-std=c++20",
+            *NVCC_FLAGS,
             "--threads=0",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs),
+            *map(gencode, asked.split(";") if asked else CUDA_ARCHS),
             *(f"-I{path}" for path in include_paths()),
         ]
         folder = Path(self.build_temp) / "cuda"

@@ -10,6 +10,7 @@ from typing import Any
 
 NAMESPACE = "sparse"
 SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
+KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
 class SparseConfigError(ValueError):
@@ -50,6 +51,8 @@ class SparseConfig:
     dense_below: int = 512
     # SparQ's (1 - alpha) * mean(V) term. "auto": on for MHA, off for GQA and MQA.
     mean_value: bool | str = "auto"
+    # Kernels that serve the ops. "auto": what fits the device (ops/dispatch.py).
+    kernels: str = "auto"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "SparseConfig":
@@ -157,5 +160,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         lambda v: isinstance(v, bool) or v == "auto",
         'true, false or "auto"',
         "auto",
+    ),
+    "kernels": (
+        lambda v: v in KERNEL_NAMES,
+        f"one of {', '.join(KERNEL_NAMES)}",
+        "triton",
     ),
 }

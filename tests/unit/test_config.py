@@ -27,6 +27,7 @@ ACCEPTED = {
     "dense_layers": [0, 2, 1000],
     "dense_below": [0, 1, 10**9],
     "mean_value": [True, False, "auto"],
+    "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
     "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
@@ -37,6 +38,7 @@ REFUSED = {
     "dense_layers": [-1, 2.0, "2", None, True],
     "dense_below": [-1, 512.0, "512", None, True],
     "mean_value": [0, 1, None, "on", "true", "AUTO"],
+    "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }
 ALLOWED = {
     "selector": "one of sparq, exact, quest, window, dense",
@@ -47,6 +49,7 @@ ALLOWED = {
     "dense_layers": "an integer of at least 0",
     "dense_below": "an integer of at least 0",
     "mean_value": 'true, false or "auto"',
+    "kernels": "one of auto, cuda, triton, cpu",
 }
 
 

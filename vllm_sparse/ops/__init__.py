@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""The op boundary: one function per op, backed by compiled kernels.
+"""The op boundary: one function per op, backed by compiled kernels or Triton's.
 
 Meanings are in :mod:`vllm_sparse.ops.reference`, function by function; byte layout in
 :mod:`vllm_sparse.cache.layout`. Common arguments:
@@ -10,19 +10,28 @@ Meanings are in :mod:`vllm_sparse.ops.reference`, function by function; byte lay
 - ``seq_lens``: [num_rows] int32 tokens, the query's own token included.
 - ``query``: [num_rows, num_heads, head_size], one query position per row.
 
+:mod:`vllm_sparse.ops.dispatch` says which kernels run; :func:`use` sets it.
 A broken contract raises RuntimeError naming the tensor and what was expected.
 """
 
 import torch
 
-from .library import load, require_cuda
+from .dispatch import KernelsError, use
+from .dispatch import ops_for as _ops
+from .library import load
 
-
-def _ops(kv_cache: torch.Tensor):
-    """The op namespace, once it is known to serve the cache's device."""
-    if kv_cache.is_cuda:
-        require_cuda()
-    return load()
+__all__ = [
+    "KernelsError",
+    "attend",
+    "cpu_isa",
+    "gather_kv",
+    "load",
+    "seal_blocks",
+    "sparq_attend",
+    "sparq_select",
+    "store_kv",
+    "use",
+]
 
 
 def store_kv(

@@ -40,18 +40,6 @@ def load():
     return torch.ops.vllm_sparse
 
 
-@cache
-def require_cuda() -> None:
-    """Make sure that the ops take CUDA tensors.
-
-    Raises:
-        ImportError: when there is no CUDA device or the CUDA library was not built.
-    """
-    if not torch.cuda.is_available():
-        raise ImportError("torch finds no CUDA device")
-    load()
-    if find_spec("vllm_sparse._C_cuda") is None:
-        raise ImportError(
-            "vllm_sparse's CUDA ops are missing; build them where nvcc is found with "
-            "`VLLM_SPARSE_CUDA=on pip install --no-build-isolation -e .`"
-        )
+def has_cuda_library() -> bool:
+    """Whether the ops for CUDA tensors were built."""
+    return find_spec("vllm_sparse._C_cuda") is not None

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""How csrc/cuda is compiled, for setup.py and the compile gate. Needs no torch."""
+
+import os
+import shutil
+
+# Compute capabilities that a release is built for.
+CUDA_ARCHS = ("80", "89", "90a", "100")
+NVCC_FLAGS = ("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden")
+
+
+def gencode(arch: str) -> str:
+    """The flag that adds machine code for one architecture."""
+    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of the PATH or of the usual place."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [f"{home}/bin/nvcc" for home in homes if home]
+    for path in (found[0], shutil.which("nvcc"), found[-1]):
+        if path and os.access(path, os.X_OK):
+            return path
+    return None

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""The ops in Triton against the fp32 reference, and the compiled CUDA ops likewise.
+
+On a GPU (``-m gpu``) with ragged contexts; without one under Triton's interpreter, with
+short ones, in a process of its own: Triton decides when it is imported.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_sparse.ops import dispatch
+from vllm_sparse.testing import op_checks
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_GPU = [
+    pytest.param(name, marks=[pytest.mark.gpu, needs_gpu])
+    for name in ("triton", "cuda")
+]
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# (num_heads, num_kv_heads, head_size), dtype: GQA, MHA, MQA, odd sizes, wide groups.
+INPUTS = [
+    ((9, 3, 64), BF16),
+    ((4, 4, 80), F32),
+    ((6, 1, 96), F16),
+    ((8, 2, 128), BF16),
+    ((4, 1, 256), BF16),
+    ((16, 2, 64), F32),
+    ((34, 2, 64), F16),
+    ((12, 1, 128), F32),
+]
+# (length, tokens to keep or -1): shorter than a block, at its ends, several spans.
+CONTEXTS = [(1, 64), (127, 64), (128, 64), (129, -1), (700, 200), (2175, 300)]
+LONG = (9000, 1000)
+if INTERPRETED:
+    INPUTS = [((4, 2, 64), BF16), ((3, 3, 80), F16), ((17, 1, 96), F32)]
+    CONTEXTS = [(1, 64), (128, 64), (300, -1), (1100, 180)]
+    LONG = (1300, 150)
+
+# Scores nearer to each other may change places: logits are kept in fp16, or in fp32.
+TOLERANCE = {"cuda": 0.02, "triton": 1e-4}
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ON_GPU)
+def kernels(request):
+    """The kernels under test, chosen; "auto" again afterwards."""
+    dispatch.use(request.param, device())
+    yield request.param
+    dispatch.use("auto")
+
+
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+inputs = pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+
+
+@inputs
+def test_store_and_seal(kernels, shape, dtype):
+    lens = [1, 128, 300] if INTERPRETED else [length for length, _ in CONTEXTS]
+    op_checks.check_store_and_seal(device(), shape, dtype, lens)
+
+
+def test_store_reads_strided_tokens_and_skips_slots_out_of_range(kernels):
+    op_checks.check_strided_store(device())
+
+
+def test_blocks_are_sealed_in_order(kernels):
+    op_checks.check_seal_order(device())
+
+
+def test_gather_returns_the_stored_context(kernels):
+    op_checks.check_gather(device())
+
+
+@pytest.mark.parametrize(("with_mass", "soft_cap"), [(True, 20.0), (False, 0.0)])
+@inputs
+def test_select_keeps_what_the_reference_keeps(
+    kernels, shape, dtype, with_mass, soft_cap
+):
+    head_size = shape[2]
+    op_checks.check_select(
+        device(),
+        shape,
+        dtype,
+        [*CONTEXTS, LONG],
+        3 * head_size // 8 if soft_cap else head_size // 4 + 1,
+        soft_cap,
+        with_mass,
+        TOLERANCE[kernels],
+    )
+
+
+def test_select_at_the_edges_of_a_budget(kernels):
+    if INTERPRETED:
+        budgets, num_blocks = [0, 130, 639, 640], 5
+    else:
+        budgets, num_blocks = [-1, 0, 1, 130, 131, 1983, 1984, 1985], 15
+    op_checks.check_budget_edges(device(), budgets, num_blocks, TOLERANCE[kernels])
+
+
+@pytest.mark.parametrize("length", [1280, 1300])
+def test_ties_go_to_lower_positions(kernels, length):
+    op_checks.check_ties(device(), length)
+
+
+@pytest.mark.parametrize(
+    ("listed", "with_mass", "soft_cap"),
+    [(False, False, 0.0), (True, False, 20.0), (True, True, 0.0)],
+    ids=["whole", "lists", "mean-value"],
+)
+@inputs
+def test_attend_equals_the_reference(
+    kernels, shape, dtype, listed, with_mass, soft_cap
+):
+    contexts = [(n, min(n // 2, count)) for n, count in CONTEXTS]
+    op_checks.check_attend(
+        device(), shape, dtype, contexts, soft_cap, listed, with_mass
+    )
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_both_steps_in_one_op(kernels, with_mass):
+    op_checks.check_both_steps(device(), CONTEXTS[-2:], with_mass)
+
+
+def test_results_do_not_depend_on_the_batch(kernels):
+    if kernels == "cuda":
+        pytest.skip("thread blocks of a row depend on the batch (docs/performance.md)")
+    op_checks.check_batch_invariance(device(), CONTEXTS[-2:])
+
+
+def test_values_out_of_range_harm_nothing(kernels):
+    op_checks.check_values_out_of_range(device(), 700 if INTERPRETED else 3000)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_everything_above_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-x", __file__]
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

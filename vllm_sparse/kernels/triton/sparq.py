@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""SparQ selection (arXiv 2312.04985, section 3) as a chain of small kernels.
+
+prepare: channels and scaled queries -> score: logits -> pool: ranking and histogram ->
+refine, twice: the cut -> count and list: positions -> mass.
+"""
+
+import torch
+import triton
+
+from .attend import attend
+from .checks import check, check_lists, check_rows, expect
+from .common import BLOCK_SIZE, cache_args, row_chunks, sidecar_args
+from .pool import pool_kernel
+from .prepare import prepare_kernel
+from .score import BLOCKS, score_kernel
+from .threshold import HISTOGRAM, SPAN, count_kernel, refine_kernel
+from .write_lists import list_kernel, mass_kernel
+
+
+def sparq_select(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    rank: int,
+    local_window: int,
+    sink_tokens: int,
+    scale: float,
+    soft_cap: float,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    kept_mass: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """See :func:`vllm_sparse.ops.sparq_select`; ``workspace`` is not used."""
+    lay = check_rows(query, kv_cache, block_table, seq_lens)
+    num_rows, num_heads, head_size = query.shape
+    check(budgets, "budgets", kv_cache, torch.int32, (num_rows,))
+    check_lists(query, kv_cache, indices, counts, kept_mass)
+    expect(
+        1 <= rank <= head_size, f"rank must lie between 1 and head_size = {head_size}"
+    )
+    expect(local_window >= 1, "local_window must be at least 1")
+    expect(sink_tokens >= 0, "sink_tokens must not be negative")
+    num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
+    if num_rows == 0 or max_blocks == 0:
+        return
+    group = num_heads // num_kv_heads
+    capacity = max_blocks * BLOCK_SIZE.value
+    parts = triton.cdiv(max_blocks, BLOCKS.value)
+    spans = triton.cdiv(capacity, SPAN.value)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=query.device)
+
+    # Logits of the query heads and the ranking; the rest is small.
+    bytes_per_row = (num_heads + num_kv_heads) * capacity * 4
+    for rows in row_chunks(num_rows, bytes_per_row):
+        lens, budget = seq_lens[rows], budgets[rows]
+        items = lens.shape[0] * num_kv_heads
+        table, chosen, count = block_table[rows], indices[rows], counts[rows]
+        mass = count if kept_mass is None else kept_mass[rows]
+        options = dict(
+            num_kv_heads=num_kv_heads,
+            max_blocks=max_blocks,
+            local_window=local_window,
+            sink_tokens=sink_tokens,
+        )
+        channels = scratch(items, head_size, dtype=torch.int32)
+        scaled = scratch(items, group, head_size)
+        cache = cache_args(kv_cache, lay)
+        prepare_kernel[(items,)](
+            query[rows],
+            lens,
+            budget,
+            channels,
+            scaled,
+            count,
+            mass,
+            query.stride(0),
+            group=group,
+            rank=rank,
+            scale=scale,
+            **options,
+            HEAD_SIZE=head_size,
+            WIDTH=cache["WIDTH"],
+            WITH_MASS=kept_mass is not None,
+            num_warps=8 if head_size > 128 else 4,
+        )
+        logits = scratch(items, group, capacity)
+        top, total = scratch(2, items, group, parts)
+        score_kernel[items, parts](
+            table,
+            lens,
+            budget,
+            channels,
+            scaled,
+            logits,
+            top,
+            total,
+            table.stride(0),
+            group=group,
+            rank=rank,
+            soft_cap=soft_cap,
+            **options,
+            **cache,
+            **sidecar_args(lay),
+        )
+        norm = scratch(items, group)
+        keys = scratch(items, capacity, dtype=torch.int32)
+        histogram = scratch(items, HISTOGRAM.value, dtype=torch.int32).zero_()
+        pool_kernel[items, spans](
+            lens,
+            budget,
+            logits,
+            top,
+            total,
+            norm,
+            keys,
+            histogram,
+            group=group,
+            **options,
+            parts=parts,
+            PARTS=triton.next_power_of_2(parts),
+        )
+        ranking = (lens, budget, keys, histogram)
+        for level in (1, 2):
+            refine_kernel[items, spans](*ranking, **options, LEVEL=level)
+        counted = scratch(items, spans, 2, dtype=torch.int32)
+        cut = scratch(items, 2, dtype=torch.int32)
+        count_kernel[items, spans](*ranking, counted, cut, **options)
+        span_mass = scratch(items, group, spans)
+        padded = triton.next_power_of_2(spans)
+        list_kernel[items, spans](
+            lens,
+            budget,
+            keys,
+            counted,
+            cut,
+            logits,
+            norm,
+            chosen,
+            count,
+            span_mass,
+            group=group,
+            **options,
+            max_kept=indices.shape[2],
+            SPANS=padded,
+            WITH_MASS=kept_mass is not None,
+        )
+        if kept_mass is not None:
+            mass_kernel[(items,)](
+                lens,
+                budget,
+                span_mass,
+                mass,
+                group=group,
+                **options,
+                spans=spans,
+                SPANS=padded,
+            )
+
+
+def sparq_attend(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    rank: int,
+    local_window: int,
+    sink_tokens: int,
+    scale: float,
+    soft_cap: float,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    kept_mass: torch.Tensor | None,
+    out: torch.Tensor,
+    tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """See :func:`vllm_sparse.ops.sparq_attend`."""
+    context = (query, kv_cache, block_table, seq_lens)
+    options = (rank, local_window, sink_tokens, scale, soft_cap)
+    lists = (indices, counts, kept_mass)
+    sparq_select(*context, budgets, *options, *lists)
+    attend(*context, *lists, scale, soft_cap, out, tokens_read)

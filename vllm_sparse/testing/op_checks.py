@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What every implementation of the ops must do, on any device.
+
+Each check prepares ragged, permuted, NaN-poisoned inputs on the CPU, runs
+``vllm_sparse.ops`` on ``device`` with the kernels chosen there, and compares with the
+fp32 reference.
+"""
+
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..cache.layout import BLOCK_SIZE, BlockLayout
+from ..ops import reference
+from .compare import assert_close
+from .generate import PagedContext, paged_context
+
+# num_heads, num_kv_heads, head_size
+Shape = tuple[int, int, int]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled(
+    seq_lens: list[int], num_kv_heads: int, head_size: int, dtype: torch.dtype
+) -> PagedContext:
+    """A batch on the CPU, stored and sealed by the reference."""
+    ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
+    for row in range(len(seq_lens)):
+        reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
+    return ctx
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def moved_cache(kv_cache: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The cache with its heads apart: blocks are nearer to each other than heads."""
+    apart = kv_cache.transpose(0, 1).contiguous().to(device)
+    return apart.transpose(0, 1)
+
+
+def raw(t: torch.Tensor) -> torch.Tensor:
+    """[num_blocks, num_kv_heads, bytes] on the CPU."""
+    return t.cpu().contiguous().view(torch.uint8).flatten(2)
+
+
+def random_query(ctx: PagedContext, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    shape = (len(ctx.keys), num_heads, ctx.keys[0].shape[-1])
+    return torch.randn(shape, generator=generator(7)).to(dtype)
+
+
+def list_buffers(
+    ctx: PagedContext, num_heads: int, max_kept: int, with_mass: bool = True
+) -> dict[str, torch.Tensor | None]:
+    """Outputs of a selection, filled with what no selection writes."""
+    rows, num_kv_heads = len(ctx.keys), ctx.kv_cache.shape[1]
+    return dict(
+        indices=torch.full((rows, num_kv_heads, max_kept), -7, dtype=torch.int32),
+        counts=torch.full((rows, num_kv_heads), -7, dtype=torch.int32),
+        kept_mass=torch.full((rows, num_heads), torch.nan) if with_mass else None,
+    )
+
+
+def select_both(
+    ctx: PagedContext,
+    query: torch.Tensor,
+    budgets: torch.Tensor,
+    options: dict[str, Any],
+    device: torch.device,
+    max_kept: int,
+    with_mass: bool = True,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Lists of the ops on ``device`` and of the reference, both on the CPU."""
+    num_heads = query.shape[1]
+    want = list_buffers(ctx, num_heads, max_kept)
+    got = list_buffers(ctx, num_heads, max_kept, with_mass)
+    got = {name: moved(t, device) for name, t in got.items()}
+    rest = (ctx.block_table, ctx.seq_lens, budgets)
+    ops.sparq_select(
+        query.to(device),
+        moved_cache(ctx.kv_cache, device),
+        *(t.to(device) for t in rest),
+        **options,
+        **got,
+    )
+    reference.sparq_select(query, ctx.kv_cache, *rest, **options, **want)
+    return {name: t.cpu() for name, t in got.items() if t is not None}, want
+
+
+def assert_same_lists(
+    got: dict[str, torch.Tensor],
+    want: dict[str, torch.Tensor],
+    ctx: PagedContext,
+    query: torch.Tensor,
+    options: dict[str, Any],
+    tolerance: float,
+) -> None:
+    """Lists may differ in tokens whose scores differ by less than ``tolerance``."""
+    assert torch.equal(got["counts"], want["counts"])
+    num_kv_heads = ctx.kv_cache.shape[1]
+    group = query.shape[1] // num_kv_heads
+    for row, head in (want["counts"] >= 0).nonzero().tolist():
+        n = int(want["counts"][row, head])
+        kept = got["indices"][row, head, :n].tolist()
+        swapped = sorted(set(kept) ^ set(want["indices"][row, head, :n].tolist()))
+        assert kept == sorted(set(kept))
+        assert (got["indices"][row, head, n:] == -7).all()
+        assert len(swapped) <= max(4, n // 16), (row, head, swapped)
+        probs = reference.sparq_probabilities(
+            query[row].float().unflatten(0, (num_kv_heads, group))[head],
+            ctx.kv_cache,
+            ctx.block_table[row],
+            int(ctx.seq_lens[row]),
+            head,
+            options["rank"],
+            options["scale"],
+            options["soft_cap"],
+        )
+        if swapped:
+            scores = probs.sum(0)[swapped]
+            assert scores.max() <= scores.min() * (1 + tolerance), (row, head)
+        if "kept_mass" in got:
+            mass = probs[:, kept].sum(-1).clamp(max=1.0)
+            heads = slice(head * group, (head + 1) * group)
+            assert_close(got["kept_mass"][row, heads], mass, 1e-3)
+
+
+def check_store_and_seal(
+    device: torch.device, shape: Shape, dtype: torch.dtype, seq_lens: list[int]
+) -> None:
+    """Rows, codes and parameters to the bit, means of V as close as fp16 allows."""
+    _, num_kv_heads, head_size = shape
+    want = filled(seq_lens, num_kv_heads, head_size, dtype)
+    ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
+    cache = moved_cache(ctx.kv_cache, device)
+    for row in range(len(seq_lens)):
+        given = (ctx.keys[row], ctx.values[row], cache, ctx.slots(row))
+        ops.store_kv(*(t.to(device) for t in given[:2]), cache, given[3].to(device))
+    jobs = [t.to(device) for t in ctx.seal_jobs()]
+    ops.seal_blocks(cache, *jobs, head_size)
+    got, expected = raw(cache), raw(want.kv_cache)
+    end = BlockLayout(head_size, dtype.itemsize).prefix_mean_offset
+    assert torch.equal(got[..., :end], expected[..., :end])
+    means = [
+        t[..., end : end + 2 * head_size].contiguous().view(torch.float16)
+        for t in (got, expected)
+    ]
+    assert_close(*means)
+
+
+def check_strided_store(device: torch.device) -> None:
+    """Keys and values inside a fused projection, aligned to 16 bytes and not; slots
+    that are negative or beyond the cache are skipped."""
+    ctx = paged_context([200], 3, 64, torch.bfloat16, generator())
+    want = ctx.kv_cache.clone()
+    for columns in (15 * 64, 15 * 64 + 1):
+        qkv = torch.randn(200, columns, generator=generator(1)).bfloat16()
+        slots = ctx.slots(0)
+        slots[5], slots[6] = -1, 10**9
+        cache = moved_cache(ctx.kv_cache, device)
+        for place, to, where in (
+            (torch.device("cpu"), want, slots.where(slots < 10**9, -1)),
+            (device, cache, slots.to(device)),
+        ):
+            rows = qkv.to(place)
+            key = rows[:, 9 * 64 : 12 * 64].unflatten(1, (3, 64))
+            value = rows[:, 12 * 64 : 15 * 64].unflatten(1, (3, 64))
+            store = reference.store_kv if to is want else ops.store_kv
+            store(key, value, to, where)
+        assert torch.equal(raw(cache), raw(want))
+
+
+def check_seal_order(device: torch.device) -> None:
+    """A shared prefix sealed in the same call is read after it is written, and jobs
+    with a negative block id are skipped."""
+    ctx = paged_context([384, 384], 2, 64, torch.float32, generator())
+    ctx.block_table[1, :2] = ctx.block_table[0, :2]
+    ctx.keys[1][:256], ctx.values[1][:256] = ctx.keys[0][:256], ctx.values[0][:256]
+    for row in range(2):
+        reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    block_ids, prev_block_ids, block_index = ctx.seal_jobs()
+    nothing = torch.full((1,), -1, dtype=torch.int32)
+    jobs = [
+        torch.cat([nothing, block_ids[:3], nothing, block_ids[3:]]),
+        torch.cat([nothing, prev_block_ids[:3], nothing, prev_block_ids[3:]]),
+        torch.cat([nothing, block_index[:3], nothing, block_index[3:]]),
+    ]
+    cache = moved_cache(ctx.kv_cache, device)
+    ops.seal_blocks(cache, *(t.to(device) for t in jobs), 64)
+    lay = BlockLayout(64, 4)
+    for row in range(2):
+        last = cache[int(ctx.block_table[row, 2]), 1].cpu()
+        mean = ctx.values[row][:, 1].mean(0)
+        assert_close(reference.prefix_mean(last, lay), mean, 1e-2)
+    untouched = set(range(len(cache))) - set(block_ids.tolist())
+    for block in untouched:
+        assert torch.equal(raw(cache)[block], raw(ctx.kv_cache)[block])
+
+
+def check_gather(device: torch.device) -> None:
+    ctx = filled([300, 128, 5], 3, 64, torch.bfloat16)
+    key = torch.full((433, 3, 64), torch.nan, dtype=torch.bfloat16, device=device)
+    value = torch.full_like(key, torch.nan)
+    rest = (ctx.block_table, ctx.seq_lens, torch.tensor([0, 300, 428]))
+    cache = moved_cache(ctx.kv_cache, device)
+    ops.gather_kv(cache, *(t.to(device) for t in rest), key, value)
+    assert torch.equal(key.cpu(), torch.cat(ctx.keys))
+    assert torch.equal(value.cpu(), torch.cat(ctx.values))
+
+
+def check_select(
+    device: torch.device,
+    shape: Shape,
+    dtype: torch.dtype,
+    contexts: list[tuple[int, int]],
+    rank: int,
+    soft_cap: float,
+    with_mass: bool,
+    tolerance: float,
+) -> None:
+    """``contexts`` are (length, budget) pairs."""
+    num_heads, num_kv_heads, head_size = shape
+    seq_lens = [length for length, _ in contexts]
+    ctx = filled(seq_lens, num_kv_heads, head_size, dtype)
+    query = random_query(ctx, num_heads, dtype)
+    budgets = torch.tensor([budget for _, budget in contexts], dtype=torch.int32)
+    options = dict(
+        rank=rank,
+        local_window=16,
+        sink_tokens=4,
+        scale=head_size**-0.5,
+        soft_cap=soft_cap,
+    )
+    max_kept = int(budgets.max()) + BLOCK_SIZE
+    got, want = select_both(ctx, query, budgets, options, device, max_kept, with_mass)
+    assert (want["counts"] >= 0).any()
+    assert_same_lists(got, want, ctx, query, options, tolerance)
+    if with_mass:
+        assert (got["kept_mass"][got["counts"][:, 0] == -1] == 1).all()
+
+
+def check_budget_edges(
+    device: torch.device, budgets: list[int], num_blocks: int, tolerance: float
+) -> None:
+    """Every budget with a context that ends a block, and on both sides of that end."""
+    end = num_blocks * BLOCK_SIZE
+    lens = [length for length in (end - 1, end, end + 1) for _ in budgets]
+    ctx = filled(lens, 1, 64, torch.float32)
+    query = random_query(ctx, 2, torch.float32)
+    options = dict(rank=64, local_window=40, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    given = torch.tensor(budgets * 3, dtype=torch.int32)
+    got, want = select_both(ctx, query, given, options, device, end)
+    assert_same_lists(got, want, ctx, query, options, tolerance)
+
+
+def check_ties(device: torch.device, length: int) -> None:
+    """Where every token scores the same, the lower positions win."""
+    ctx = paged_context([length], 1, 64, torch.float32, generator())
+    ctx.keys[0][:] = 1.0
+    reference.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
+    query = random_query(ctx, 1, torch.float32)
+    budgets = torch.tensor([100], dtype=torch.int32)
+    options = dict(rank=16, local_window=10, sink_tokens=0, scale=0.125, soft_cap=0.0)
+    got, _ = select_both(ctx, query, budgets, options, device, 228)
+    tail = length % BLOCK_SIZE or 10
+    expected = [*range(100 - tail), *range(length - tail, length)]
+    assert got["indices"][0, 0, :100].tolist() == expected
+
+
+def check_attend(
+    device: torch.device,
+    shape: Shape,
+    dtype: torch.dtype,
+    contexts: list[tuple[int, int]],
+    soft_cap: float,
+    listed: bool,
+    with_mass: bool,
+) -> None:
+    """``contexts`` are (length, listed tokens) pairs; -1: the whole context."""
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled([n for n, _ in contexts], num_kv_heads, head_size, dtype)
+    query = random_query(ctx, num_heads, dtype)
+    max_kept = max(count for _, count in contexts) + 3
+    lists = list_buffers(ctx, num_heads, max_kept)
+    lists["indices"].fill_(10**9)
+    for row, (length, count) in enumerate(contexts):
+        lists["counts"][row] = count
+        for head in range(num_kv_heads):
+            order = torch.randperm(length, generator=generator(head))[: max(count, 0)]
+            lists["indices"][row, head, : len(order)] = order.sort().values.int()
+    given = dict(
+        indices=lists["indices"] if listed else None,
+        counts=lists["counts"] if listed else None,
+        kept_mass=None,
+    )
+    if with_mass:
+        shape = (len(contexts), num_heads)
+        given["kept_mass"] = torch.rand(shape, generator=generator(3))
+    rest = (ctx.block_table, ctx.seq_lens)
+    options = dict(scale=head_size**-0.5, soft_cap=soft_cap)
+    want, want_read = torch.full_like(query, torch.nan), torch.zeros(1).long()
+    got, got_read = want.to(device), want_read.to(device)
+    ops.attend(
+        query.to(device),
+        moved_cache(ctx.kv_cache, device),
+        *(t.to(device) for t in rest),
+        **{name: moved(t, device) for name, t in given.items()},
+        **options,
+        out=got,
+        tokens_read=got_read,
+    )
+    reference.attend(
+        query,
+        ctx.kv_cache,
+        *rest,
+        **given,
+        **options,
+        out=want,
+        tokens_read=want_read,
+    )
+    assert_close(got.cpu(), want)
+    assert got_read.item() == want_read.item() > 0
+
+
+class Step:
+    """Both steps of SparQ over one batch, on a device."""
+
+    options = dict(rank=24, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
+
+    def __init__(
+        self,
+        device: torch.device,
+        contexts: list[tuple[int, int]],
+        dtype: torch.dtype = torch.bfloat16,
+        with_mass: bool = True,
+    ) -> None:
+        self.ctx = filled([n for n, _ in contexts], 2, 64, dtype)
+        budgets = torch.tensor([b for _, b in contexts], dtype=torch.int32)
+        query = random_query(self.ctx, 6, dtype)
+        inputs = (query, self.ctx.block_table, self.ctx.seq_lens, budgets)
+        self.inputs = [t.to(device) for t in inputs]
+        self.cache = self.ctx.kv_cache.to(device)
+        self.device = device
+        self.max_kept = int(budgets.max()) + BLOCK_SIZE
+        self.with_mass = with_mass
+        self.reset()
+
+    def reset(self) -> None:
+        lists = list_buffers(self.ctx, 6, self.max_kept, self.with_mass)
+        self.lists = {name: moved(t, self.device) for name, t in lists.items()}
+        self.out = torch.full_like(self.inputs[0], torch.nan)
+
+    def run(self, rows: list[int] | None = None) -> None:
+        """Both in one op; ``rows``: only these, as a batch of their own."""
+        part = slice(None) if rows is None else rows
+        query, table, lens, budgets = (t[part] for t in self.inputs)
+        lists = {k: None if t is None else t[part] for k, t in self.lists.items()}
+        out = self.out[part]
+        given = (query, self.cache, table, lens, budgets)
+        ops.sparq_attend(*given, **self.options, **lists, out=out)
+        if rows is not None:
+            self.out[part] = out
+
+    def run_apart(self) -> None:
+        query, table, lens, budgets = self.inputs
+        context = (query, self.cache, table, lens)
+        ops.sparq_select(*context, budgets, **self.options, **self.lists)
+        ops.attend(*context, **self.lists, scale=0.2, out=self.out)
+
+
+def check_both_steps(
+    device: torch.device, contexts: list[tuple[int, int]], with_mass: bool
+) -> None:
+    """One op gives what the two give, also when a CUDA graph replays it."""
+    step = Step(device, contexts, with_mass=with_mass)
+    step.run_apart()
+    lists, out = step.lists, step.out
+    step.reset()
+    step.run()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step.run()
+        for t in (step.out, step.lists["indices"], step.lists["counts"]):
+            t.fill_(-7)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert torch.equal(out, step.out)
+    for name, t in lists.items():
+        assert t is None or torch.equal(t, step.lists[name])
+
+
+def check_batch_invariance(
+    device: torch.device, contexts: list[tuple[int, int]]
+) -> None:
+    """A row alone gives to the bit what it gives in a batch."""
+    step = Step(device, contexts, torch.float32)
+    step.run()
+    together = step.out.clone()
+    step.reset()
+    for row in range(len(contexts)):
+        step.run([row])
+    assert torch.equal(together, step.out)
+
+
+def check_values_out_of_range(device: torch.device, length: int) -> None:
+    """Bad block ids and empty contexts harm no other row; a NaN query keeps valid
+    positions."""
+    results = []
+    for broken in (False, True):
+        step = Step(device, [(length, 200)] * 4)
+        query, table, lens, _ = step.inputs
+        if broken:
+            table[1, 3], table[1, 4], lens[2], query[3] = -5, 10**9, 0, torch.nan
+        step.run()
+        results.append(step)
+    good, bad = results
+    assert torch.equal(good.out[0], bad.out[0])
+    assert torch.equal(good.lists["indices"][0], bad.lists["indices"][0])
+    assert (bad.out[2] == 0).all()
+    for head in range(2):
+        kept = bad.lists["indices"][3, head, : int(bad.lists["counts"][3, head])]
+        assert len(kept) == 200 and kept[0] >= 0 and kept[-1] < length
+        assert (kept[1:] > kept[:-1]).all()
