@@ -91,6 +91,7 @@ def sparq_select(
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """SparQ's choice of tokens per row and KV head.
 
@@ -100,6 +101,7 @@ def sparq_select(
         counts: [num_rows, num_kv_heads] int32, written: valid entries of ``indices``,
             or -1 where everything is kept.
         kept_mass: [num_rows, num_heads] fp32, written: estimated probability mass kept.
+        workspace: as of :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).sparq_select(
         query,
@@ -115,6 +117,7 @@ def sparq_select(
         indices,
         counts,
         kept_mass,
+        workspace,
     )
 
 
@@ -135,6 +138,7 @@ def sparq_attend(
     kept_mass: torch.Tensor | None = None,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """:func:`sparq_select`, then :func:`attend` over what it chose, in one call."""
     _ops(kv_cache).sparq_attend(
@@ -153,6 +157,7 @@ def sparq_attend(
         kept_mass,
         out,
         tokens_read,
+        workspace,
     )
 
 
@@ -169,6 +174,7 @@ def attend(
     soft_cap: float = 0.0,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Exact attention over the listed tokens; without lists, over the whole context.
 
@@ -177,6 +183,7 @@ def attend(
             mean-value term on.
         out: [num_rows, num_heads, head_size], written.
         tokens_read: [1] int64 counter, the tokens attended per KV head are added to it.
+        workspace: as of :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).attend(
         query,
@@ -190,7 +197,33 @@ def attend(
         soft_cap,
         out,
         tokens_read,
+        workspace,
     )
+
+
+def workspace_bytes(
+    num_rows: int,
+    num_kv_heads: int,
+    group: int,
+    max_blocks: int,
+    head_size: int,
+    device: torch.device | None = None,
+) -> int:
+    """Bytes of workspace for decode calls on a CUDA device up to this shape.
+
+    A workspace is a 1-D uint8 tensor, zeroed once when it is made. Calls on one stream
+    may share it, whatever their shapes; the CPU's ops need none.
+
+    Args:
+        group: query heads of a KV head.
+        max_blocks: columns of the block table.
+    """
+    require_cuda()
+    index = torch.device("cuda" if device is None else device).index
+    if index is None:
+        index = torch.cuda.current_device()
+    shape = (num_rows, num_kv_heads, group, max_blocks, head_size)
+    return load().workspace_bytes(*shape, index)
 
 
 def cpu_isa() -> str:
