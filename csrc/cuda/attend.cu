@@ -32,15 +32,14 @@ struct Config {
 
 // The lists as one sequence of tiles. An item is a (row, KV head, 16 query heads).
 struct Cursor {
-  int64_t item, first;  // and its first tile
-  int tiles, head;
-  int64_t row, list;
+  int64_t first;  // tile of the item
+  int item, tiles, row, list, head;
   TokenList tokens;
 
   __device__ void load(const AttendArgs& p, int subs) {
     list = item / subs;
     row = list / p.cache.num_kv_heads;
-    head = static_cast<int>(list % p.cache.num_kv_heads);
+    head = list - row * p.cache.num_kv_heads;
     tokens = token_list(p, row, list);
     tiles = max(1, (tokens.count + kTile - 1) / kTile);
   }
@@ -56,8 +55,8 @@ struct Cursor {
 // Where this thread block's share of the tiles begins and ends.
 struct Share {
   int64_t begin, end, total;
-  int active;  // thread blocks with a share
-  int64_t item, item_first;
+  int64_t item_first;
+  int item, active;  // thread blocks with a share
 };
 
 __device__ inline int64_t share_begin(int64_t total, int64_t active, int64_t block) {
@@ -68,12 +67,13 @@ __device__ inline int share_of(int64_t total, int64_t active, int64_t tile) {
   return static_cast<int>(((tile + 1) * active - 1) / total);
 }
 
-__device__ Share find_share(const AttendArgs& p, int subs, int64_t items) {
+__device__ Share find_share(const AttendArgs& p, int subs, int items) {
   __shared__ int64_t warp_sums[kMaxWarps];
-  __shared__ int64_t begin_item, begin_first;
+  __shared__ int64_t begin_first;
+  __shared__ int begin_item;
   const int threads = blockDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t per_thread = (items + threads - 1) / threads;
-  const int64_t first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
+  const int per_thread = (items + threads - 1) / threads;
+  const int first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
   int64_t sum = 0;
   Cursor c;
   for (c.item = first; c.item < end; ++c.item) {
@@ -114,18 +114,19 @@ __device__ Share find_share(const AttendArgs& p, int subs, int64_t items) {
 
 // A tile on its way: the token of the lane, then its block.
 struct Fetch {
-  int token, head;
-  int64_t row;
+  int token, head, row;
   int32_t id;
 };
 
 template <int kD>
-__device__ inline void copy_tile(const AttendArgs& p, const Fetch& f, uint32_t slot, int pitch) {
+__device__ inline void copy_tile(
+    const AttendArgs& p, const Fetch& f, uint32_t slot, int head_size) {
   // Lanes of one token's row, and how many times they have to copy 16 bytes.
   constexpr int kLanes = kD <= 64 ? 16 : 32, kTimes = kD <= 128 ? 1 : 2;
-  const int lane = threadIdx.x % 32, chunks = p.cache.head_size / 4;
+  const int lane = threadIdx.x % 32, chunks = head_size / 4;
+  const int pitch = 4 * head_size + 16;
   const uint8_t* row = chunk_of(p.cache, safe_block(p.cache, f.id), f.head) +
-                       int64_t{f.token % kBlockSize} * 4 * p.cache.head_size;
+                       int64_t{f.token % kBlockSize} * 4 * head_size;
   const uint64_t address = reinterpret_cast<uint64_t>(row);
 #pragma unroll
   for (int i = 0; i < kTile * kLanes / 32; ++i) {
@@ -264,16 +265,16 @@ __device__ void store_four(const AttendArgs& p,
   }
 }
 
-template <class T, int kD, int kRows>
+template <class T, int kD, int kRows, bool kExact>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p) {
   using C = Config<kD, kRows>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ float tops[kMaxWarps][kRows], totals[kMaxWarps][kRows];
   __shared__ bool is_last;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head_size = p.cache.head_size, pitch = C::pitch(head_size);
+  const int head_size = kExact ? kD : p.cache.head_size, pitch = C::pitch(head_size);
   const int subs = (p.group + 15) / 16, slot_bytes = kTile * pitch;
-  const int64_t items = p.num_rows * p.cache.num_kv_heads * subs;
+  const int items = static_cast<int>(p.num_rows) * p.cache.num_kv_heads * subs;
   float* merge = reinterpret_cast<float*>(dynamic);  // [warps][kRows][kMergePitch]
   const uint32_t ring =
       shared_address(dynamic) + warps * C::kMergeBytes + warp * C::kSlots * slot_bytes;
@@ -288,8 +289,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   if (share.begin < share.end) ahead.load(p, subs);
   Cursor here = ahead;
   int64_t next = share.begin + warp;  // tile whose tokens are looked up next
-  const auto look_up_tokens = [&](Fetch& f) {
-    f.head = -1;
+  const auto look_up_tokens = [&]() {
+    Fetch f = {0, -1, 0, 0};
     if (next < share.end) {
       ahead.advance(p, subs, next);
       const int at = static_cast<int>(next - ahead.first) * kTile + lane % kTile;
@@ -297,21 +298,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
       f.head = ahead.head;
       f.token = min(at, max(ahead.tokens.count - 1, 0));
       if (!ahead.tokens.all && ahead.tokens.count > 0) {
-        f.token = p.indices[ahead.list * p.max_kept + f.token];
+        f.token = p.indices[int64_t{ahead.list} * p.max_kept + f.token];
       }
       f.id = ahead.tokens.length - 1;  // until the block is known
     }
     next += warps;
+    return f;
   };
   const auto look_up_block = [&](Fetch& f) {
     if (f.head < 0) return;
     f.token = min(max(f.token, 0), max(f.id, 0));
-    f.id = p.block_table[f.row * p.block_table_stride + f.token / kBlockSize];
+    f.id = p.block_table[int64_t{f.row} * p.block_table_stride + f.token / kBlockSize];
   };
   uint32_t fill = ring, slot = ring;
   const uint32_t ring_end = ring + C::kSlots * slot_bytes;
   const auto copy = [&](const Fetch& f) {
-    if (f.head >= 0) copy_tile<kD>(p, f, fill, pitch);
+    if (f.head >= 0) copy_tile<kD>(p, f, fill, head_size);
     copy_commit();
     fill = fill + slot_bytes == ring_end ? ring : fill + slot_bytes;
   };
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   {
     Fetch first[C::kSlots];
 #pragma unroll
-    for (int i = 0; i < C::kSlots; ++i) look_up_tokens(first[i]);
-    look_up_tokens(with_token);
+    for (int i = 0; i < C::kSlots; ++i) first[i] = look_up_tokens();
+    with_token = look_up_tokens();
 #pragma unroll
     for (int i = 0; i < C::kSlots; ++i) look_up_block(first[i]);
 #pragma unroll
@@ -333,9 +335,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   for (int64_t begin = share.begin; begin < share.end;) {
     here.advance(p, subs, begin);
     const int64_t end = min(share.end, here.first + here.tiles);
-    const int first_head = static_cast<int>(here.item % subs) * 16;
+    const int first_head = here.item % subs * 16;
     const int heads = min(16, p.group - first_head);
-    const int64_t query_head = int64_t{here.head} * p.group + first_head;
+    const int query_head = here.head * p.group + first_head;
     Accumulator<T, kD, kRows> a;
     a.begin(reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) +
                                        here.row * p.query_stride) +
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
       copy(with_block);
       look_up_block(with_token);
       with_block = with_token;
-      look_up_tokens(with_token);
+      with_token = look_up_tokens();
       const int left = here.tokens.count - static_cast<int>(tile - here.first) * kTile;
       a.add(slot, pitch, head_size, left, scale, p.soft_cap);
       slot = slot + slot_bytes == ring_end ? ring : slot + slot_bytes;
@@ -444,18 +446,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   copy_wait<0>();
 }
 
-template <class T, int kD, int kRows>
-void launch_rows(const Device& device, const AttendArgs& p) {
+template <class T, int kD, int kRows, bool kExact>
+void launch_kernel(const Device& device, const AttendArgs& p) {
   const int bytes = Config<kD, kRows>::warp_bytes(p.cache.head_size);
   int warps = kMaxWarps;
   while (warps > 1 && warps * bytes > device.max_shared - kStaticShared) warps /= 2;
   const dim3 grid(device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid);
-  launch(device, attend_kernel<T, kD, kRows>, 1, grid, 32 * warps, warps * bytes, p, true);
+  launch(device, attend_kernel<T, kD, kRows, kExact>, 1, grid, 32 * warps, warps * bytes, p, true);
 }
 
 template <class T, int kD>
 void launch_size(const Device& device, const AttendArgs& p) {
-  p.group <= 8 ? launch_rows<T, kD, 8>(device, p) : launch_rows<T, kD, 16>(device, p);
+  if (p.group > 8) return launch_kernel<T, kD, 16, false>(device, p);
+  p.cache.head_size == kD ? launch_kernel<T, kD, 8, true>(device, p)
+                          : launch_kernel<T, kD, 8, false>(device, p);
 }
 
 template <class T>

@@ -24,6 +24,7 @@ struct Channels {
   int* channel;        // shared [padded rank] ascending; padding repeats a channel
   uint32_t* selected;  // shared [kMaxHeadSize / 32] bits
   __half* query;       // shared [padded group][padded rank], 0 in padding
+  float (*logits)[4][kBlockSize];  // shared, of tokens that are not sealed
   int padded_rank, padded_group;
 };
 

@@ -313,7 +313,7 @@ struct Loader {
 template <class T>
 __device__ void score_tail(
     const SelectArgs& p, const Channels& s, const uint8_t* chunk, int count, float2* stats) {
-  __shared__ float logits[4][kBlockSize];
+  float(&logits)[4][kBlockSize] = *s.logits;
   const int t = threadIdx.x / 2, part = threadIdx.x % 2, warp = threadIdx.x / 32;
   const T* key = reinterpret_cast<const T*>(chunk) + int64_t{t} * 2 * p.cache.head_size;
   for (int first = 0; first < 2 * p.pairs; first += 4) {
@@ -454,6 +454,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(SelectArgs p) {
   __shared__ __align__(16) float magnitude[kMaxHeadSize];
   __shared__ int channel[kMaxHeadSize];
   __shared__ uint32_t selected[kMaxHeadSize / 32];
+  __shared__ __align__(16) float logits[4][kBlockSize];
   wait_for_previous();
   let_next_begin();
   const Shared plan(p);
@@ -461,6 +462,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(SelectArgs p) {
                    channel,
                    selected,
                    reinterpret_cast<__half*>(dynamic + plan.query()),
+                   &logits,
                    plan.padded_rank,
                    plan.padded_group};
   int* lengths = reinterpret_cast<int*>(dynamic + plan.lengths());
