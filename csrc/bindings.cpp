@@ -21,16 +21,20 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
   m.def(
       "sparq_select(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
-      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass) -> ()");
+      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
+      "Tensor(d!)? workspace=None) -> ()");
   m.def(
       "sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
       "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
-      "Tensor(d!) out, Tensor(e!)? tokens_read) -> ()");
+      "Tensor(d!) out, Tensor(e!)? tokens_read, Tensor(f!)? workspace=None) -> ()");
   m.def(
       "attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
-      "Tensor(a!) out, Tensor(b!)? tokens_read) -> ()");
+      "Tensor(a!) out, Tensor(b!)? tokens_read, Tensor(c!)? workspace=None) -> ()");
+  m.def(
+      "workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
+      "int head_size, int device_index) -> int");
   m.def("cpu_isa() -> str");
 }
 

@@ -196,7 +196,8 @@ void sparq_select(const Tensor& query,
                   double soft_cap,
                   Tensor& indices,
                   Tensor& counts,
-                  std::optional<Tensor> kept_mass) {
+                  std::optional<Tensor> kept_mass,
+                  std::optional<Tensor> /*workspace*/) {
   const SelectParams p = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -227,7 +228,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
-                  std::optional<Tensor> tokens_read) {
+                  std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> /*workspace*/) {
   const SelectParams s = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -258,7 +260,8 @@ void attend(const Tensor& query,
             double scale,
             double soft_cap,
             Tensor& out,
-            std::optional<Tensor> tokens_read) {
+            std::optional<Tensor> tokens_read,
+            std::optional<Tensor> /*workspace*/) {
   check_tensor(query, "query", 3);
   AttendParams p;
   p.cache = kv_cache_view(kv_cache, query.size(2));

@@ -41,7 +41,8 @@ void sparq_select(const Tensor& query,
                   double soft_cap,
                   Tensor& indices,
                   Tensor& counts,
-                  std::optional<Tensor> kept_mass);
+                  std::optional<Tensor> kept_mass,
+                  std::optional<Tensor> workspace);
 void sparq_attend(const Tensor& query,
                   const Tensor& kv_cache,
                   const Tensor& block_table,
@@ -56,7 +57,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
-                  std::optional<Tensor> tokens_read);
+                  std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> workspace);
 void attend(const Tensor& query,
             const Tensor& kv_cache,
             const Tensor& block_table,
@@ -67,7 +69,8 @@ void attend(const Tensor& query,
             double scale,
             double soft_cap,
             Tensor& out,
-            std::optional<Tensor> tokens_read);
+            std::optional<Tensor> tokens_read,
+            std::optional<Tensor> workspace);
 std::string cpu_isa();
 
 }  // namespace vllm_sparse::cpu

@@ -13,6 +13,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../params.h"
 
@@ -101,13 +102,14 @@ inline int cluster_size(bool clusters, int num_sms, int64_t items) {
 
 struct Device {
   cudaStream_t stream;
-  bool clusters;
+  bool clusters;  // and dependent launches
   int num_sms, max_shared;  // shared memory that one thread block may have
 };
 
 #ifdef __CUDACC__
 
-// grid.x counts clusters.
+// grid.x counts clusters. A kernel may start before the one ahead of it in the stream is through
+// (`overlap`) if it calls wait_for_previous.
 template <class Params>
 void launch(const Device& device,
             void (*kernel)(Params),
@@ -115,7 +117,8 @@ void launch(const Device& device,
             dim3 grid,
             int threads,
             size_t shared_bytes,
-            const Params& params) {
+            const Params& params,
+            bool overlap = false) {
   if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
@@ -125,13 +128,20 @@ void launch(const Device& device,
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = device.stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (overlap && device.clusters) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, params));
 }
 

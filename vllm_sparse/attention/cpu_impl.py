@@ -15,8 +15,8 @@ from .stats import recorder
 class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
     """Counts what it reads in the kernels themselves."""
 
-    def kernels(self) -> str:
-        return f"CPU kernels: {ops.cpu_isa()}"
+    def describe(self, kernels: str) -> str:
+        return f"{kernels} kernels ({ops.cpu_isa()})"
 
     def forward(
         self,

@@ -35,14 +35,14 @@ def unsupported_on_gpu(
 class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
     """Store and seal, then sparse decode rows, then prefill through FlashAttention."""
 
-    def kernels(self) -> str:
+    def describe(self, kernels: str) -> str:
         self.flash_attention = flash_attention_version(self.shape)
         if self.flash_attention is None:
             raise ImportError(
                 "vLLM has no FlashAttention for this GPU or head size "
                 f"{self.head_size}, which sparse attention needs for prefill"
             )
-        return f"prefill: FlashAttention {self.flash_attention}"
+        return f"{kernels} kernels, prefill: FlashAttention {self.flash_attention}"
 
     def configure(self, config: SparseConfig) -> None:
         if config.selector not in SELECTORS_ON_GPU:

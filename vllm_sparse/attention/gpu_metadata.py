@@ -197,13 +197,13 @@ class _Buffers:
         self.max_kept = kept
 
         def scratch(rows: int) -> int:
-            return ops.decode_workspace_bytes(
+            return ops.workspace_bytes(
                 num_rows=rows,
                 num_kv_heads=heads,
-                num_queries_per_kv=builder.num_heads // heads,
+                group=builder.num_heads // heads,
                 max_blocks=max_blocks,
-                max_kept=kept,
                 head_size=builder.kv_cache_spec.head_size,
+                device=builder.device,
             )
 
         per_row = 4 * heads * kept + scratch(2) - scratch(1)

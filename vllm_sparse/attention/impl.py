@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
 from .. import ops
@@ -61,14 +62,17 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             scale=self.scale,
             soft_cap=float(logits_soft_cap or 0.0),
         )
-        ops.load()
         self.configure(
             SparseConfig.from_additional_config(vllm_config.additional_config)
         )
-        logger.info_once("Sparse attention: %s, %s", self.config, self.kernels())
+        device = current_platform.device_type
+        kernels = ops.use(self.config.kernels, torch.device(device))
+        logger.info_once(
+            "Sparse attention: %s, %s", self.config, self.describe(kernels)
+        )
 
     @abstractmethod
-    def kernels(self) -> str:
+    def describe(self, kernels: str) -> str:
         """Which kernels serve the layer, for the log; raises where none can."""
 
     def configure(self, config: SparseConfig) -> None:

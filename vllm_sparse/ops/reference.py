@@ -209,6 +209,7 @@ def sparq_select(
     indices,
     counts,
     kept_mass,
+    workspace=None,
 ) -> None:
     """Choose the tokens that each row and KV head attends to.
 
@@ -252,6 +253,7 @@ def attend(
     soft_cap,
     out,
     tokens_read=None,
+    workspace=None,
 ) -> None:
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
@@ -302,6 +304,7 @@ def sparq_attend(
     kept_mass,
     out,
     tokens_read=None,
+    workspace=None,
 ) -> None:
     """Both steps of SparQ."""
     context = (query, kv_cache, block_table, seq_lens)

@@ -113,6 +113,7 @@ class Selector(ABC):
             soft_cap=self.shape.soft_cap,
             out=out,
             tokens_read=tokens_read,
+            workspace=rows.workspace,
         )
 
     @abstractmethod

@@ -57,6 +57,7 @@ class SparqSelector(Selector):
             "indices": rows.indices,
             "counts": rows.counts,
             "kept_mass": kept_mass,
+            "workspace": rows.workspace,
         }
 
     def score_bytes(self, seq_len: int) -> int:
