@@ -44,7 +44,7 @@ fingerprint() {
 
 source_fingerprint() {
   cd "$root"
-  { echo "$root"; cat pyproject.toml setup.py
+  { echo "$root"; cat pyproject.toml setup.py scripts/nvcc.py
     find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum
 }
 

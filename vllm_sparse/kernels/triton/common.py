@@ -32,7 +32,6 @@ kernel = triton.jit(
         "rank",
         "local_window",
         "sink_tokens",
-        "parts",
         "spans",
     ]
 )

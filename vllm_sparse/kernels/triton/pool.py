@@ -1,13 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Probabilities summed over the group, as sortable integers, and their histogram."""
+"""The softmax of the logits, summed over the group, as a sortable ranking."""
 
 import triton.language as tl
 
 from .common import BLOCK_SIZE, kernel
 from .plan import plan_row
-from .score import BLOCKS
 from .threshold import HISTOGRAM, SPAN, add_histogram
+
+
+@kernel
+def normaliser_kernel(
+    seq_lens_ptr,  # [num_rows] int32
+    budgets_ptr,  # [num_rows] int32
+    logits_ptr,  # [items, group, max_blocks * BLOCK_SIZE] fp32
+    top_ptr,  # [items, group, spans] fp32, written: largest logit of the span
+    sum_ptr,  # [items, group, spans] fp32, written: sum of exp(logit - top)
+    num_kv_heads,
+    group,
+    max_blocks,
+    local_window,
+    sink_tokens,
+):
+    """One program per item and SPAN tokens."""
+    item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length, dense, _, _, _ = plan_row(
+        seq_lens_ptr,
+        budgets_ptr,
+        item // num_kv_heads,
+        max_blocks,
+        local_window,
+        sink_tokens,
+    )
+    if dense | (span * SPAN >= length):
+        return
+    t = span * SPAN + tl.arange(0, SPAN)
+    for g in range(group):
+        head = item * group + g
+        at = logits_ptr + head * (max_blocks * BLOCK_SIZE) + t
+        logits = tl.load(at, mask=t < length, other=float("-inf"))
+        top = tl.max(logits, 0)
+        tl.store(top_ptr + head * tl.num_programs(1) + span, top)
+        total = tl.sum(tl.exp(logits - top), 0)
+        tl.store(sum_ptr + head * tl.num_programs(1) + span, total)
 
 
 @kernel
@@ -15,8 +50,8 @@ def pool_kernel(
     seq_lens_ptr,  # [num_rows] int32
     budgets_ptr,  # [num_rows] int32
     logits_ptr,  # [items, group, max_blocks * BLOCK_SIZE] fp32
-    top_ptr,  # [items, group, parts] fp32
-    sum_ptr,  # [items, group, parts] fp32
+    top_ptr,  # [items, group, spans] fp32
+    sum_ptr,  # [items, group, spans] fp32
     norm_ptr,  # [items, group] fp32, written: logarithm of the softmax's denominator
     keys_ptr,  # [items, max_blocks * BLOCK_SIZE] int32, written for candidates
     histogram_ptr,  # [items, HISTOGRAM] int32 zeros, added to
@@ -25,8 +60,7 @@ def pool_kernel(
     max_blocks,
     local_window,
     sink_tokens,
-    parts,
-    PARTS: tl.constexpr,  # parts, rounded up to a power of 2
+    SPANS: tl.constexpr,  # spans, rounded up to a power of 2
 ):
     """One program per item and SPAN tokens."""
     item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -38,19 +72,20 @@ def pool_kernel(
         return
     t = span * SPAN + tl.arange(0, SPAN)
     candidate = (t >= sinks) & (t < recent)
-    part = tl.arange(0, PARTS)
-    used = part < tl.cdiv(length, BLOCKS * BLOCK_SIZE)
+    other = tl.arange(0, SPANS)
+    used = other * SPAN < length
     pooled = tl.zeros([SPAN], tl.float32)
     for g in range(group):
         head = item * group + g
-        tops = tl.load(top_ptr + head * parts + part, mask=used, other=float("-inf"))
-        sums = tl.load(sum_ptr + head * parts + part, mask=used, other=0.0)
+        at = head * tl.num_programs(1) + other
+        tops = tl.load(top_ptr + at, mask=used, other=float("-inf"))
+        sums = tl.load(sum_ptr + at, mask=used, other=0.0)
         top = tl.max(tops, 0)
         norm = top + tl.log(tl.sum(sums * tl.exp(tops - top), 0))
         if span == 0:
             tl.store(norm_ptr + head, norm)
-        at = logits_ptr + head * (max_blocks * BLOCK_SIZE) + t
-        logits = tl.load(at, mask=candidate, other=float("-inf"))
+        from_ptr = logits_ptr + head * (max_blocks * BLOCK_SIZE) + t
+        logits = tl.load(from_ptr, mask=candidate, other=float("-inf"))
         pooled += tl.exp(logits - norm)
     # Bits of a float that is not negative sort like the float; NaN ranks lowest.
     keys = tl.where(pooled > 0, pooled, 0.0).to(tl.int32, bitcast=True)

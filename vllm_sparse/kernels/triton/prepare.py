@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .common import kernel
 from .plan import plan_row
+from .threshold import HISTOGRAM
 
 
 @kernel
@@ -15,6 +16,7 @@ def prepare_kernel(
     budgets_ptr,  # [num_rows] int32
     channels_ptr,  # [items, HEAD_SIZE] int32, written: best first
     scaled_ptr,  # [items, group, HEAD_SIZE] fp32, written: query in that order, scaled
+    histogram_ptr,  # [items, HISTOGRAM] int32, written: zeros
     counts_ptr,  # [items] int32, written for dense rows: -1
     kept_mass_ptr,  # [items, group] fp32, written for dense rows: 1
     query_stride,
@@ -42,6 +44,8 @@ def prepare_kernel(
                 tl.store(kept_mass_ptr + item * group + g, 1.0)
         return
 
+    bins = histogram_ptr + item * HISTOGRAM + tl.arange(0, HISTOGRAM)
+    tl.store(bins, tl.zeros([HISTOGRAM], tl.int32))
     d = tl.arange(0, WIDTH)
     valid = d < HEAD_SIZE
     queries = query_ptr + row * query_stride + head * group * HEAD_SIZE + d

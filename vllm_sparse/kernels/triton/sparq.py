@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """SparQ selection (arXiv 2312.04985, section 3) as a chain of small kernels.
 
-prepare: channels and scaled queries -> score: logits -> pool: ranking and histogram ->
+prepare: channels and scaled queries -> score: logits -> normaliser and pool: ranking ->
 refine, twice: the cut -> count and list: positions -> mass.
 """
 
@@ -12,9 +12,9 @@ import triton
 from .attend import attend
 from .checks import check, check_lists, check_rows, expect
 from .common import BLOCK_SIZE, cache_args, row_chunks, sidecar_args
-from .pool import pool_kernel
+from .pool import normaliser_kernel, pool_kernel
 from .prepare import prepare_kernel
-from .score import BLOCKS, score_kernel
+from .score import BLOCKS, CHANNELS, score_kernel
 from .threshold import HISTOGRAM, SPAN, count_kernel, refine_kernel
 from .write_lists import list_kernel, mass_kernel
 
@@ -50,8 +50,8 @@ def sparq_select(
         return
     group = num_heads // num_kv_heads
     capacity = max_blocks * BLOCK_SIZE.value
-    parts = triton.cdiv(max_blocks, BLOCKS.value)
     spans = triton.cdiv(capacity, SPAN.value)
+    padded = triton.next_power_of_2(spans)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
@@ -71,6 +71,7 @@ def sparq_select(
         )
         channels = scratch(items, head_size, dtype=torch.int32)
         scaled = scratch(items, group, head_size)
+        histogram = scratch(items, HISTOGRAM.value, dtype=torch.int32)
         cache = cache_args(kv_cache, lay)
         prepare_kernel[(items,)](
             query[rows],
@@ -78,6 +79,7 @@ def sparq_select(
             budget,
             channels,
             scaled,
+            histogram,
             count,
             mass,
             query.stride(0),
@@ -91,27 +93,29 @@ def sparq_select(
             num_warps=8 if head_size > 128 else 4,
         )
         logits = scratch(items, group, capacity)
-        top, total = scratch(2, items, group, parts)
-        score_kernel[items, parts](
+        score_kernel[items, triton.cdiv(max_blocks, BLOCKS.value)](
             table,
             lens,
             budget,
             channels,
             scaled,
             logits,
-            top,
-            total,
             table.stride(0),
             group=group,
-            rank=rank,
             soft_cap=soft_cap,
             **options,
             **cache,
             **sidecar_args(lay),
+            STEPS=triton.cdiv(rank, CHANNELS.value),
+        )
+        # Wide spans: each program walks through the histogram.
+        wide = dict(**options, num_warps=8)
+        top, total = scratch(2, items, group, spans)
+        normaliser_kernel[items, spans](
+            lens, budget, logits, top, total, group=group, **wide
         )
         norm = scratch(items, group)
         keys = scratch(items, capacity, dtype=torch.int32)
-        histogram = scratch(items, HISTOGRAM.value, dtype=torch.int32).zero_()
         pool_kernel[items, spans](
             lens,
             budget,
@@ -122,18 +126,16 @@ def sparq_select(
             keys,
             histogram,
             group=group,
-            **options,
-            parts=parts,
-            PARTS=triton.next_power_of_2(parts),
+            **wide,
+            SPANS=padded,
         )
         ranking = (lens, budget, keys, histogram)
         for level in (1, 2):
-            refine_kernel[items, spans](*ranking, **options, LEVEL=level)
+            refine_kernel[items, spans](*ranking, **wide, LEVEL=level)
         counted = scratch(items, spans, 2, dtype=torch.int32)
         cut = scratch(items, 2, dtype=torch.int32)
-        count_kernel[items, spans](*ranking, counted, cut, **options)
+        count_kernel[items, spans](*ranking, counted, cut, **wide)
         span_mass = scratch(items, group, spans)
-        padded = triton.next_power_of_2(spans)
         list_kernel[items, spans](
             lens,
             budget,
@@ -146,7 +148,7 @@ def sparq_select(
             count,
             span_mass,
             group=group,
-            **options,
+            **wide,
             max_kept=indices.shape[2],
             SPANS=padded,
             WITH_MASS=kept_mass is not None,
