@@ -20,7 +20,7 @@ constexpr int kStaticShared = 2 * 1024;
 // kD: head sizes up to this; kRows: query heads up to this, 8 or 16.
 template <int kD, int kRows>
 struct Config {
-  static constexpr int kSlots = kD > 128 ? 3 : 4, kRows8 = kRows / 8;
+  static constexpr int kSlots = 3, kRows8 = kRows / 8;
   static constexpr int kColumns = kD * kRows > kMergeFloats ? kMergeFloats / kRows : kD;
   static constexpr int kMergePitch = kColumns + 8;
   static constexpr int kMergeBytes = kRows * kMergePitch * 4;
@@ -32,8 +32,8 @@ struct Config {
 
 // The lists as one sequence of tiles. An item is a (row, KV head, 16 query heads).
 struct Cursor {
-  int64_t first;  // tile of the item
-  int item, tiles, row, list, head;
+  int item, first, tiles;  // `first` tile of the item
+  int row, list, head;
   TokenList tokens;
 
   __device__ void load(const AttendArgs& p, int subs) {
@@ -43,7 +43,7 @@ struct Cursor {
     tokens = token_list(p, row, list);
     tiles = max(1, (tokens.count + kTile - 1) / kTile);
   }
-  __device__ void advance(const AttendArgs& p, int subs, int64_t tile) {
+  __device__ void advance(const AttendArgs& p, int subs, int tile) {
     while (tile >= first + tiles) {
       first += tiles;
       ++item;
@@ -52,52 +52,48 @@ struct Cursor {
   }
 };
 
-// Where this thread block's share of the tiles begins and ends.
+// This thread block's share of the tiles: `active` blocks have `each`, the first `more` one more.
 struct Share {
-  int64_t begin, end, total;
-  int64_t item_first;
-  int item, active;  // thread blocks with a share
+  int each, more, active;
+  int begin, end, item, item_first;
+
+  __device__ int begin_of(int block) const { return each * block + min(block, more); }
+  __device__ int block_of(int tile) const {
+    const int larger = more * (each + 1);
+    return tile < larger ? tile / (each + 1) : more + (tile - larger) / each;
+  }
 };
 
-__device__ inline int64_t share_begin(int64_t total, int64_t active, int64_t block) {
-  return total * block / active;
-}
-
-__device__ inline int share_of(int64_t total, int64_t active, int64_t tile) {
-  return static_cast<int>(((tile + 1) * active - 1) / total);
-}
-
 __device__ Share find_share(const AttendArgs& p, int subs, int items) {
-  __shared__ int64_t warp_sums[kMaxWarps];
-  __shared__ int64_t begin_first;
-  __shared__ int begin_item;
+  __shared__ int warp_sums[kMaxWarps], begin_item, begin_first;
   const int threads = blockDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int per_thread = (items + threads - 1) / threads;
   const int first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
-  int64_t sum = 0;
+  int sum = 0;
   Cursor c;
   for (c.item = first; c.item < end; ++c.item) {
     c.load(p, subs);
     sum += c.tiles;
   }
-  int64_t inclusive = sum;
+  int inclusive = sum;
   for (int i = 1; i < 32; i *= 2) {
-    const int64_t y = __shfl_up_sync(kFullMask, inclusive, i);
+    const int y = __shfl_up_sync(kFullMask, inclusive, i);
     if (lane >= i) inclusive += y;
   }
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
-  Share s;
-  s.total = 0;
-  int64_t before = inclusive - sum;
+  int before = inclusive - sum, total = 0;
   for (int w = 0; w < threads / 32; ++w) {
     if (w < warp) before += warp_sums[w];
-    s.total += warp_sums[w];
+    total += warp_sums[w];
   }
-  s.active = static_cast<int>(min(int64_t{gridDim.x}, s.total));
+  Share s;
+  s.active = min(static_cast<int>(gridDim.x), total);
+  s.each = total / s.active;
+  s.more = total - s.each * s.active;
   const int block = blockIdx.x;
-  s.begin = block < s.active ? share_begin(s.total, s.active, block) : s.total;
-  s.end = block < s.active ? share_begin(s.total, s.active, block + 1) : s.total;
+  s.begin = block < s.active ? s.begin_of(block) : total;
+  s.end = block < s.active ? s.begin_of(block + 1) : total;
   if (before <= s.begin && s.begin < before + sum) {
     c.item = first;
     c.first = before;
@@ -278,7 +274,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   float* merge = reinterpret_cast<float*>(dynamic);  // [warps][kRows][kMergePitch]
   const uint32_t ring =
       shared_address(dynamic) + warps * C::kMergeBytes + warp * C::kSlots * slot_bytes;
-  wait_for_previous();
+  if (p.budgets == nullptr) wait_for_previous();
   let_next_begin();
   const Share share = find_share(p, subs, items);
 
@@ -288,12 +284,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   ahead.first = share.item_first;
   if (share.begin < share.end) ahead.load(p, subs);
   Cursor here = ahead;
-  int64_t next = share.begin + warp;  // tile whose tokens are looked up next
+  int next = share.begin + warp;  // tile whose tokens are looked up next
   const auto look_up_tokens = [&]() {
     Fetch f = {0, -1, 0, 0};
     if (next < share.end) {
       ahead.advance(p, subs, next);
-      const int at = static_cast<int>(next - ahead.first) * kTile + lane % kTile;
+      const int at = (next - ahead.first) * kTile + lane % kTile;
       f.row = ahead.row;
       f.head = ahead.head;
       f.token = min(at, max(ahead.tokens.count - 1, 0));
@@ -317,6 +313,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
     copy_commit();
     fill = fill + slot_bytes == ring_end ? ring : fill + slot_bytes;
   };
+  // Queries need no selection: they are read while it may still run.
+  Accumulator<T, kD, kRows> a;
+  const auto begin_item = [&]() {
+    const int first_head = here.item % subs * 16;
+    a.begin(reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) +
+                                       here.row * p.query_stride) +
+                (here.head * p.group + first_head) * head_size,
+            min(16, p.group - first_head),
+            head_size);
+  };
+  if (share.begin < share.end) begin_item();
+  if (p.budgets != nullptr) wait_for_previous();
+
   Fetch with_token, with_block;
   {
     Fetch first[C::kSlots];
@@ -331,19 +340,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
   }
 
   const float scale = p.soft_cap > 0 ? p.scale : p.scale * kLog2e;
-  int64_t tile = share.begin + warp;
-  for (int64_t begin = share.begin; begin < share.end;) {
+  int tile = share.begin + warp;
+  for (int begin = share.begin; begin < share.end;) {
     here.advance(p, subs, begin);
-    const int64_t end = min(share.end, here.first + here.tiles);
+    const int end = min(share.end, here.first + here.tiles);
     const int first_head = here.item % subs * 16;
     const int heads = min(16, p.group - first_head);
     const int query_head = here.head * p.group + first_head;
-    Accumulator<T, kD, kRows> a;
-    a.begin(reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) +
-                                       here.row * p.query_stride) +
-                query_head * head_size,
-            heads,
-            head_size);
+    if (begin != share.begin) begin_item();
     for (; tile < end; tile += warps) {
       copy_wait<C::kSlots - 2>();
       __syncwarp();
@@ -351,7 +355,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
       look_up_block(with_token);
       with_block = with_token;
       with_token = look_up_tokens();
-      const int left = here.tokens.count - static_cast<int>(tile - here.first) * kTile;
+      const int left = here.tokens.count - (tile - here.first) * kTile;
       a.add(slot, pitch, head_size, left, scale, p.soft_cap);
       slot = slot + slot_bytes == ring_end ? ring : slot + slot_bytes;
     }
@@ -361,7 +365,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
 
     // Merge the warps, a range of columns at a time.
     const bool whole = begin == here.first && end == here.first + here.tiles;
-    const int starter = share_of(share.total, share.active, here.first);
+    const int starter = share.block_of(here.first);
     float* mine = p.partials + (2 * int64_t{blockIdx.x} + (blockIdx.x == starter)) *
                                    partial_floats(p.group, head_size);
 #pragma unroll
@@ -412,7 +416,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
       }
     }
     if (!whole) {
-      const int last = share_of(share.total, share.active, here.first + here.tiles - 1);
+      const int last = share.block_of(here.first + here.tiles - 1);
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {

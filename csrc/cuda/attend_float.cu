@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(AttendArgs p) {
   const int heads = min(G, p.group - first_head);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LT, slot = lane / LT;
   const int vectors = head_size / E;
-  const TokenList tokens = token_list(p, row, item);
+  const TokenList tokens = token_list(p, static_cast<int>(row), static_cast<int>(item));
   const int length = tokens.length, count = tokens.count;
   const int share = (count + C - 1) / C;
   const int first = min(count, share * rank), end = min(count, first + share);

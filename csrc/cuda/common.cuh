@@ -80,6 +80,21 @@ __device__ inline void cluster_sync(int size) {
   __syncthreads();
 }
 
+// The two halves of a cluster's barrier, for work that needs nobody else in between.
+__device__ inline void cluster_arrive(int size) {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_wait(int size) {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 template <class T>
 __device__ inline const T* cluster_at(const T* shared, int rank, int size) {
 #if __CUDA_ARCH__ >= 900

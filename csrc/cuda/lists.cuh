@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
-// Token lists, and the end of attention that both of its kernels share.
+// What a row keeps, token lists, and the end of attention that both of its kernels share.
 #pragma once
 
 #include "kernels.h"
@@ -10,20 +10,49 @@ namespace vllm_sparse::cuda {
 
 #ifdef __CUDACC__
 
+struct RowPlan {
+  int length, sealed;  // tokens, full blocks
+  int sinks, recent;   // tokens before and from here on are kept
+  int wanted;          // how many others
+  bool all;            // everything is kept, nothing needs scores
+};
+
+// Values on the device are not checked: a length beyond the block table is cut.
+template <class Args>
+__device__ inline RowPlan plan_row(const Args& p, int64_t row) {
+  RowPlan r;
+  r.length =
+      static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
+  const int budget = p.budgets[row];
+  r.sealed = r.length / kBlockSize;
+  r.recent = max(0, min(r.length - p.local_window, r.sealed * kBlockSize));
+  r.all = budget < 0 || budget >= r.length || r.recent <= p.sink_tokens;
+  r.sinks = min(p.sink_tokens, r.recent);
+  r.wanted = max(0, budget - r.sinks - (r.length - r.recent));
+  return r;
+}
+
 // Tokens of one (row, KV head): listed ones, or with `all` the first `count` of its context.
 struct TokenList {
   int length, count;
   bool all;
 };
 
-// Values on the device are not checked: what is out of range is cut.
-__device__ inline TokenList token_list(const AttendArgs& p, int64_t row, int64_t item) {
+// Behind a selection of the same call, counts follow from the row before selection is through.
+__device__ inline TokenList token_list(const AttendArgs& p, int row, int item) {
   TokenList t;
-  t.length =
-      static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
-  const int listed = p.counts == nullptr ? -1 : p.counts[item];
+  int64_t listed;
+  if (p.budgets != nullptr) {
+    const RowPlan plan = plan_row(p, row);
+    t.length = plan.length;
+    listed = plan.all ? -1 : plan.sinks + plan.wanted + plan.length - plan.recent;
+  } else {
+    t.length =
+        static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
+    listed = p.counts == nullptr ? -1 : p.counts[item];
+  }
   t.all = listed < 0;
-  t.count = t.all ? t.length : static_cast<int>(min(int64_t{listed}, p.max_kept));
+  t.count = t.all ? t.length : static_cast<int>(min(listed, p.max_kept));
   return t;
 }
 

@@ -145,6 +145,7 @@ struct Workspace {
     }
   }
   void use(SelectArgs& p) const {
+    p.prepared = data + plan.prepared;
     p.stats = reinterpret_cast<float2*>(data + plan.stats);
     p.scores = data + plan.scores;
     p.keys = reinterpret_cast<uint16_t*>(data + plan.keys);
@@ -157,6 +158,7 @@ struct Workspace {
 
 void run_select(const Device& device, SelectArgs& p, const Workspace& workspace) {
   workspace.use(p);
+  launch_channels(device, p);
   launch_score(device, p);
   launch_select(device, p);
 }
@@ -329,6 +331,9 @@ void sparq_attend(const Tensor& query,
   AttendArgs p;
   attend_after(s, p);
   p.max_blocks = s.max_blocks;
+  p.budgets = s.budgets;
+  p.local_window = s.local_window;
+  p.sink_tokens = s.sink_tokens;
   outputs_on_device(query, kv_cache, out, tokens_read, p);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
@@ -366,6 +371,7 @@ void attend(const Tensor& query,
                   "indices and counts must be given together");
   p.indices = nullptr;
   p.counts = nullptr;
+  p.budgets = nullptr;
   p.max_kept = 0;
   if (indices) {
     p.indices = check_lists(*indices, "indices", 3, p.num_rows, p.cache);

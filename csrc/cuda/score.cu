@@ -2,74 +2,64 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
 // SparQ's approximate logits (arXiv 2312.04985, section 3) of all sealed blocks from 4-bit codes.
-// A fixed grid cuts the blocks of all rows into equal shares; a warp takes two blocks at a time.
-#include "channels.cuh"
+// Warps of a fixed grid take equal shares of the blocks of all rows, two at a time.
+#include "scores.cuh"
 
 namespace vllm_sparse::cuda {
 
 namespace {
 
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr int kSlots = 3;  // steps of a warp under way
 constexpr int kCodesOfStep = kStepChannels * kCodeBytes;
 constexpr int kSlotBytes = 2 * (kCodesOfStep + kStepChannels * 4);
-constexpr int kRingBytes = kScoreWarps * kSlots * kSlotBytes;
 
-struct Shared {
-  int padded_rank, padded_group;
-  __host__ __device__ explicit Shared(const SelectArgs& p)
-      : padded_rank(pad_to(p.rank, kStepChannels)), padded_group(pad_to(p.group, 4)) {}
-  __host__ __device__ int query() const { return kRingBytes; }
-  __host__ __device__ int lengths() const { return query() + padded_group * padded_rank * 2; }
-  __host__ int64_t bytes(int64_t num_rows) const { return lengths() + num_rows * 4; }
-};
-
+// Work of one item: pairs of sealed blocks, then groups of the tokens after them.
 __device__ inline int pairs_of(int length) { return (length / kBlockSize + 1) / 2; }
+__device__ inline int units_of(int length) {
+  return pairs_of(length) + (length % kBlockSize + kTailTokens - 1) / kTailTokens;
+}
 
 struct Share {
-  int row, unit;  // where it begins: a pair of blocks of a row's KV heads
-  int64_t count;
+  int row, unit;  // where it begins, among the units of a row's KV heads
+  int count;
 };
 
-// This thread block's equal part of the pairs of all rows that need scores. `lengths` receives
-// every row's length, 0 where everything is kept.
-__device__ Share find_share(const SelectArgs& p, int* lengths) {
-  __shared__ int warp_sums[kScoreWarps], begin_row, begin_unit;
-  const int rows = static_cast<int>(p.num_rows), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int per_thread = (rows + kScoreThreads - 1) / kScoreThreads;
-  const int first = min(rows, threadIdx.x * per_thread), end = min(rows, first + per_thread);
-  int sum = 0;
-  for (int row = first; row < end; ++row) {
-    const RowPlan plan = plan_row(p, row);
-    lengths[row] = plan.all ? 0 : plan.length;
-    sum += pairs_of(lengths[row]);
-  }
-  int inclusive = sum;
-  for (int i = 1; i < 32; i *= 2) {
-    const int y = __shfl_up_sync(kFullMask, inclusive, i);
-    if (lane >= i) inclusive += y;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int64_t before = inclusive - sum, total = 0;
-  for (int w = 0; w < kScoreWarps; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  const int heads = p.cache.num_kv_heads;
-  total *= heads;
-  before *= heads;
-  const int64_t from = total * blockIdx.x / gridDim.x, to = total * (blockIdx.x + 1) / gridDim.x;
-  if (before <= from && from < before + int64_t{sum} * heads) {
-    int64_t rest = from - before;
-    int row = first;
-    for (; rest >= int64_t{pairs_of(lengths[row])} * heads; ++row) {
-      rest -= int64_t{pairs_of(lengths[row])} * heads;
+// Units of a row that needs scores, 0 of others.
+__device__ inline int row_units(const SelectArgs& p, int row) {
+  const RowPlan plan = plan_row(p, row);
+  return plan.all ? 0 : units_of(plan.length) * p.cache.num_kv_heads;
+}
+
+// The warp's equal part of all units.
+__device__ Share find_share(const SelectArgs& p) {
+  const int rows = static_cast<int>(p.num_rows), lane = threadIdx.x % 32;
+  int total = 0;
+#pragma unroll 4
+  for (int row = lane; row < rows; row += 32) total += row_units(p, row);
+  total = __reduce_add_sync(kFullMask, total);
+  // Few units are spread over all multiprocessors.
+  const int warps = gridDim.x * kWarps, warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  const int each = total / warps, more = total - each * warps;
+  const int begin = each * warp + min(warp, more), count = each + (warp < more);
+  int before = 0;
+  for (int first = 0; count > 0; first += 32) {
+    const int units = first + lane < rows ? row_units(p, first + lane) : 0;
+    int end = units;
+    for (int i = 1; i < 32; i *= 2) {
+      const int y = __shfl_up_sync(kFullMask, end, i);
+      if (lane >= i) end += y;
     }
-    begin_row = row;
-    begin_unit = static_cast<int>(rest);
+    const uint32_t beyond = __ballot_sync(kFullMask, before + end > begin);
+    if (beyond) {
+      const int found = __ffs(beyond) - 1;
+      const int start = before + __shfl_sync(kFullMask, end - units, found);
+      return {first + found, begin - start, count};
+    }
+    before += __shfl_sync(kFullMask, end, 31);
   }
-  __syncthreads();
-  return {begin_row, begin_unit, to - from};
+  return {0, 0, 0};
 }
 
 __device__ inline float fast_tanh(float x) {
@@ -277,7 +267,7 @@ struct Loader {
   __device__ uint32_t param_of(const SelectArgs& p, const int* channel, int copy) const {
     return p.cache.head_size * kCodeBytes + channel[threadIdx.x % 16 + 16 * copy] * 4;
   }
-  __device__ Loader(const SelectArgs& p, const int* channel) {
+  __device__ void begin(const SelectArgs& p, const int* channel) {
     const int block = threadIdx.x % 32 / 16, r = threadIdx.x % 16;
     codes_offset = int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
     to_code = block * kCodesOfStep + r / 4 * kCodeBytes + (r % 4 ^ r / 8) * 16;
@@ -309,77 +299,100 @@ struct Loader {
   }
 };
 
-// (top, sum) of the block that is not sealed, from exact keys: two threads a token.
+// (top, sum) of a group of tokens that are not sealed, from exact keys: two lanes a token.
 template <class T>
 __device__ void score_tail(
-    const SelectArgs& p, const Channels& s, const uint8_t* chunk, int count, float2* stats) {
-  float(&logits)[4][kBlockSize] = *s.logits;
-  const int t = threadIdx.x / 2, part = threadIdx.x % 2, warp = threadIdx.x / 32;
-  const T* key = reinterpret_cast<const T*>(chunk) + int64_t{t} * 2 * p.cache.head_size;
+    const SelectArgs& p, const PreparedItem& item, const uint8_t* chunk, int first_token, int count,
+    float2* stats) {
+  const int lane = threadIdx.x % 32, t = lane / 2, part = lane % 2;
+  const T* key = reinterpret_cast<const T*>(chunk) +
+                 int64_t{first_token + min(t, count - 1)} * 2 * p.cache.head_size;
   for (int first = 0; first < 2 * p.pairs; first += 4) {
     float x[4] = {};
 #pragma unroll 8
-    for (int c = part; c < p.rank && t < count; c += 2) {
-      const float k = to_float(key[s.channel[c]]);
+    for (int c = 2 * part; c < p.rank; c += 4) {
+      const int2 channel = *reinterpret_cast<const int2*>(item.channel + c);
+      const float k0 = to_float(key[channel.x]), k1 = to_float(key[channel.y]);
 #pragma unroll
       for (int h = 0; h < 4; ++h) {
-        x[h] = fmaf(__half2float(s.query[(first + h) * s.padded_rank + c]), k, x[h]);
+        const float2 q = __half22float2(*reinterpret_cast<const __half2*>(
+            item.query + (first + h) * item.padded_rank + c));
+        x[h] = fmaf(q.x, k0, fmaf(q.y, k1, x[h]));
       }
     }
 #pragma unroll
     for (int h = 0; h < 4; ++h) {
       x[h] = (x[h] + __shfl_xor_sync(kFullMask, x[h], 1)) / (1 << kQueryShift);
       if (p.soft_cap > 0) x[h] = cap_logit(x[h], p.soft_cap);
-      if (part == 0) logits[h][t] = t < count ? x[h] : -INFINITY;
+      if (t >= count) x[h] = -INFINITY;
+      float top = x[h];
+#pragma unroll
+      for (int i = 2; i < 32; i *= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, i));
+      float sum = fast_exp2(x[h] - top);
+#pragma unroll
+      for (int i = 2; i < 32; i *= 2) sum += __shfl_xor_sync(kFullMask, sum, i);
+      if (lane == 0 && first + h < 2 * p.pairs) stats[first + h] = {top, sum};
     }
-    __syncthreads();
-    if (warp < 4 && first + warp < 2 * p.pairs) {
-      const int lane = threadIdx.x % 32;
-      const float4 l = reinterpret_cast<const float4*>(logits[warp])[lane];
-      float top = fmaxf(fmaxf(l.x, l.y), fmaxf(l.z, l.w));
-      for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, i));
-      const float sum = warp_sum(fast_exp2(l.x - top) + fast_exp2(l.y - top) +
-                                 fast_exp2(l.z - top) + fast_exp2(l.w - top));
-      if (lane == 0) stats[first + warp] = {top, sum};
-    }
-    __syncthreads();
   }
 }
 
+// Units [first_unit, first_unit + count) of one item.
 template <bool kFast, bool kCap>
 __device__ void score_item(const SelectArgs& p,
-                           const Channels& s,
                            uint32_t ring,
                            int row,
                            int head,
                            int length,
-                           int first_pair,
+                           int first_unit,
                            int count) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sealed = length / kBlockSize;
+  const int lane = threadIdx.x % 32, sealed = length / kBlockSize;
+  const int64_t item = int64_t{row} * p.cache.num_kv_heads + head;
+  const PreparedItem prepared(p, item);
   const int32_t* table = p.block_table + row * p.block_table_stride;
-  const auto block_of = [&](int i) {  // of the warp's pair i, for the lane's half
-    return min(2 * (first_pair + min(warp + i * kScoreWarps, count - 1)) + lane / 16, sealed - 1);
+  const int64_t stat_row = item * (p.max_blocks + kBlockSize / kTailTokens);
+  const int pairs = max(0, min(count, pairs_of(length) - first_unit));
+  for (int unit = first_unit + pairs; unit < first_unit + count; ++unit) {
+    const int group = unit - pairs_of(length), from = group * kTailTokens;
+    const int tokens = min(kTailTokens, length % kBlockSize - from);
+    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
+    float2* stats = p.stats + (stat_row + sealed + group) * 2 * p.pairs;
+    switch (p.cache.dtype) {
+      case Dtype::kHalf: score_tail<__half>(p, prepared, chunk, from, tokens, stats); break;
+      case Dtype::kBFloat16:
+        score_tail<__nv_bfloat16>(p, prepared, chunk, from, tokens, stats);
+        break;
+      default: score_tail<float>(p, prepared, chunk, from, tokens, stats);
+    }
+  }
+  if (pairs == 0) return;
+  const auto block_of = [&](int pair) {  // for the lane's half
+    return min(2 * (first_unit + min(pair, pairs - 1)) + lane / 16, sealed - 1);
   };
   int32_t id = table[block_of(0)], next_id = table[block_of(1)];
-  __syncthreads();  // the item before is through with shared memory
-  switch (p.cache.dtype) {
-    case Dtype::kHalf: prepare_channels<__half>(p, s, row, head); break;
-    case Dtype::kBFloat16: prepare_channels<__nv_bfloat16>(p, s, row, head); break;
-    default: prepare_channels<float>(p, s, row, head);
-  }
   // A pair takes `parts` passes of the ring: steps of channels, again for every four heads.
-  const int steps = kFast ? 1 : s.padded_rank / kStepChannels;
-  const int parts = kFast ? 1 : steps * (s.padded_group / 4);
-  const int pairs = warp < count ? (count - warp + kScoreWarps - 1) / kScoreWarps : 0;
+  const int steps = kFast ? 1 : prepared.padded_rank / kStepChannels;
+  const int parts = kFast ? 1 : steps * (prepared.padded_group / 4);
   const int total = pairs * parts;
-  Loader<kFast> loader(p, s.channel);
+  Loader<kFast> loader;
+  loader.begin(p, prepared.channel);
+  const int column = lane / 4 % 4;
+  uint32_t query[2][2];
+  const auto load_query = [&](int first_head, int step) {
+    const __half* from = prepared.query + (first_head + column) * prepared.padded_rank +
+                         step * kStepChannels + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      query[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(from + i * 8);
+    }
+  };
+  if (kFast) load_query(0, 0);
   int issued_pair = 0, issued_part = 0;
   uint32_t issue_slot = ring, slot = ring;
   const uint32_t ring_end = ring + kSlots * kSlotBytes;
   const auto issue = [&]() {
     if (issued_pair < pairs) {
       const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, id), head);
-      loader.copy(p, s.channel, kFast ? 0 : issued_part % steps, chunk, issue_slot);
+      loader.copy(p, prepared.channel, kFast ? 0 : issued_part % steps, chunk, issue_slot);
       if (kFast || ++issued_part == parts) {
         issued_part = 0;
         ++issued_pair;
@@ -390,32 +403,9 @@ __device__ void score_item(const SelectArgs& p,
     copy_commit();
     issue_slot = issue_slot + kSlotBytes == ring_end ? ring : issue_slot + kSlotBytes;
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) issue();
 
-  const int64_t item = int64_t{row} * p.cache.num_kv_heads + head;
-  const int tail = length % kBlockSize;
-  if (tail > 0 && 2 * (first_pair + count) >= sealed) {
-    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
-    float2* stats = p.stats + (item * p.max_blocks + sealed) * 2 * p.pairs;
-    switch (p.cache.dtype) {
-      case Dtype::kHalf: score_tail<__half>(p, s, chunk, tail, stats); break;
-      case Dtype::kBFloat16: score_tail<__nv_bfloat16>(p, s, chunk, tail, stats); break;
-      default: score_tail<float>(p, s, chunk, tail, stats);
-    }
-  }
-
-  const int column = lane / 4 % 4;
-  uint32_t query[2][2];
-  const auto load_query = [&](int first_head, int step) {
-    const __half* from = s.query + (first_head + column) * s.padded_rank + step * kStepChannels;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      query[i / 2][i % 2] =
-          *reinterpret_cast<const uint32_t*>(from + i * 8 + lane % 4 * 2);
-    }
-  };
-  if (kFast) load_query(0, 0);
   Products products;
   int pair = 0, part = 0;
   for (int i = 0; i < total; ++i) {
@@ -430,14 +420,16 @@ __device__ void score_item(const SelectArgs& p,
     if (step == steps - 1) {
       uint32_t words[8];
       const float4 stats = products.template finish<kFast, kCap>(p.soft_cap, words);
-      const int block = 2 * (first_pair + warp + pair * kScoreWarps) + lane % 4 / 2;
+      const int block = 2 * (first_unit + pair) + lane % 4 / 2;
       const int pair_of_heads = first_head / 2 + lane % 2;
       if (block < sealed && pair_of_heads < p.pairs) {
         const int64_t at = (item * p.max_blocks + block) * p.pairs + pair_of_heads;
         uint4* to = reinterpret_cast<uint4*>(p.scores + at * kPairBytes) + lane / 4 * 2;
         to[0] = make_uint4(words[0], words[1], words[2], words[3]);
         to[1] = make_uint4(words[4], words[5], words[6], words[7]);
-        if (lane < 4) reinterpret_cast<float4*>(p.stats)[at] = stats;
+        if (lane < 4) {
+          reinterpret_cast<float4*>(p.stats)[(stat_row + block) * p.pairs + pair_of_heads] = stats;
+        }
       }
     }
     if (kFast || ++part == parts) {
@@ -446,38 +438,27 @@ __device__ void score_item(const SelectArgs& p,
     }
   }
   copy_wait<0>();
+  __syncwarp();
 }
 
 template <bool kFast, bool kCap>
-__global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(SelectArgs p) {
+__global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectArgs p) {
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ __align__(16) float magnitude[kMaxHeadSize];
-  __shared__ int channel[kMaxHeadSize];
-  __shared__ uint32_t selected[kMaxHeadSize / 32];
-  __shared__ __align__(16) float logits[4][kBlockSize];
-  wait_for_previous();
-  let_next_begin();
-  const Shared plan(p);
-  const Channels s{magnitude,
-                   channel,
-                   selected,
-                   reinterpret_cast<__half*>(dynamic + plan.query()),
-                   &logits,
-                   plan.padded_rank,
-                   plan.padded_group};
-  int* lengths = reinterpret_cast<int*>(dynamic + plan.lengths());
   const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * kSlots * kSlotBytes;
-  Share share = find_share(p, lengths);
+  let_next_begin();
+  Share share = find_share(p);
+  wait_for_previous();
   while (share.count > 0) {
-    const int length = lengths[share.row], pairs = pairs_of(length);
-    if (pairs > 0) {
-      const int head = share.unit / pairs, first = share.unit % pairs;
-      const int count = static_cast<int>(min(share.count, int64_t{pairs - first}));
-      score_item<kFast, kCap>(p, s, ring, share.row, head, length, first, count);
+    const RowPlan plan = plan_row(p, share.row);
+    const int units = plan.all ? 0 : units_of(plan.length);
+    if (units > 0) {
+      const int head = share.unit / units, first = share.unit - head * units;
+      const int count = min(share.count, units - first);
+      score_item<kFast, kCap>(p, ring, share.row, head, plan.length, first, count);
       share.count -= count;
       share.unit += count;
     }
-    if (share.unit == pairs * p.cache.num_kv_heads) {
+    if (share.unit == units * p.cache.num_kv_heads) {
       ++share.row;
       share.unit = 0;
     }
@@ -487,19 +468,12 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(SelectArgs p) {
 }  // namespace
 
 void launch_score(const Device& device, const SelectArgs& p) {
-  const Shared plan(p);
   const bool fast = p.rank <= kStepChannels && p.group <= 4;
   const auto kernel = p.soft_cap > 0 ? fast ? score_kernel<true, true> : score_kernel<false, true>
                       : fast         ? score_kernel<true, false>
                                      : score_kernel<false, false>;
-  launch(device,
-         kernel,
-         1,
-         dim3(2 * device.num_sms),
-         kScoreThreads,
-         plan.bytes(p.num_rows),
-         p,
-         true);
+  const dim3 grid(2 * device.num_sms);
+  launch(device, kernel, 1, grid, kThreads, kWarps * kSlots * kSlotBytes, p, true);
 }
 
 }  // namespace vllm_sparse::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
-// What scoring hands to selection, and which rows need either.
+// What scoring hands to selection.
 //
 // Of every sealed block and query head: the largest logit (in units of log2), the sum of 2^(logit -
 // largest) over its tokens, and these exponentials in 8 bits: 4 of exponent and 4 of mantissa, the
@@ -11,12 +11,16 @@
 // word holds the tokens t and t + 4 as bytes (t, h), (t, h + 1), (t + 4, h), (t + 4, h + 1).
 #pragma once
 
-#include "kernels.h"
+#include "lists.cuh"
 #include "pipeline.cuh"
 
 namespace vllm_sparse::cuda {
 
 constexpr int kPairBytes = 2 * kBlockSize;
+
+// fp16 queries carry this factor, so that products with codes, which enter as fp16 denormals, leave
+// as fp16 numbers: logits times 2^(kQueryShift - 24).
+constexpr int kQueryShift = 9;
 
 #ifdef __CUDACC__
 
@@ -33,26 +37,18 @@ __device__ inline uint32_t pack_exponentials(__half2 x, __half2 y) {
 __device__ inline __half2 first_head(uint32_t word) { return as_half2(word << 6 & 0x3fc03fc0u); }
 __device__ inline __half2 second_head(uint32_t word) { return as_half2(word >> 2 & 0x3fc03fc0u); }
 
-struct RowPlan {
-  int length, sealed;  // tokens, full blocks
-  int sinks, recent;   // tokens before and from here on are kept
-  int wanted;          // how many others
-  bool all;            // everything is kept, nothing needs scores
+// What channels.cu leaves of an item.
+struct PreparedItem {
+  int padded_rank, padded_group;
+  int* channel;   // [padded_rank] ascending; padding is channel 0
+  __half* query;  // [padded_group, padded_rank] times scale, temperature and 2^kQueryShift (and
+                  // log2 e, unless capped); 0 in padding
+  __device__ PreparedItem(const SelectArgs& p, int64_t item)
+      : padded_rank(pad_to(p.rank, kStepChannels)), padded_group(pad_to(p.group, 4)) {
+    channel = reinterpret_cast<int*>(p.prepared + item * prepared_bytes(p.rank, p.group));
+    query = reinterpret_cast<__half*>(channel + padded_rank);
+  }
 };
-
-// values on the device are not checked: a length beyond the block table is cut
-__device__ inline RowPlan plan_row(const SelectArgs& p, int64_t row) {
-  RowPlan r;
-  r.length =
-      static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
-  const int budget = p.budgets[row];
-  r.sealed = r.length / kBlockSize;
-  r.recent = max(0, min(r.length - p.local_window, r.sealed * kBlockSize));
-  r.all = budget < 0 || budget >= r.length || r.recent <= p.sink_tokens;
-  r.sinks = min(p.sink_tokens, r.recent);
-  r.wanted = max(0, budget - r.sinks - (r.length - r.recent));
-  return r;
-}
 
 #endif  // __CUDACC__
 

@@ -29,55 +29,73 @@ struct Keys {
   }
 };
 
-struct Normaliser {
-  float top = -INFINITY, sum = 0;
-  __device__ void merge(float other_top, float other_sum) {
-    const float m = fmaxf(top, other_top);
-    if (m == -INFINITY) return;
-    sum = sum * fast_exp2(top - m) + other_sum * fast_exp2(other_top - m);
-    top = m;
-  }
-};
+// The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
+__device__ inline float warp_max(float x) {
+  const int bits = __float_as_int(x), sign = bits >> 31 & 0x7fffffff;
+  const int top = __reduce_max_sync(kFullMask, bits ^ sign);
+  return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
+}
 
 // log2 of every head's normaliser into lse[2 * pairs]; also `shift`, such that pooled
 // probabilities times 2^shift have a largest value near 2^14 and never reach fp16's end.
 __device__ void find_normalisers(
-    const SelectArgs& p, const float2* stats, int blocks, float* lse, float* shift) {
-  __shared__ float4 partial[kWarps][8];
+    const SelectArgs& p, const float2* stats, int entries, float* lse, float* shift) {
+  __shared__ float4 partial[kWarps];
+  constexpr int kHeld = 4;  // entries of a lane at once
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float peaks = 0;  // largest probabilities of all heads
-  int width = 1;
-  while (width < p.pairs && width < 8) width *= 2;
-  for (int first = 0; first < p.pairs; first += width) {
-    const int pair = first + lane % width;
-    Normaliser a, b;
-    if (pair < p.pairs) {
-      const float4* from = reinterpret_cast<const float4*>(stats) + pair;
-#pragma unroll 4
-      for (int i = threadIdx.x / width; i < blocks; i += kThreads / width) {
-        const float4 s = __ldcg(from + int64_t{i} * p.pairs);
-        a.merge(s.x, s.y);
-        b.merge(s.z, s.w);
+  for (int first = 0; first < p.pairs; first += kWarps) {
+    // Warps share the pairs of heads; several warps a pair if there are enough.
+    const int here = min(kWarps, p.pairs - first), sharers = kWarps / here;
+    const int pair = first + warp % here, part = warp / here;
+    const float4* from = reinterpret_cast<const float4*>(stats) + pair;
+    float2 top = {-INFINITY, -INFINITY}, sum = {0, 0};
+    const int step = sharers * 32;
+    for (int base = part * 32; part < sharers && base < entries; base += kHeld * step) {
+      float4 x[kHeld];
+      float2 peak = top;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int at = base + i * step + lane;
+        x[i] = at < entries ? __ldcg(from + int64_t{at} * p.pairs)
+                            : make_float4(-INFINITY, 0, -INFINITY, 0);
       }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        peak.x = fmaxf(peak.x, x[i].x);
+        peak.y = fmaxf(peak.y, x[i].z);
+      }
+      peak.x = warp_max(peak.x);
+      peak.y = warp_max(peak.y);
+      sum.x *= fast_exp2(top.x - peak.x);
+      sum.y *= fast_exp2(top.y - peak.y);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        sum.x += x[i].y * fast_exp2(x[i].x - peak.x);
+        sum.y += x[i].w * fast_exp2(x[i].z - peak.y);
+      }
+      top = peak;
     }
-    for (int i = width; i < 32; i *= 2) {
-      a.merge(__shfl_xor_sync(kFullMask, a.top, i), __shfl_xor_sync(kFullMask, a.sum, i));
-      b.merge(__shfl_xor_sync(kFullMask, b.top, i), __shfl_xor_sync(kFullMask, b.sum, i));
-    }
-    if (lane < width) partial[warp][lane] = make_float4(a.top, a.sum, b.top, b.sum);
+    sum.x = warp_sum(sum.x);
+    sum.y = warp_sum(sum.y);
+    if (lane == 0) partial[warp] = make_float4(top.x, sum.x, top.y, sum.y);
     __syncthreads();
     if (warp == 0) {
-      Normaliser all;
+      float peak = -INFINITY, all = 0;
       const int head = 2 * first + lane;
-      if (lane < 2 * width && head < 2 * p.pairs) {
-        for (int w = 0; w < kWarps; ++w) {
-          const float4 s = partial[w][lane / 2];
-          lane % 2 ? all.merge(s.z, s.w) : all.merge(s.x, s.y);
+      if (lane < 2 * here) {
+        for (int w = lane / 2; w < sharers * here; w += here) {
+          peak = fmaxf(peak, lane % 2 ? partial[w].z : partial[w].x);
         }
-        lse[head] = all.top + log2f(all.sum);
+        for (int w = lane / 2; w < sharers * here; w += here) {
+          const float4 s = partial[w];
+          // A warp without entries has a sum of 0.
+          const float t = lane % 2 ? s.z : s.x, y = lane % 2 ? s.w : s.y;
+          all += y > 0 ? y * fast_exp2(t - peak) : 0;
+        }
+        lse[head] = peak + log2f(all);
       }
-      const bool real = lane < 2 * width && head < p.group;
-      peaks += warp_sum(real ? 1 / all.sum : 0);
+      peaks += warp_sum(lane < 2 * here && head < p.group ? 1 / all : 0);
       if (lane == 0) *shift = 14 - log2f(peaks);
     }
     __syncthreads();
@@ -89,31 +107,35 @@ template <int kPairs>
 __device__ void pool(const SelectArgs& p,
                      const RowPlan& plan,
                      const float2* stats,
+                     int entries,
                      const uint8_t* scores,
                      int first,
                      int count,
-                     const float* lse,
-                     float shift,
+                     float* lse,
+                     float* shift,
                      const Keys& keys,
                      uint32_t* histogram) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 16;
   const int pairs = kPairs ? kPairs : p.pairs;
+  stats += int64_t{first} * 2 * pairs;
+  scores += int64_t{first} * pairs * kPairBytes;
   // Half a warp takes a block. The next block's scores are under way.
   constexpr int kHeld = kPairs ? kPairs : 1;
   uint4 next[kHeld] = {};
   float next_top = 0;
+  const auto score = [&](int b, int pair) {
+    const uint8_t* from = scores + (int64_t{b} * pairs + pair) * kPairBytes;
+    return __ldcg(reinterpret_cast<const uint4*>(from) + part);
+  };
   const auto load = [&](int b) {
     if (b >= count) return;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      next[i] = __ldcg(reinterpret_cast<const uint4*>(
-                           scores + ((int64_t{first} + b) * pairs + i) * kPairBytes) +
-                       part);
-    }
-    if (part < 2 * pairs) next_top = __ldcg(&stats[(int64_t{first} + b) * 2 * pairs + part]).x;
+    for (int i = 0; i < kHeld; ++i) next[i] = score(b, i);
+    if (part < 2 * pairs) next_top = __ldcg(&stats[int64_t{b} * 2 * pairs + part]).x;
   };
   int b = 2 * warp + lane / 16;
   load(b);
+  find_normalisers(p, stats - int64_t{first} * 2 * pairs, entries, lse, shift);
   for (int base = 2 * warp; base < count; base += 2 * kWarps, b += 2 * kWarps) {
     uint4 words[kHeld];
 #pragma unroll
@@ -126,18 +148,14 @@ __device__ void pool(const SelectArgs& p,
 #pragma unroll
     for (int i = 0; i < (kPairs ? kPairs : pairs); ++i) {
       if constexpr (kPairs == 0) {
-        if (i > 0 && b < count) {
-          words[0] = __ldcg(reinterpret_cast<const uint4*>(
-                                scores + ((int64_t{first} + b) * pairs + i) * kPairBytes) +
-                            part);
-        }
+        if (i > 0 && b < count) words[0] = score(b, i);
         if (i % 8 == 0 && i > 0 && part < 2 * (pairs - i) && b < count) {
-          top = __ldcg(&stats[(int64_t{first} + b) * 2 * pairs + 2 * i + part]).x;
+          top = __ldcg(&stats[int64_t{b} * 2 * pairs + 2 * i + part]).x;
         }
       }
       // A lane of each half weighs a head: its share of the probability at the block's maximum.
       const int head = (i & ~7) * 2 + part;
-      const float weight = head < p.group ? fast_exp2(top - lse[head] + shift) : 0.0f;
+      const float weight = head < p.group ? fast_exp2(top - lse[head] + *shift) : 0.0f;
       const uint32_t both = as_word(__float2half2_rn(fminf(weight, 65504.0f)));
       const __half2 w0 = as_half2(__shfl_sync(kFullMask, both, lane / 16 * 16 + i % 8 * 2));
       const __half2 w1 = as_half2(__shfl_sync(kFullMask, both, lane / 16 * 16 + i % 8 * 2 + 1));
@@ -309,6 +327,7 @@ __device__ int2 write_list(const Threshold& t,
 __device__ void sum_kept(const SelectArgs& p,
                          int64_t item,
                          int2 part,
+                         const float2* stats,
                          const float* lse,
                          float* mass) {
   __shared__ float partial[kWarps];
@@ -324,7 +343,7 @@ __device__ void sum_kept(const SelectArgs& p,
                                        p.scores + (block * p.pairs + g / 2) * kPairBytes) +
                                    s / 2);
       const float2 e = __half22float2(g % 2 ? second_head(word) : first_head(word));
-      const float top = __ldcg(&p.stats[block * 2 * p.pairs + g]).x;
+      const float top = __ldcg(&stats[int64_t{list[i] / kBlockSize} * 2 * p.pairs + g]).x;
       sum += (s % 2 ? e.y : e.x) * fast_exp2(top - lse[g]);
     }
     sum = warp_sum(sum);
@@ -363,19 +382,21 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   const int count = static_cast<int>(int64_t{plan.sealed} * (rank + 1) / C) - first;
   const int64_t base = item * p.max_blocks;
   const Keys keys{count > p.key_blocks ? p.keys + (base + first) * kBlockSize : own};
-  const float2* stats = p.stats + base * 2 * p.pairs;
+  const int64_t stat_row = item * (p.max_blocks + kBlockSize / kTailTokens);
+  const float2* stats = p.stats + stat_row * 2 * p.pairs;
   const uint8_t* scores = p.scores + base * p.pairs * kPairBytes;
   const int tail = plan.length - plan.sealed * kBlockSize;
 
-  find_normalisers(p, stats, plan.sealed + (tail > 0), lse, &shift);
+  const int entries = plan.sealed + (tail + kTailTokens - 1) / kTailTokens;
   if (p.pairs == 2) {
-    pool<2>(p, plan, stats, scores, first, count, lse, shift, keys, histogram);
+    pool<2>(p, plan, stats, entries, scores, first, count, lse, &shift, keys, histogram);
   } else {
-    pool<0>(p, plan, stats, scores, first, count, lse, shift, keys, histogram);
+    pool<0>(p, plan, stats, entries, scores, first, count, lse, &shift, keys, histogram);
   }
   const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
   const Threshold threshold = find_threshold(histogram, listed, rank, C);
   int32_t* out = p.indices + item * p.max_kept;
+  cluster_arrive(C);  // is through with the others' histograms
   const int2 part = write_list(threshold, keys, first, count, out, p.max_kept);
   if (rank == C - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
@@ -383,21 +404,22 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   if (rank == 0 && threadIdx.x == 0) {
     p.counts[item] = static_cast<int32_t>(min(int64_t{listed} + tail, p.max_kept));
   }
+  cluster_wait(C);
   if (p.kept_mass != nullptr) {
     __syncthreads();
-    sum_kept(p, item, part, lse, mass);
+    sum_kept(p, item, part, stats, lse, mass);
     cluster_sync(C);
     for (int g = threadIdx.x; rank == 0 && g < p.group; g += kThreads) {
       float all = 0;
       for (int r = 0; r < C; ++r) all += cluster_at(mass, r, C)[g];
-      if (tail > 0) {
-        const float2 s = __ldcg(&stats[int64_t{plan.sealed} * 2 * p.pairs + g]);
+      for (int i = plan.sealed; i < entries; ++i) {
+        const float2 s = __ldcg(&stats[int64_t{i} * 2 * p.pairs + g]);
         all += s.y * fast_exp2(s.x - lse[g]);
       }
       p.kept_mass[item * p.group + g] = fminf(all, 1.0f);
     }
+    cluster_sync(C);  // others may still read this block's shared memory
   }
-  cluster_sync(C);  // others may still read this block's shared memory
 }
 
 }  // namespace
