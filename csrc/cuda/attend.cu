@@ -20,7 +20,7 @@ constexpr int kStaticShared = 2 * 1024;
 // kD: head sizes up to this; kRows: query heads up to this, 8 or 16.
 template <int kD, int kRows>
 struct Config {
-  static constexpr int kSlots = 3, kRows8 = kRows / 8;
+  static constexpr int kSlots = kD > 128 ? 3 : 4, kRows8 = kRows / 8;
   static constexpr int kColumns = kD * kRows > kMergeFloats ? kMergeFloats / kRows : kD;
   static constexpr int kMergePitch = kColumns + 8;
   static constexpr int kMergeBytes = kRows * kMergePitch * 4;
@@ -124,7 +124,7 @@ __device__ inline void copy_tile(
   const uint8_t* row = chunk_of(p.cache, safe_block(p.cache, f.id), f.head) +
                        int64_t{f.token % kBlockSize} * 4 * head_size;
   const uint64_t address = reinterpret_cast<uint64_t>(row);
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kTile * kLanes / 32; ++i) {
     const int t = i * (32 / kLanes) + lane / kLanes;
     const uint64_t from = __shfl_sync(kFullMask, address, t);
@@ -262,7 +262,7 @@ __device__ void store_four(const AttendArgs& p,
 }
 
 template <class T, int kD, int kRows, bool kExact>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(const __grid_constant__ AttendArgs p) {
   using C = Config<kD, kRows>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ float tops[kMaxWarps][kRows], totals[kMaxWarps][kRows];

@@ -253,48 +253,53 @@ struct Products {
   }
 };
 
-// Brings codes and parameters of a step of two blocks into a slot: half a warp a block.
+// Brings codes and parameters of a step of two blocks into a slot: half a warp a block. With kFast,
+// there is one step and the channels' places are kept in registers.
 template <bool kFast>
 struct Loader {
-  int64_t codes_offset;
+  const int* channel;
+  int rank;
+  uint32_t params_offset;
   uint32_t code[kFast ? 8 : 1], param[kFast ? 2 : 1];  // bytes from the codes' start, by copy
   uint32_t to_code, to_param;
 
-  __device__ static int local(int copy) { return 4 * copy + threadIdx.x % 16 / 4; }
-  __device__ uint32_t code_of(const int* channel, int copy) const {
-    return channel[local(copy)] * kCodeBytes + threadIdx.x % 4 * 16;
+  __device__ uint32_t code_of(int first, int copy) const {
+    return channel[first + 4 * copy + threadIdx.x % 16 / 4] * kCodeBytes + threadIdx.x % 4 * 16;
   }
-  __device__ uint32_t param_of(const SelectArgs& p, const int* channel, int copy) const {
-    return p.cache.head_size * kCodeBytes + channel[threadIdx.x % 16 + 16 * copy] * 4;
+  __device__ uint32_t param_of(int first, int copy) const {
+    return params_offset + channel[first + 16 * copy + threadIdx.x % 16] * 4;
   }
-  __device__ void begin(const SelectArgs& p, const int* channel) {
+  __device__ Loader(const SelectArgs& p, const int* channels) : channel(channels), rank(p.rank) {
     const int block = threadIdx.x % 32 / 16, r = threadIdx.x % 16;
-    codes_offset = int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
+    params_offset = p.cache.head_size * kCodeBytes;
     to_code = block * kCodesOfStep + r / 4 * kCodeBytes + (r % 4 ^ r / 8) * 16;
     to_param = 2 * kCodesOfStep + (block * kStepChannels + r) * 4;
     if constexpr (kFast) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) code[i] = code_of(channel, i);
+      for (int i = 0; i < 8; ++i) code[i] = code_of(0, i);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) param[i] = param_of(p, channel, i);
+      for (int i = 0; i < 2; ++i) param[i] = param_of(0, i);
     }
   }
-  __device__ void copy(
-      const SelectArgs& p, const int* channel, int step, const uint8_t* chunk, uint32_t slot) {
-    const uint8_t* codes = chunk + codes_offset;
-    const int left = p.rank - step * kStepChannels;
-    channel += step * kStepChannels;
+  __device__ void copy(int step, const uint8_t* codes, uint32_t slot) const {
+    const int first = step * kStepChannels;
+    const uint32_t even = slot + to_code, odd = slot + (to_code ^ 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t to = slot + (to_code ^ (i % 2 * 32)) + i * 4 * kCodeBytes;
-      if (4 * i < left - local(0)) copy_async_16(to, codes + (kFast ? code[i] : code_of(channel, i)));
+      // Padding repeats a channel, except where there may be much of it.
+      const uint32_t to = (i % 2 ? odd : even) + i * 4 * kCodeBytes;
+      if (kFast) {
+        copy_async_16(to, codes + code[i]);
+      } else if (4 * i + static_cast<int>(threadIdx.x) % 16 / 4 < rank - first) {
+        copy_async_16(to, codes + code_of(first, i));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int bytes = threadIdx.x % 16 + 16 * i < left ? 4 : 0;  // NaN times 0 would be NaN
-      copy_async_4(slot + to_param + i * 64,
-                   codes + (kFast ? param[i] : param_of(p, channel, i)),
-                   bytes);
+      // Padding is 0: NaN times 0 would be NaN.
+      const int bytes = static_cast<int>(threadIdx.x) % 16 + 16 * i < rank - first ? 4 : 0;
+      copy_async_4(
+          slot + to_param + i * 64, codes + (kFast ? param[i] : param_of(first, i)), bytes);
     }
   }
 };
@@ -351,30 +356,23 @@ __device__ void score_item(const SelectArgs& p,
   const int32_t* table = p.block_table + row * p.block_table_stride;
   const int64_t stat_row = item * (p.max_blocks + kBlockSize / kTailTokens);
   const int pairs = max(0, min(count, pairs_of(length) - first_unit));
-  for (int unit = first_unit + pairs; unit < first_unit + count; ++unit) {
-    const int group = unit - pairs_of(length), from = group * kTailTokens;
-    const int tokens = min(kTailTokens, length % kBlockSize - from);
-    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
-    float2* stats = p.stats + (stat_row + sealed + group) * 2 * p.pairs;
-    switch (p.cache.dtype) {
-      case Dtype::kHalf: score_tail<__half>(p, prepared, chunk, from, tokens, stats); break;
-      case Dtype::kBFloat16:
-        score_tail<__nv_bfloat16>(p, prepared, chunk, from, tokens, stats);
-        break;
-      default: score_tail<float>(p, prepared, chunk, from, tokens, stats);
-    }
-  }
-  if (pairs == 0) return;
-  const auto block_of = [&](int pair) {  // for the lane's half
-    return min(2 * (first_unit + min(pair, pairs - 1)) + lane / 16, sealed - 1);
+  // Blocks of the lane's half; the pair after the next one is looked up.
+  const int last_block = sealed - 1;
+  int looked_up = min(2 * first_unit + lane / 16, last_block);
+  const auto look_up = [&]() {
+    const int32_t id = table[looked_up];
+    looked_up = min(looked_up + 2, last_block);
+    return id;
   };
-  int32_t id = table[block_of(0)], next_id = table[block_of(1)];
+  int32_t id = look_up(), next_id = look_up();
+  const uint8_t* base = p.cache.data + head * p.cache.head_stride +
+                        int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
+  const uint32_t num_blocks = static_cast<uint32_t>(p.cache.num_blocks);
   // A pair takes `parts` passes of the ring: steps of channels, again for every four heads.
   const int steps = kFast ? 1 : prepared.padded_rank / kStepChannels;
   const int parts = kFast ? 1 : steps * (prepared.padded_group / 4);
   const int total = pairs * parts;
-  Loader<kFast> loader;
-  loader.begin(p, prepared.channel);
+  const Loader<kFast> loader(p, prepared.channel);
   const int column = lane / 4 % 4;
   uint32_t query[2][2];
   const auto load_query = [&](int first_head, int step) {
@@ -391,13 +389,13 @@ __device__ void score_item(const SelectArgs& p,
   const uint32_t ring_end = ring + kSlots * kSlotBytes;
   const auto issue = [&]() {
     if (issued_pair < pairs) {
-      const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, id), head);
-      loader.copy(p, prepared.channel, kFast ? 0 : issued_part % steps, chunk, issue_slot);
+      const uint32_t block = static_cast<uint32_t>(id) < num_blocks ? id : 0;
+      loader.copy(kFast ? 0 : issued_part % steps, base + block * p.cache.block_stride, issue_slot);
       if (kFast || ++issued_part == parts) {
         issued_part = 0;
         ++issued_pair;
         id = next_id;
-        next_id = table[block_of(issued_pair + 1)];
+        next_id = look_up();
       }
     }
     copy_commit();
@@ -405,6 +403,20 @@ __device__ void score_item(const SelectArgs& p,
   };
 #pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) issue();
+
+  for (int unit = first_unit + pairs; unit < first_unit + count; ++unit) {
+    const int group = unit - pairs_of(length), from = group * kTailTokens;
+    const int tokens = min(kTailTokens, length % kBlockSize - from);
+    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
+    float2* stats = p.stats + (stat_row + sealed + group) * 2 * p.pairs;
+    switch (p.cache.dtype) {
+      case Dtype::kHalf: score_tail<__half>(p, prepared, chunk, from, tokens, stats); break;
+      case Dtype::kBFloat16:
+        score_tail<__nv_bfloat16>(p, prepared, chunk, from, tokens, stats);
+        break;
+      default: score_tail<float>(p, prepared, chunk, from, tokens, stats);
+    }
+  }
 
   Products products;
   int pair = 0, part = 0;

@@ -117,40 +117,40 @@ __device__ void pool(const SelectArgs& p,
                      uint32_t* histogram) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 16;
   const int pairs = kPairs ? kPairs : p.pairs;
-  stats += int64_t{first} * 2 * pairs;
-  scores += int64_t{first} * pairs * kPairBytes;
+  int b = 2 * warp + lane / 16;
+  const float2* stat = stats + (int64_t{first} + b) * 2 * pairs + part;
+  const uint4* score =
+      reinterpret_cast<const uint4*>(scores + (int64_t{first} + b) * pairs * kPairBytes) + part;
   // Half a warp takes a block. The next block's scores are under way.
   constexpr int kHeld = kPairs ? kPairs : 1;
   uint4 next[kHeld] = {};
   float next_top = 0;
-  const auto score = [&](int b, int pair) {
-    const uint8_t* from = scores + (int64_t{b} * pairs + pair) * kPairBytes;
-    return __ldcg(reinterpret_cast<const uint4*>(from) + part);
-  };
-  const auto load = [&](int b) {
-    if (b >= count) return;
+  const auto load = [&](int ahead) {
+    if (b + ahead >= count) return;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) next[i] = score(b, i);
-    if (part < 2 * pairs) next_top = __ldcg(&stats[int64_t{b} * 2 * pairs + part]).x;
+    for (int i = 0; i < kHeld; ++i) {
+      next[i] = __ldcg(score + (ahead * pairs + i) * (kPairBytes / 16));
+    }
+    if (part < 2 * pairs) next_top = __ldcg(stat + ahead * 2 * pairs).x;
   };
-  int b = 2 * warp + lane / 16;
-  load(b);
-  find_normalisers(p, stats - int64_t{first} * 2 * pairs, entries, lse, shift);
-  for (int base = 2 * warp; base < count; base += 2 * kWarps, b += 2 * kWarps) {
+  load(0);
+  find_normalisers(p, stats, entries, lse, shift);
+  constexpr int kStep = 2 * kWarps;
+  for (int base = 2 * warp; base < count; base += kStep) {
     uint4 words[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) words[i] = next[i];
     float top = next_top;
-    load(b + 2 * kWarps);
+    load(kStep);
     __half2 pooled[8];
 #pragma unroll
     for (auto& x : pooled) x = __float2half2_rn(0);
 #pragma unroll
     for (int i = 0; i < (kPairs ? kPairs : pairs); ++i) {
       if constexpr (kPairs == 0) {
-        if (i > 0 && b < count) words[0] = score(b, i);
+        if (i > 0 && b < count) words[0] = __ldcg(score + i * (kPairBytes / 16));
         if (i % 8 == 0 && i > 0 && part < 2 * (pairs - i) && b < count) {
-          top = __ldcg(&stats[int64_t{b} * 2 * pairs + 2 * i + part]).x;
+          top = __ldcg(stat + 2 * i).x;
         }
       }
       // A lane of each half weighs a head: its share of the probability at the block's maximum.
@@ -167,14 +167,18 @@ __device__ void pool(const SelectArgs& p,
         pooled[k + 4] = __hfma2(second_head(word[k]), w1, pooled[k + 4]);
       }
     }
-    if (b >= count) continue;
+    const int mine = b;
+    b += kStep;
+    stat += kStep * 2 * pairs;
+    score += kStep * pairs * (kPairBytes / 16);
+    if (mine >= count) continue;
     uint32_t key[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       // The smaller of NaN and a number is the number: keys are always ordered.
       key[k] = as_word(__hmin2(__hadd2(pooled[k], pooled[k + 4]), __float2half2_rn(65504.0f)));
     }
-    const int position = (first + b) * kBlockSize;
+    const int position = (first + mine) * kBlockSize;
     if (position < plan.sinks || position + kBlockSize > plan.recent) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -184,7 +188,7 @@ __device__ void pool(const SelectArgs& p,
         if (t + 4 < plan.sinks || t + 4 >= plan.recent) key[k] = (key[k] & 0xffff) | kForced << 16;
       }
     }
-    keys.words(b)[part] = make_uint4(key[0], key[1], key[2], key[3]);
+    keys.words(mine)[part] = make_uint4(key[0], key[1], key[2], key[3]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       atomicAdd(&histogram[key[k] >> kKeyShift & (kBins - 1)], 1);
@@ -234,12 +238,17 @@ __device__ Threshold find_threshold(uint32_t* histogram, uint32_t wanted, int ra
   seen -= sum;
   seen_before -= sum_before;
   if (seen < wanted && seen + sum >= wanted) {
-    int i = 0;
-    while (seen + bins[i] < wanted) {
+    uint32_t bin = 4 * group + 3;
+    bool below = true;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (below && seen + bins[i] >= wanted) {
+        found = {bin - i, wanted - seen, seen_before, earlier[i]};
+        below = false;
+      }
       seen += bins[i];
-      seen_before += earlier[i++];
+      seen_before += earlier[i];
     }
-    found = {static_cast<uint32_t>(4 * group + 3 - i), wanted - seen, seen_before, earlier[i]};
   }
   __syncthreads();
   return found;
@@ -281,19 +290,20 @@ __device__ int2 write_list(const Threshold& t,
   const int2 mine = {static_cast<int>(t.above_before + min(t.equal_before, t.need)),
                      static_cast<int>(total + min(total_equal, t.need))};
   place += min(equal, t.need);
-  const uint32_t before = (1u << lane) - 1;
+  const uint32_t before = (1u << lane) - 1, limit = static_cast<uint32_t>(max_kept);
   for (int b = begin; b < end; ++b) {
-    uint32_t key[4], kept[4];
+    uint32_t key[4], masks[4];
+    bool kept[4];
 #pragma unroll
     for (int v = 0; v < 4; ++v) key[v] = keys.at(b, 4 * lane + v);
     bool any_equal = false;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       kept[v] = key[v] >= high;
-      any_equal |= key[v] >= low && key[v] < high;
+      any_equal |= key[v] >= low && !kept[v];
     }
     if (__any_sync(kFullMask, any_equal)) {
-      uint32_t masks[4], e = equal;
+      uint32_t e = equal;
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         masks[v] = __ballot_sync(kFullMask, key[v] >= low && key[v] < high);
@@ -302,23 +312,22 @@ __device__ int2 write_list(const Threshold& t,
       }
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        const bool is = masks[v] >> lane & 1;
-        if (is) kept[v] = e++ < t.need;
+        if (masks[v] >> lane & 1) kept[v] = e++ < t.need;
       }
     }
     uint32_t at = place;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const uint32_t mask = __ballot_sync(kFullMask, kept[v]);
-      at += __popc(mask & before);
-      place += __popc(mask);
+      masks[v] = __ballot_sync(kFullMask, kept[v]);
+      at += __popc(masks[v] & before);
     }
+    const int token = (first + b) * kBlockSize + 4 * lane;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      if (!kept[v]) continue;
-      if (at < max_kept) out[at] = (first + b) * kBlockSize + 4 * lane + v;
-      ++at;
+      if (kept[v] && at < limit) out[at] = token + v;
+      at += kept[v];
     }
+    place = __shfl_sync(kFullMask, at, 31);
   }
   return mine;
 }
@@ -396,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
   const Threshold threshold = find_threshold(histogram, listed, rank, C);
   int32_t* out = p.indices + item * p.max_kept;
-  cluster_arrive(C);  // is through with the others' histograms
+  cluster_done_reading(C);  // is through with the others' histograms
   const int2 part = write_list(threshold, keys, first, count, out, p.max_kept);
   if (rank == C - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
@@ -404,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_kernel(SelectArgs p) {
   if (rank == 0 && threadIdx.x == 0) {
     p.counts[item] = static_cast<int32_t>(min(int64_t{listed} + tail, p.max_kept));
   }
-  cluster_wait(C);
+  cluster_wait_for_readers(C);
   if (p.kept_mass != nullptr) {
     __syncthreads();
     sum_kept(p, item, part, stats, lse, mass);
