@@ -220,7 +220,17 @@ def main() -> None:
 
             header["vllm"] = vllm.__version__
         args.output.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    columns = "batch context FA3 ours select attend dense ratio GB/s".split()
+    columns = [
+        "batch",
+        "context",
+        "FA3",
+        "ours",
+        "select",
+        "attend",
+        "dense",
+        "ratio",
+        "GB/s",
+    ]
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
     for r in rows:

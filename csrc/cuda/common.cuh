@@ -118,7 +118,7 @@ inline int cluster_size(bool clusters, int num_sms, int64_t items) {
 
 struct Device {
   cudaStream_t stream;
-  bool clusters;  // and dependent launches
+  bool clusters;            // and dependent launches
   int num_sms, max_shared;  // shared memory that one thread block may have
 };
 
