@@ -5,22 +5,20 @@
 // tokens of all (row, KV head) lists into equal shares; every warp streams tiles of 16 tokens
 // through its own part of shared memory. Lists that several thread blocks share are merged by the
 // last of them.
-#include "lists.cuh"
-#include "pipeline.cuh"
+#include "accumulate.cuh"
+#include "tiles.cuh"
 
 namespace vllm_sparse::cuda {
 
 namespace {
 
-constexpr int kMaxWarps = 4;
-constexpr int kTile = 16;
 constexpr int kMergeFloats = 1024;  // results of a warp that are merged at once
 constexpr int kStaticShared = 2 * 1024;
 
 // kD: head sizes up to this; kRows: query heads up to this, 8 or 16.
 template <int kD, int kRows>
 struct Config {
-  static constexpr int kSlots = 3, kRows8 = kRows / 8;
+  static constexpr int kSlots = kD > 128 ? 3 : 4, kRows8 = kRows / 8;
   static constexpr int kColumns = kD * kRows > kMergeFloats ? kMergeFloats / kRows : kD;
   static constexpr int kMergePitch = kColumns + 8;
   static constexpr int kMergeBytes = kRows * kMergePitch * 4;
@@ -30,84 +28,6 @@ struct Config {
   }
 };
 
-// The lists as one sequence of tiles. An item is a (row, KV head, 16 query heads).
-struct Cursor {
-  int item, first, tiles;  // `first` tile of the item
-  int row, list, head;
-  TokenList tokens;
-
-  __device__ void load(const AttendArgs& p, int subs) {
-    list = item / subs;
-    row = list / p.cache.num_kv_heads;
-    head = list - row * p.cache.num_kv_heads;
-    tokens = token_list(p, row, list);
-    tiles = max(1, (tokens.count + kTile - 1) / kTile);
-  }
-  __device__ void advance(const AttendArgs& p, int subs, int tile) {
-    while (tile >= first + tiles) {
-      first += tiles;
-      ++item;
-      load(p, subs);
-    }
-  }
-};
-
-// This thread block's share of the tiles: `active` blocks have `each`, the first `more` one more.
-struct Share {
-  int each, more, active;
-  int begin, end, item, item_first;
-
-  __device__ int begin_of(int block) const { return each * block + min(block, more); }
-  __device__ int block_of(int tile) const {
-    const int larger = more * (each + 1);
-    return tile < larger ? tile / (each + 1) : more + (tile - larger) / each;
-  }
-};
-
-__device__ Share find_share(const AttendArgs& p, int subs, int items) {
-  __shared__ int warp_sums[kMaxWarps], begin_item, begin_first;
-  const int threads = blockDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int per_thread = (items + threads - 1) / threads;
-  const int first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
-  int sum = 0;
-  Cursor c;
-  for (c.item = first; c.item < end; ++c.item) {
-    c.load(p, subs);
-    sum += c.tiles;
-  }
-  int inclusive = sum;
-  for (int i = 1; i < 32; i *= 2) {
-    const int y = __shfl_up_sync(kFullMask, inclusive, i);
-    if (lane >= i) inclusive += y;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int before = inclusive - sum, total = 0;
-  for (int w = 0; w < threads / 32; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  Share s;
-  s.active = min(static_cast<int>(gridDim.x), total);
-  s.each = total / s.active;
-  s.more = total - s.each * s.active;
-  const int block = blockIdx.x;
-  s.begin = block < s.active ? s.begin_of(block) : total;
-  s.end = block < s.active ? s.begin_of(block + 1) : total;
-  if (before <= s.begin && s.begin < before + sum) {
-    c.item = first;
-    c.first = before;
-    c.load(p, subs);
-    c.advance(p, subs, s.begin);
-    begin_item = c.item;
-    begin_first = c.first;
-  }
-  __syncthreads();
-  s.item = begin_item;
-  s.item_first = begin_first;
-  return s;
-}
-
 // A tile on its way: the token of the lane, then its block.
 struct Fetch {
   int token, head, row;
@@ -115,8 +35,10 @@ struct Fetch {
 };
 
 template <int kD>
-__device__ inline void copy_tile(
-    const AttendArgs& p, const Fetch& f, uint32_t slot, int head_size) {
+__device__ inline void copy_tile(const AttendArgs& p,
+                                 const Fetch& f,
+                                 uint32_t slot,
+                                 int head_size) {
   // Lanes of one token's row, and how many times they have to copy 16 bytes.
   constexpr int kLanes = kD <= 64 ? 16 : 32, kTimes = kD <= 128 ? 1 : 2;
   const int lane = threadIdx.x % 32, chunks = head_size / 4;
@@ -124,7 +46,7 @@ __device__ inline void copy_tile(
   const uint8_t* row = chunk_of(p.cache, safe_block(p.cache, f.id), f.head) +
                        int64_t{f.token % kBlockSize} * 4 * head_size;
   const uint64_t address = reinterpret_cast<uint64_t>(row);
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < kTile * kLanes / 32; ++i) {
     const int t = i * (32 / kLanes) + lane / kLanes;
     const uint64_t from = __shfl_sync(kFullMask, address, t);
@@ -138,112 +60,6 @@ __device__ inline void copy_tile(
     }
   }
 }
-
-template <class T>
-__device__ inline uint32_t pack(float x, float y) {
-  if constexpr (std::is_same_v<T, __half>) return as_word(__floats2half2_rn(x, y));
-  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<const uint32_t&>(both);
-}
-
-// A warp's running result: rows are query heads lane / 4 and, with kRows 16, that plus 8.
-template <class T, int kD, int kRows>
-struct Accumulator {
-  static constexpr int kHalves = kRows / 8;
-  uint32_t q[kD / 16][4];
-  float o[kD / 8][4], m[2], l[2];
-
-  __device__ void begin(const T* query, int heads, int head_size) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < kD / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int head = lane / 4 + i % 2 * 8, d = 16 * k + i / 2 * 8 + lane % 4 * 2;
-        q[k][i] = i % 2 < kHalves && head < heads && d < head_size
-                      ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
-                      : 0;
-      }
-    }
-#pragma unroll
-    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0;
-  }
-
-  // `left` tokens of the tile count.
-  __device__ void add(uint32_t slot, int pitch, int head_size, int left, float scale, float cap) {
-    const int lane = threadIdx.x % 32;
-    const uint32_t keys = slot + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
-    float s[2][2][4] = {};  // two sums each, for a shorter chain
-#pragma unroll
-    for (int k = 0; k < kD / 16; ++k) {
-      if (k * 16 < head_size) {
-        uint32_t b[4];
-        load_matrices(b, keys + k * 32);
-        mma<T>(s[k % 2][0], q[k], b[0], b[1], s[k % 2][0]);
-        mma<T>(s[k % 2][1], q[k], b[2], b[3], s[k % 2][1]);
-      }
-    }
-    uint32_t probabilities[4] = {};
-#pragma unroll
-    for (int r = 0; r < kHalves; ++r) {
-      float x[4];
-      float peak = m[r];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = (s[0][i / 2][2 * r + i % 2] + s[1][i / 2][2 * r + i % 2]) * scale;
-        if (cap > 0) x[i] = cap * kLog2e * tanhf(x[i] / cap);
-        if (i / 2 * 8 + lane % 4 * 2 + i % 2 >= left) x[i] = -INFINITY;
-        peak = fmaxf(peak, x[i]);
-      }
-      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 2));
-      // Nothing yet: any finite value keeps NaN out.
-      const float shift = peak == -INFINITY ? 0 : peak;
-      const float factor = fast_exp2(m[r] - shift);
-      m[r] = peak;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = fast_exp2(x[i] - shift);
-      l[r] = l[r] * factor + (x[0] + x[1]) + (x[2] + x[3]);
-      probabilities[r] = pack<T>(x[0], x[1]);
-      probabilities[r + 2] = pack<T>(x[2], x[3]);
-      if (__any_sync(kFullMask, factor != 1)) {
-#pragma unroll
-        for (auto& tile : o) {
-          tile[2 * r] *= factor;
-          tile[2 * r + 1] *= factor;
-        }
-      }
-    }
-    const uint32_t values =
-        slot + 2 * head_size + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * 16;
-#pragma unroll
-    for (int k = 0; k < kD / 16; ++k) {
-      if (k * 16 < head_size) {
-        uint32_t b[4];
-        load_matrices_transposed(b, values + k * 32);
-        mma<T>(o[2 * k], probabilities, b[0], b[1], o[2 * k]);
-        mma<T>(o[2 * k + 1], probabilities, b[2], b[3], o[2 * k + 1]);
-      }
-    }
-  }
-};
-
-// What all warps of a thread block have of an item, or several thread blocks.
-struct Merged {
-  float top = -INFINITY, total = 0;
-  __device__ void add(float other_top, float other_total, float4 x, float4& sum) {
-    const float peak = fmaxf(top, other_top), shift = peak == -INFINITY ? 0 : peak;
-    const float mine = fast_exp2(top - shift), other = fast_exp2(other_top - shift);
-    total = total * mine + other_total * other;
-    sum.x = sum.x * mine + x.x * other;
-    sum.y = sum.y * mine + x.y * other;
-    sum.z = sum.z * mine + x.z * other;
-    sum.w = sum.w * mine + x.w * other;
-    top = peak;
-  }
-};
 
 template <class T>
 __device__ void store_four(const AttendArgs& p,
@@ -262,7 +78,8 @@ __device__ void store_four(const AttendArgs& p,
 }
 
 template <class T, int kD, int kRows, bool kExact>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    attend_kernel(const __grid_constant__ AttendArgs p) {
   using C = Config<kD, kRows>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ float tops[kMaxWarps][kRows], totals[kMaxWarps][kRows];
@@ -400,11 +217,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
         Merged merged;
         float4 sum = {};
         for (int w = 0; w < warps; ++w) {
-          merged.add(tops[w][row],
-                     totals[w][row],
-                     *reinterpret_cast<const float4*>(
-                         merge + (w * kRows + row) * C::kMergePitch + d),
-                     sum);
+          merged.add(
+              tops[w][row],
+              totals[w][row],
+              *reinterpret_cast<const float4*>(merge + (w * kRows + row) * C::kMergePitch + d),
+              sum);
         }
         if (whole) {
           store_four<T>(p, here, query_head + row, column + d, merged, sum);
@@ -438,8 +255,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p)
                 (2 * int64_t{b} + (b == starter)) * partial_floats(p.group, head_size) +
                 row * (head_size + 4);
             const float4 head = __ldcg(reinterpret_cast<const float4*>(from));
-            merged.add(
-                head.x, head.y, __ldcg(reinterpret_cast<const float4*>(from + 4 + d)), sum);
+            merged.add(head.x, head.y, __ldcg(reinterpret_cast<const float4*>(from + 4 + d)), sum);
           }
           store_four<T>(p, here, query_head + row, d, merged, sum);
         }

@@ -26,7 +26,7 @@ struct Vector {
 
 // LT lanes read a token, N vectors of 16 bytes each; G query heads at a time.
 template <int LT, int N, int G>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(AttendArgs p) {
+__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendArgs p) {
   constexpr int E = Vector::kSize, kTokens = 32 / LT, kWidth = LT * N * E;
   __shared__ const float4* rows[kTile];
   __shared__ float partial[kWarps][G][kWidth];

@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(kThreads) channels_kernel(SelectArgs p) {
   const int item = blockIdx.x, row = item / p.cache.num_kv_heads;
   const int head = item - row * p.cache.num_kv_heads, size = p.cache.head_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const T* query = reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) +
-                                              row * p.query_stride) +
-                   int64_t{head} * p.group * size;
+  const T* query =
+      reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) + row * p.query_stride) +
+      int64_t{head} * p.group * size;
   if (threadIdx.x < size) {
     float sum = 0;
 #pragma unroll 4
@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads) channels_kernel(SelectArgs p) {
     const int end = min(out.padded_group, first + kWarps);
     for (int g = first + part; mine && g < end; g += parts) {
       const float x = g < p.group ? factor[g - first] * to_float(query[g * size + d]) : 0;
-      out.query[g * out.padded_rank + at] =
-          __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+      out.query[g * out.padded_rank + at] = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
     }
     const int padding = out.padded_rank - p.rank;
     for (int i = threadIdx.x; i < (end - first) * padding; i += kThreads) {

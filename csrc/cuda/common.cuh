@@ -80,18 +80,19 @@ __device__ inline void cluster_sync(int size) {
   __syncthreads();
 }
 
-// The two halves of a cluster's barrier, for work that needs nobody else in between.
-__device__ inline void cluster_arrive(int size) {
+// Before a thread block ends, the others must be through with its shared memory: each says so and
+// goes on. Nothing is handed over, hence no fence.
+__device__ inline void cluster_done_reading(int size) {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
-  if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
-__device__ inline void cluster_wait(int size) {
+__device__ inline void cluster_wait_for_readers(int size) {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
-  if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (size > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
@@ -117,7 +118,7 @@ inline int cluster_size(bool clusters, int num_sms, int64_t items) {
 
 struct Device {
   cudaStream_t stream;
-  bool clusters;  // and dependent launches
+  bool clusters;            // and dependent launches
   int num_sms, max_shared;  // shared memory that one thread block may have
 };
 

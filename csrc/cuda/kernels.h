@@ -50,12 +50,12 @@ __host__ __device__ inline int64_t prepared_bytes(int rank, int group) {
 
 struct AttendArgs : AttendParams {
   int64_t max_blocks;
-  int64_t* tokens_read;  // or null
+  int64_t* tokens_read;    // or null
   const int32_t* budgets;  // [num_rows] of the selection ahead, or null: `counts` say
   int local_window, sink_tokens;
-  int cluster;           // thread blocks of an item (attend_float)
-  uint32_t* arrivals;    // [kMaxGrid] zero between launches
-  float* partials;       // [thread blocks, 2] results of lists that thread blocks share
+  int cluster;         // thread blocks of an item (attend_float)
+  uint32_t* arrivals;  // [kMaxGrid] zero between launches
+  float* partials;     // [thread blocks, 2] results of lists that thread blocks share
 };
 
 // Floats of a shared list's partial result: of each query head (top, total) in 16 bytes, then sums.
@@ -83,11 +83,12 @@ inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args
   const int64_t items = selects ? args.num_rows * args.cache.num_kv_heads : 0;
   const int64_t blocks = items * args.max_blocks;
   const int grid = device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid;
-  plan.prepared = plan.partials +
-                  padded(8ll * grid * partial_floats(args.group, args.cache.head_size));
+  plan.prepared =
+      plan.partials + padded(8ll * grid * partial_floats(args.group, args.cache.head_size));
   // As for the largest rank: the size is asked for without one.
   plan.stats = plan.prepared + padded(items * prepared_bytes(args.cache.head_size, args.group));
-  plan.scores = plan.stats + padded(items * stat_blocks(args.max_blocks) * args.pairs * 2 * sizeof(float2));
+  plan.scores =
+      plan.stats + padded(items * stat_blocks(args.max_blocks) * args.pairs * 2 * sizeof(float2));
   plan.keys = plan.scores + blocks * args.pairs * 2 * kBlockSize;
   plan.bytes = plan.keys + (global_keys ? blocks * kBlockSize * 2 : 0);
   return plan;

@@ -38,8 +38,9 @@ struct TokenList {
   bool all;
 };
 
-// Behind a selection of the same call, counts follow from the row before selection is through.
-__device__ inline TokenList token_list(const AttendArgs& p, int row, int item) {
+// Behind a selection of the same call, counts follow from the row before selection is through. Not
+// inlined: it is called in many places, rarely, and instructions have to be fetched, too.
+static __device__ __noinline__ TokenList token_list(const AttendArgs& p, int row, int item) {
   TokenList t;
   int64_t listed;
   if (p.budgets != nullptr) {
@@ -56,35 +57,45 @@ __device__ inline TokenList token_list(const AttendArgs& p, int row, int item) {
   return t;
 }
 
+// Mean over the context of one element of V; the last sealed block knows it up to its end.
+template <class T>
+__device__ __noinline__ float mean_value(
+    const AttendArgs& p, int64_t row, int head, int d, int length) {
+  const int head_size = p.cache.head_size, sealed = length / kBlockSize, tail = length % kBlockSize;
+  const int32_t* table = p.block_table + row * p.block_table_stride;
+  float sum = 0;
+  if (tail > 0) {
+    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
+    const T* from = reinterpret_cast<const T*>(chunk) + head_size + d;
+#pragma unroll 8
+    for (int t = 0; t < tail; ++t) sum += to_float(from[int64_t{t} * 2 * head_size]);
+  }
+  if (sealed > 0) {
+    const int64_t offset =
+        int64_t{kBlockSize} * 2 * head_size * sizeof(T) + head_size * (kCodeBytes + 4);
+    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed - 1]), head);
+    sum += __half2float(reinterpret_cast<const __half*>(chunk + offset)[d]) *
+           static_cast<float>(sealed * kBlockSize);
+  }
+  return sum / static_cast<float>(length);
+}
+
+__device__ inline float from_float(float x, float) { return x; }
+__device__ inline __half from_float(float x, __half) { return __float2half_rn(x); }
+__device__ inline __nv_bfloat16 from_float(float x, __nv_bfloat16) {
+  return __float2bfloat16_rn(x);
+}
+
 // Stores y with, where that is asked for, the mean of V standing in for the tokens left out.
 template <class T>
 __device__ inline void store_result(
     const AttendArgs& p, int64_t row, int head, int query_head, int d, int length, float y) {
-  const int head_size = p.cache.head_size;
   if (p.kept_mass != nullptr && length > 0) {
-    // The last sealed block knows the mean up to its end.
-    const int sealed = length / kBlockSize, tail = length % kBlockSize;
-    const int32_t* table = p.block_table + row * p.block_table_stride;
-    float values = 0;
-    if (tail > 0) {
-      const T* from =
-          reinterpret_cast<const T*>(chunk_of(p.cache, safe_block(p.cache, table[sealed]), head)) +
-          head_size + d;
-#pragma unroll 8
-      for (int t = 0; t < tail; ++t) values += to_float(from[int64_t{t} * 2 * head_size]);
-    }
-    if (sealed > 0) {
-      const int64_t offset =
-          int64_t{kBlockSize} * 2 * head_size * sizeof(T) + head_size * (kCodeBytes + 4);
-      const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed - 1]), head);
-      values += __half2float(reinterpret_cast<const __half*>(chunk + offset)[d]) *
-                static_cast<float>(sealed * kBlockSize);
-    }
     const float alpha = p.kept_mass[row * p.cache.num_kv_heads * p.group + query_head];
-    y = alpha * y + (1 - alpha) * values / static_cast<float>(length);
+    y = alpha * y + (1 - alpha) * mean_value<T>(p, row, head, d, length);
   }
-  uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.out_stride;
-  store_float(out, int64_t{query_head} * head_size + d, p.cache.dtype, y);
+  T* out = reinterpret_cast<T*>(static_cast<uint8_t*>(p.out) + row * p.out_stride);
+  out[int64_t{query_head} * p.cache.head_size + d] = from_float(y, T());
 }
 
 #endif  // __CUDACC__
