@@ -42,7 +42,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def moved_cache(kv_cache: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The cache with its heads apart: blocks are nearer to each other than heads."""
-    apart = kv_cache.transpose(0, 1).contiguous().to(device)
+    apart = kv_cache.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    apart = apart.to(device)
     return apart.transpose(0, 1)
 
 
@@ -307,7 +308,7 @@ def check_attend(
     rest = (ctx.block_table, ctx.seq_lens)
     options = dict(scale=head_size**-0.5, soft_cap=soft_cap)
     want, want_read = torch.full_like(query, torch.nan), torch.zeros(1).long()
-    got, got_read = want.to(device), want_read.to(device)
+    got, got_read = (t.clone().to(device) for t in (want, want_read))
     ops.attend(
         query.to(device),
         moved_cache(ctx.kv_cache, device),
