@@ -13,27 +13,35 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "seal_blocks(Tensor(a!) kv_cache, Tensor block_ids, Tensor prev_block_ids, "
       "Tensor block_index, int head_size) -> ()");
   m.def(
+      "seal_rows(Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_start_loc, int head_size) -> ()");
+  m.def(
       "gather_kv(Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor out_start, "
       "Tensor(a!) key, Tensor(b!) value) -> ()");
   m.def(
       "sparq_select(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
-      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass) -> ()");
+      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
+      "Tensor(d!)? workspace=None) -> ()");
   m.def(
       "sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
       "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
-      "Tensor(d!) out, Tensor(e!)? tokens_read) -> ()");
+      "Tensor(d!) out, Tensor(e!)? tokens_read, Tensor(f!)? workspace=None) -> ()");
   m.def(
       "attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
-      "Tensor(a!) out, Tensor(b!)? tokens_read) -> ()");
+      "Tensor(a!) out, Tensor(b!)? tokens_read, Tensor(c!)? workspace=None) -> ()");
+  m.def(
+      "workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
+      "int head_size, int device_index) -> int");
   m.def("cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("store_kv", TORCH_BOX(&vllm_sparse::cpu::store_kv));
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cpu::seal_blocks));
+  m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cpu::seal_rows));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cpu::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cpu::sparq_select));
   m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cpu::sparq_attend));

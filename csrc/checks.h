@@ -103,6 +103,24 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
   return cache;
 }
 
+inline SealRowsParams seal_rows_params(const KvCache& cache,
+                                       const Tensor& block_table,
+                                       const Tensor& seq_lens,
+                                       const Tensor& query_start_loc) {
+  SealRowsParams p;
+  p.cache = cache;
+  p.seq_lens = int_vector(seq_lens, "seq_lens", -1, "");
+  p.num_rows = seq_lens.size(0);
+  p.query_start_loc = int_vector(query_start_loc, "query_start_loc", p.num_rows + 1, "rows + 1");
+  check_tensor(block_table, "block_table", 2);
+  check_dtype(block_table, "block_table", ScalarType::Int, "int32");
+  check_size(block_table, "block_table", 0, p.num_rows, "rows");
+  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  p.block_table_stride = block_table.stride(0);
+  p.max_blocks = block_table.size(1);
+  return p;
+}
+
 // [n, num_heads, head_size] in the cache's dtype, heads packed; returns bytes between rows.
 inline int64_t check_heads(const Tensor& t, const char* name, const KvCache& cache) {
   check_tensor(t, name, 3);

@@ -54,6 +54,15 @@ struct SealParams {
   int64_t num_jobs;
 };
 
+struct SealRowsParams {
+  KvCache cache;
+  const int32_t* block_table;  // [num_rows, block_table_stride]
+  int64_t block_table_stride, max_blocks;
+  const int32_t* seq_lens;         // [num_rows]
+  const int32_t* query_start_loc;  // [num_rows + 1]
+  int64_t num_rows;
+};
+
 struct GatherParams {
   KvCache cache;
   const int32_t* block_table;  // [num_rows, block_table_stride]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""A CPU platform that honours ``--attention-backend sparq``.
+"""Platforms that honour ``--attention-backend sparq`` as users mean it.
 
-vLLM's own CPU platform logs "Cannot use ... backend on CPU" and takes CPU_ATTN whatever
-was chosen. Ours answers for our backends and is vLLM's in everything else.
+vLLM's CPU platform logs "Cannot use ... backend on CPU" and takes CPU_ATTN whatever was
+chosen; its CUDA platform refuses a model whose every second layer is a sliding window.
+Ours answer for our backends and are vLLM's in everything else.
 """
 
-from typing import TYPE_CHECKING
+from functools import cache
 
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -15,17 +16,9 @@ from .compat.vllm import init_logger, require_supported
 from .config import SparseConfig
 from .plugin import is_ours
 
-if TYPE_CHECKING:
-    from vllm.platforms.cpu import CpuPlatform as VllmCpuPlatform
-else:
-    # CpuPlatform, or vLLM's variant of it for the processor at hand.
-    VllmCpuPlatform = resolve_obj_by_qualname(
-        cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
-    )
 
-
-class SparseCpuPlatform(VllmCpuPlatform):
-    """vLLM's CPU platform, with the backends of this package added."""
+class HonourOurBackends:
+    """What a platform class of vLLM's needs; goes before it in the bases."""
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kw):
@@ -43,11 +36,12 @@ class SparseCpuPlatform(VllmCpuPlatform):
         kind = _kind_left_to_vllm(attn_selector_config)
         if kind is not None:
             init_logger(__name__).info_once(
-                "%s: %s layers are served densely by vLLM's CPU_ATTN.", name, kind
+                "%s: %s layers are served densely by vLLM's own backend.", name, kind
             )
             return super().get_attn_backend_cls(None, attn_selector_config, *args, **kw)
         reasons = selected_backend.get_class().validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            device_capability=cls.get_device_capability(),
+            **attn_selector_config._asdict(),
         )
         if reasons:
             raise ValueError(
@@ -66,6 +60,20 @@ class SparseCpuPlatform(VllmCpuPlatform):
             require_supported()
             SparseConfig.from_additional_config(vllm_config.additional_config)
         super().check_and_update_config(vllm_config)
+
+
+@cache
+def honouring(platform: type) -> type:
+    """``platform``, a platform class of vLLM's, with our backends honoured."""
+    if issubclass(platform, HonourOurBackends):
+        return platform
+    return type(f"Sparse{platform.__name__}", (HonourOurBackends, platform), {})
+
+
+# CpuPlatform, or vLLM's variant of it for the processor at hand.
+SparseCpuPlatform = honouring(
+    resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
+)
 
 
 def _kind_left_to_vllm(attn_selector_config) -> str | None:

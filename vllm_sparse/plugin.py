@@ -27,7 +27,7 @@ def register() -> None:
             # unknown enum value cannot be unpickled: let our function restore it.
             member.__reduce_ex__ = lambda protocol, name=name: (restore, (name,))
 
-    _cover_pinned_cpu_platform()
+    _cover_platform()
 
 
 def restore(name: str):
@@ -50,18 +50,17 @@ def activate_cpu_platform() -> str | None:
     return PLATFORM if cpu_platform_plugin() is not None else None
 
 
-def _cover_pinned_cpu_platform() -> None:
-    """Honour our names also where vLLM consults no platform plugins.
+def _cover_platform() -> None:
+    """Honour our names also where vLLM consults no platform plugin of ours.
 
-    ``VLLM_TARGET_DEVICE=cpu`` pins vLLM's own CPU platform, which ignores the chosen
-    backend without an error.
+    That is on CUDA, and where ``VLLM_TARGET_DEVICE=cpu`` pins vLLM's own CPU platform,
+    which ignores the chosen backend without an error.
     """
     import vllm.envs as envs
+    from vllm.platforms import current_platform
 
-    if envs.VLLM_TARGET_DEVICE == "cpu":
-        from vllm.platforms import current_platform
-
-        from .platform import SparseCpuPlatform
+    if envs.VLLM_TARGET_DEVICE == "cpu" or current_platform.is_cuda():
+        from .platform import honouring
 
         # Other modules hold this very object, so it changes class in place.
-        current_platform.__class__ = SparseCpuPlatform
+        current_platform.__class__ = honouring(type(current_platform))

@@ -12,7 +12,7 @@ from benchmarks.accuracy.metrics import TOP_LOGPROBS, ForcedResult
 from benchmarks.accuracy.tasks import ANSWER_TOKENS, Sample
 
 WORKER_EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
-STOCK_BACKEND = "cpu_attn"
+OUR_BACKEND = "sparq"
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class EngineOptions:
     """How the engine is built; recorded in the result's header."""
 
     model: str
-    # "sparq", or "cpu_attn" for stock vLLM, which serves the method dense only.
-    attention_backend: str = "sparq"
+    # Ours, or one of vLLM's ("cpu_attn", "flash_attn"), which are dense only.
+    attention_backend: str = OUR_BACKEND
     dtype: str = "bfloat16"
     max_model_len: int = 8192
     max_num_seqs: int = 16
@@ -40,17 +40,13 @@ class Engine:
         from vllm import LLM
 
         self.options = options
-        self.is_stock = options.attention_backend == STOCK_BACKEND
-        extra = (
-            {}
-            if self.is_stock
-            else {
-                "attention_backend": options.attention_backend,
-                "worker_extension_cls": WORKER_EXTENSION,
-            }
-        )
+        self.is_stock = options.attention_backend != OUR_BACKEND
+        extra = {} if self.is_stock else {"worker_extension_cls": WORKER_EXTENSION}
+        # ForceTokens is written for this runner, which is the CPU's only one.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self.llm = LLM(
             model=options.model,
+            attention_backend=options.attention_backend,
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
@@ -83,8 +79,8 @@ class Engine:
             self.llm.collective_rpc("reconfigure_sparse", args=(options,))
         elif options["selector"] != "dense":
             raise ValueError(
-                f"attention backend {STOCK_BACKEND!r} is dense only, got the method "
-                f"{options['selector']!r}; use --attention-backend sparq"
+                f"attention backend {self.options.attention_backend!r} is dense only, "
+                f"got the method {options['selector']!r}; use --attention-backend sparq"
             )
 
     def reset_stats(self) -> None:

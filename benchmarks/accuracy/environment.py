@@ -17,14 +17,15 @@ def describe() -> dict:
 
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": _commit(),
+        "commit": os.environ.get("VLLM_SPARSE_COMMIT") or _commit(),
         "versions": {
             "python": platform.python_version(),
             "vllm": vllm.__version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
         },
-        "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "machine": {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+        | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

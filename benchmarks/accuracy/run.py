@@ -157,7 +157,7 @@ def write_result(
 
 
 def main() -> None:
-    from benchmarks.accuracy.engine import STOCK_BACKEND, Engine, EngineOptions
+    from benchmarks.accuracy.engine import Engine, EngineOptions
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -177,7 +177,7 @@ def main() -> None:
     add(
         "--attention-backend",
         default=EngineOptions.attention_backend,
-        help=f"{STOCK_BACKEND}: stock vLLM, for '--methods dense'",
+        help="or one of vLLM's, for '--methods dense'",
     )
     add("--max-num-seqs", type=int, default=EngineOptions.max_num_seqs)
     add("--kv-cache-gib", type=float, default=EngineOptions.kv_cache_gib)

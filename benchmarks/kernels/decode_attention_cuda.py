@@ -27,6 +27,8 @@ FA3_PAGE = 64
 class Layer:
     """One layer's contexts in our cache and, unless left out, in FlashAttention's."""
 
+    workspace: torch.Tensor | None = None  # of all layers, as in an engine
+
     def __init__(self, args, batch: int, seq_len: int, dense: bool) -> None:
         self.args, self.batch, self.seq_len = args, batch, seq_len
         heads, size, dtype = args.num_kv_heads, args.head_size, torch.bfloat16
@@ -71,6 +73,10 @@ class Layer:
         self.budgets = torch.full_like(self.lens, args.top_k)
         self.context = (self.query, self.cache, self.table, self.lens)
         self.lists = dict(indices=self.indices, counts=self.counts)
+        group = args.num_heads // heads
+        size_of = ops.workspace_bytes(batch, heads, group, blocks, size)
+        if Layer.workspace is None or len(Layer.workspace) < size_of:
+            Layer.workspace = torch.zeros(size_of, dtype=torch.uint8, device="cuda")
         self.options = dict(
             rank=args.rank,
             local_window=32,
@@ -99,19 +105,24 @@ class Layer:
         )
 
     def sparq(self) -> None:
+        inputs = (*self.context, self.budgets)
+        options, space = self.options, Layer.workspace
         ops.sparq_attend(
-            *self.context, self.budgets, **self.options, **self.lists, out=self.out
+            *inputs, **options, **self.lists, out=self.out, workspace=space
         )
 
     def select(self) -> None:
-        ops.sparq_select(*self.context, self.budgets, **self.options, **self.lists)
+        inputs = (*self.context, self.budgets)
+        options, space = self.options, Layer.workspace
+        ops.sparq_select(*inputs, **options, **self.lists, workspace=space)
 
-    def attend(self) -> None:
-        scale = self.options["scale"]
-        ops.attend(*self.context, **self.lists, scale=scale, out=self.out)
+    def attend(self, **lists) -> None:
+        scale, space = self.options["scale"], Layer.workspace
+        lists = self.lists if lists == {} else lists
+        ops.attend(*self.context, **lists, scale=scale, out=self.out, workspace=space)
 
     def dense(self) -> None:
-        ops.attend(*self.context, scale=self.options["scale"], out=self.out)
+        self.attend(indices=None)
 
     def bytes_needed(self) -> tuple[int, int]:
         """(sparse, dense) bytes of one call."""
@@ -209,12 +220,24 @@ def main() -> None:
 
             header["vllm"] = vllm.__version__
         args.output.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    print("| batch | context | FA3 us | ours us | select | attend | ratio | GB/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = [
+        "batch",
+        "context",
+        "FA3",
+        "ours",
+        "select",
+        "attend",
+        "dense",
+        "ratio",
+        "GB/s",
+    ]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
     for r in rows:
         print(
             f"| {r['batch']} | {r['context']} | {r.get('fa3', 0):.1f} "
             f"| {r['sparq']:.1f} | {r['select']:.1f} | {r['attend']:.1f} "
+            f"| {r.get('dense', 0):.1f} "
             f"| {r.get('ratio', 0):.2f} | {r['gb_per_s']:.0f} |"
         )
 

@@ -27,28 +27,23 @@ from scripts.get_model import get_model
 class Timed:
     """One engine and its measurements."""
 
-    def __init__(self, backend: str, args: argparse.Namespace) -> None:
+    def __init__(self, backend: str, **settings) -> None:
+        """Start it; ``settings`` are those of ``vllm.LLM``."""
         from vllm import LLM
 
         self.backend = backend
-        self.is_sparse = backend != "cpu_attn"
-        extra = {}
+        self.is_sparse = backend == "sparq"
         if self.is_sparse:
-            extra = {
-                "worker_extension_cls": "vllm_sparse.attention.stats.WorkerExtension",
-            }
+            settings["worker_extension_cls"] = (
+                "vllm_sparse.attention.stats.WorkerExtension"
+            )
         self.llm = LLM(
-            model=str(args.model or get_model()),
-            dtype="bfloat16",
             attention_backend=backend,
-            max_model_len=args.max_model_len,
-            max_num_seqs=max(args.batches),
-            kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
-            enforce_eager=not args.compile,
+            dtype="bfloat16",
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             disable_log_stats=True,
-            **extra,
+            **settings,
         )
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
@@ -92,7 +87,14 @@ def run(args: argparse.Namespace) -> list[dict]:
     # Label, engine, options: our engine is measured once per set of options.
     variants: list[tuple[str, Timed, dict | None]] = []
     for backend in args.backends:
-        engine = Timed(backend, args)
+        engine = Timed(
+            backend,
+            model=str(args.model or get_model()),
+            max_model_len=args.max_model_len,
+            max_num_seqs=max(args.batches),
+            kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
+            enforce_eager=not args.compile,
+        )
         if not engine.is_sparse:
             variants.append((backend, engine, None))
             continue

@@ -4,6 +4,8 @@
 // Checked entry points: tensors in, pointers and shapes out.
 #include "ops.h"
 
+#include <vector>
+
 #include "../checks.h"
 #include "runtime.h"
 
@@ -58,6 +60,38 @@ void seal_blocks(Tensor& kv_cache,
                     "block_index must be sorted");
   }
   if (p.num_jobs > 0) kernels().seal(p);
+}
+
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size) {
+  const SealRowsParams p =
+      seal_rows_params(kv_cache_view(kv_cache, head_size), block_table, seq_lens, query_start_loc);
+  std::vector<int32_t> block_ids, prev_block_ids, block_index;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int length = p.seq_lens[row], index = length / kBlockSize - 1;
+    const int computed = length - (p.query_start_loc[row + 1] - p.query_start_loc[row]);
+    if (index < 0 || index >= p.max_blocks || computed >= (index + 1) * kBlockSize) continue;
+    const int32_t* table = p.block_table + row * p.block_table_stride;
+    const int32_t prev = index > 0 ? table[index - 1] : -1;
+    if (table[index] <= 0) continue;
+    STD_TORCH_CHECK(table[index] < p.cache.num_blocks && prev < p.cache.num_blocks,
+                    "block_table names a block that does not exist in row ",
+                    row);
+    block_ids.push_back(table[index]);
+    prev_block_ids.push_back(prev);
+    block_index.push_back(index);
+  }
+  if (block_ids.empty()) return;
+  SealParams jobs;
+  jobs.cache = p.cache;
+  jobs.block_ids = block_ids.data();
+  jobs.prev_block_ids = prev_block_ids.data();
+  jobs.block_index = block_index.data();
+  jobs.num_jobs = static_cast<int64_t>(block_ids.size());
+  kernels().seal(jobs);
 }
 
 void gather_kv(const Tensor& kv_cache,
@@ -162,7 +196,8 @@ void sparq_select(const Tensor& query,
                   double soft_cap,
                   Tensor& indices,
                   Tensor& counts,
-                  std::optional<Tensor> kept_mass) {
+                  std::optional<Tensor> kept_mass,
+                  std::optional<Tensor> /*workspace*/) {
   const SelectParams p = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -193,7 +228,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
-                  std::optional<Tensor> tokens_read) {
+                  std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> /*workspace*/) {
   const SelectParams s = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -224,7 +260,8 @@ void attend(const Tensor& query,
             double scale,
             double soft_cap,
             Tensor& out,
-            std::optional<Tensor> tokens_read) {
+            std::optional<Tensor> tokens_read,
+            std::optional<Tensor> /*workspace*/) {
   check_tensor(query, "query", 3);
   AttendParams p;
   p.cache = kv_cache_view(kv_cache, query.size(2));

@@ -17,6 +17,12 @@ void seal_blocks(Tensor& kv_cache,
                  const Tensor& prev_block_ids,
                  const Tensor& block_index,
                  int64_t head_size);
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size);
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
@@ -35,7 +41,8 @@ void sparq_select(const Tensor& query,
                   double soft_cap,
                   Tensor& indices,
                   Tensor& counts,
-                  std::optional<Tensor> kept_mass);
+                  std::optional<Tensor> kept_mass,
+                  std::optional<Tensor> workspace);
 void sparq_attend(const Tensor& query,
                   const Tensor& kv_cache,
                   const Tensor& block_table,
@@ -50,7 +57,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
-                  std::optional<Tensor> tokens_read);
+                  std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> workspace);
 void attend(const Tensor& query,
             const Tensor& kv_cache,
             const Tensor& block_table,
@@ -61,7 +69,8 @@ void attend(const Tensor& query,
             double scale,
             double soft_cap,
             Tensor& out,
-            std::optional<Tensor> tokens_read);
+            std::optional<Tensor> tokens_read,
+            std::optional<Tensor> workspace);
 std::string cpu_isa();
 
 }  // namespace vllm_sparse::cpu

@@ -1,265 +1,476 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
-// Exact attention over listed tokens. A cluster of thread blocks shares the tokens of one (row, KV
-// head) and merges its partial results through shared memory.
-#include "kernels.h"
+// Exact attention over listed tokens or whole contexts in fp16 and bf16. A fixed grid cuts the
+// tokens of all (row, KV head) lists into equal shares; every warp streams tiles of 16 tokens
+// through its own part of shared memory. Lists that several thread blocks share are merged by the
+// last of them.
+#include "lists.cuh"
+#include "pipeline.cuh"
 
 namespace vllm_sparse::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 256;  // tokens whose addresses are looked up at once
-constexpr int kUnroll = 4;  // tokens of a lane in flight
+constexpr int kMaxWarps = 4;
+constexpr int kTile = 16;
+constexpr int kMergeFloats = 1024;  // results of a warp that are merged at once
+constexpr int kStaticShared = 2 * 1024;
 
-template <class T>
-struct Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  uint4 raw;
-  __device__ void unpack(float (&x)[kSize]) const {
-    if constexpr (sizeof(T) == 4) {
-      x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
-      x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
-    } else {
-      const T* values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = to_float(values[i]);
+// kD: head sizes up to this; kRows: query heads up to this, 8 or 16.
+template <int kD, int kRows>
+struct Config {
+  static constexpr int kSlots = 3, kRows8 = kRows / 8;
+  static constexpr int kColumns = kD * kRows > kMergeFloats ? kMergeFloats / kRows : kD;
+  static constexpr int kMergePitch = kColumns + 8;
+  static constexpr int kMergeBytes = kRows * kMergePitch * 4;
+  static __host__ __device__ int pitch(int head_size) { return 4 * head_size + 16; }
+  static __host__ __device__ int warp_bytes(int head_size) {
+    return kSlots * kTile * pitch(head_size) + kMergeBytes;
+  }
+};
+
+// The lists as one sequence of tiles. An item is a (row, KV head, 16 query heads).
+struct Cursor {
+  int item, first, tiles;  // `first` tile of the item
+  int row, list, head;
+  TokenList tokens;
+
+  __device__ void load(const AttendArgs& p, int subs) {
+    list = item / subs;
+    row = list / p.cache.num_kv_heads;
+    head = list - row * p.cache.num_kv_heads;
+    tokens = token_list(p, row, list);
+    tiles = max(1, (tokens.count + kTile - 1) / kTile);
+  }
+  __device__ void advance(const AttendArgs& p, int subs, int tile) {
+    while (tile >= first + tiles) {
+      first += tiles;
+      ++item;
+      load(p, subs);
     }
   }
 };
 
-// LT lanes read a token, N vectors of 16 bytes each; G query heads at a time.
-template <class T, int LT, int N, int G>
-__global__ void __launch_bounds__(kThreads, 2) attend_kernel(AttendArgs p) {
-  constexpr int E = Vector<T>::kSize, kTokens = 32 / LT, kWidth = LT * N * E;
-  __shared__ const uint4* rows[kTile];
-  __shared__ float partial[kWarps][G][kWidth];
-  __shared__ float warp_top[kWarps][G], warp_sum_of[kWarps][G];
-  __shared__ float result[G][kWidth], top[G], sum[G];
+// This thread block's share of the tiles: `active` blocks have `each`, the first `more` one more.
+struct Share {
+  int each, more, active;
+  int begin, end, item, item_first;
 
-  const int C = p.cluster;
-  const int64_t item = blockIdx.x / C, row = item / p.cache.num_kv_heads;
-  const int rank = blockIdx.x % C, head = static_cast<int>(item % p.cache.num_kv_heads);
-  const int first_head = blockIdx.y * G, head_size = p.cache.head_size;
-  const int heads = min(G, p.group - first_head);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LT, slot = lane / LT;
-  const int vectors = head_size / E;
-  const int length =
-      static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
-  const int listed = p.counts == nullptr ? -1 : p.counts[item];
-  const int count = listed < 0 ? length : static_cast<int>(min(int64_t{listed}, p.max_kept));
-  const int share = (count + C - 1) / C;
-  const int first = min(count, share * rank), end = min(count, first + share);
-  if (p.tokens_read != nullptr && rank == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.tokens_read), count);
+  __device__ int begin_of(int block) const { return each * block + min(block, more); }
+  __device__ int block_of(int tile) const {
+    const int larger = more * (each + 1);
+    return tile < larger ? tile / (each + 1) : more + (tile - larger) / each;
   }
+};
 
-  const float scale = p.soft_cap > 0 ? p.scale : p.scale * kLog2e;
-  float q[G][N][E], acc[G][N][E] = {}, m[G], l[G] = {};
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    m[g] = -INFINITY;
-    const uint8_t* from = static_cast<const uint8_t*>(p.query) + row * p.query_stride;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int at = part + n * LT;
-      const int64_t query_head = int64_t{head} * p.group + first_head + min(g, heads - 1);
-      const Vector<T> vector = {reinterpret_cast<const uint4*>(
-          from + query_head * head_size * sizeof(T))[min(at, vectors - 1)]};
-      vector.unpack(q[g][n]);
-      const float factor = g < heads && at < vectors ? scale : 0;
-#pragma unroll
-      for (int i = 0; i < E; ++i) q[g][n][i] *= factor;
-    }
+__device__ Share find_share(const AttendArgs& p, int subs, int items) {
+  __shared__ int warp_sums[kMaxWarps], begin_item, begin_first;
+  const int threads = blockDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int per_thread = (items + threads - 1) / threads;
+  const int first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
+  int sum = 0;
+  Cursor c;
+  for (c.item = first; c.item < end; ++c.item) {
+    c.load(p, subs);
+    sum += c.tiles;
   }
-
-  for (int start = first; start < end; start += kTile) {
-    const int tile = min(kTile, end - start);
-    __syncthreads();
-    for (int i = threadIdx.x; i < tile; i += kThreads) {
-      int t = start + i;
-      if (listed >= 0) t = min(max(p.indices[item * p.max_kept + t], 0), max(length - 1, 0));
-      const int32_t id = p.block_table[row * p.block_table_stride + t / kBlockSize];
-      rows[i] = reinterpret_cast<const uint4*>(chunk_of(p.cache, safe_block(p.cache, id), head)) +
-                int64_t{t % kBlockSize} * 2 * vectors;
-    }
-    __syncthreads();
-    for (int base = warp * kTokens * kUnroll; base < tile; base += kWarps * kTokens * kUnroll) {
-      Vector<T> k[kUnroll][N], v[kUnroll][N];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const uint4* from = rows[min(base + u * kTokens + slot, tile - 1)];
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          const int at = min(part + n * LT, vectors - 1);
-          k[u][n].raw = __ldg(from + at);
-          v[u][n].raw = __ldg(from + vectors + at);
-        }
-      }
-      float x[kUnroll][G];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int g = 0; g < G; ++g) x[u][g] = 0;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          float key[E];
-          k[u][n].unpack(key);
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-#pragma unroll
-            for (int i = 0; i < E; ++i) x[u][g] = fmaf(q[g][n][i], key[i], x[u][g]);
-          }
-        }
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-#pragma unroll
-          for (int i = 1; i < LT; i *= 2) x[u][g] += __shfl_xor_sync(kFullMask, x[u][g], i);
-          if (p.soft_cap > 0) x[u][g] = p.soft_cap * kLog2e * tanhf(x[u][g] / p.soft_cap);
-          if (base + u * kTokens + slot >= tile) x[u][g] = -INFINITY;
-        }
-      }
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        float peak = m[g];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) peak = fmaxf(peak, x[u][g]);
-        // A lane without a token yet: any finite value keeps NaN out.
-        const float shift = peak == -INFINITY ? 0 : peak;
-        const float factor = exp2f(m[g] - shift);
-        m[g] = peak;
-        l[g] *= factor;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-          for (int i = 0; i < E; ++i) acc[g][n][i] *= factor;
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          x[u][g] = exp2f(x[u][g] - shift);
-          l[g] += x[u][g];
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          float value[E];
-          v[u][n].unpack(value);
-#pragma unroll
-          for (int g = 0; g < G; ++g) {
-#pragma unroll
-            for (int i = 0; i < E; ++i) acc[g][n][i] = fmaf(x[u][g], value[i], acc[g][n][i]);
-          }
-        }
-      }
-    }
+  int inclusive = sum;
+  for (int i = 1; i < 32; i *= 2) {
+    const int y = __shfl_up_sync(kFullMask, inclusive, i);
+    if (lane >= i) inclusive += y;
   }
-
-  // Merge: lanes that held other tokens, then warps, then the cluster.
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    float peak = m[g];
-#pragma unroll
-    for (int i = LT; i < 32; i *= 2) peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, i));
-    const float factor = m[g] == -INFINITY ? 0 : exp2f(m[g] - peak);
-    l[g] *= factor;
-#pragma unroll
-    for (int i = LT; i < 32; i *= 2) l[g] += __shfl_xor_sync(kFullMask, l[g], i);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        float a = acc[g][n][e] * factor;
-#pragma unroll
-        for (int i = LT; i < 32; i *= 2) a += __shfl_xor_sync(kFullMask, a, i);
-        if (slot == 0) partial[warp][g][(part + n * LT) * E + e] = a;
-      }
-    }
-    if (lane == 0) {
-      warp_top[warp][g] = peak;
-      warp_sum_of[warp][g] = l[g];
-    }
+  if (lane == 31) warp_sums[warp] = inclusive;
+  __syncthreads();
+  int before = inclusive - sum, total = 0;
+  for (int w = 0; w < threads / 32; ++w) {
+    if (w < warp) before += warp_sums[w];
+    total += warp_sums[w];
+  }
+  Share s;
+  s.active = min(static_cast<int>(gridDim.x), total);
+  s.each = total / s.active;
+  s.more = total - s.each * s.active;
+  const int block = blockIdx.x;
+  s.begin = block < s.active ? s.begin_of(block) : total;
+  s.end = block < s.active ? s.begin_of(block + 1) : total;
+  if (before <= s.begin && s.begin < before + sum) {
+    c.item = first;
+    c.first = before;
+    c.load(p, subs);
+    c.advance(p, subs, s.begin);
+    begin_item = c.item;
+    begin_first = c.first;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < G * kWidth; i += kThreads) {
-    const int g = i / kWidth, d = i % kWidth;
-    float peak = -INFINITY, total = 0, a = 0;
-    for (int w = 0; w < kWarps; ++w) peak = fmaxf(peak, warp_top[w][g]);
-    for (int w = 0; w < kWarps; ++w) {
-      const float factor = warp_top[w][g] == -INFINITY ? 0 : exp2f(warp_top[w][g] - peak);
-      total += factor * warp_sum_of[w][g];
-      a += factor * partial[w][g][d];
-    }
-    result[g][d] = a;
-    if (d == 0) top[g] = peak, sum[g] = total;
-  }
-  cluster_sync(C);
-  const int outputs = heads * head_size;
-  for (int i = rank * kThreads + threadIdx.x; i < outputs; i += C * kThreads) {
-    const int g = i / head_size, d = i % head_size;
-    float peak = -INFINITY, total = 0, a = 0;
-#pragma unroll 8
-    for (int r = 0; r < C; ++r) peak = fmaxf(peak, cluster_at(top, r, C)[g]);
-#pragma unroll 8
-    for (int r = 0; r < C; ++r) {
-      const float mine = cluster_at(top, r, C)[g];
-      const float factor = mine == -INFINITY ? 0 : exp2f(mine - peak);
-      total += factor * cluster_at(sum, r, C)[g];
-      a += factor * cluster_at(&result[0][0], r, C)[g * kWidth + d];
-    }
-    float y = count > 0 ? a / total : 0;
-    const int64_t query_head = int64_t{head} * p.group + first_head + g;
-    if (p.kept_mass != nullptr && length > 0) {
-      // Mean of V over the whole context: the last sealed block knows it up to its end.
-      const int sealed = length / kBlockSize, tail = length % kBlockSize;
-      const int32_t* table = p.block_table + row * p.block_table_stride;
-      float values = 0;
-      if (tail > 0) {
-        const T* from = reinterpret_cast<const T*>(
-                            chunk_of(p.cache, safe_block(p.cache, table[sealed]), head)) +
-                        head_size + d;
-#pragma unroll 8
-        for (int t = 0; t < tail; ++t) values += to_float(from[int64_t{t} * 2 * head_size]);
-      }
-      if (sealed > 0) {
-        const int64_t offset =
-            int64_t{kBlockSize} * 2 * head_size * sizeof(T) + head_size * (kCodeBytes + 4);
-        const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed - 1]), head);
-        values += __half2float(reinterpret_cast<const __half*>(chunk + offset)[d]) *
-                  static_cast<float>(sealed * kBlockSize);
-      }
-      const float alpha = p.kept_mass[row * p.cache.num_kv_heads * p.group + query_head];
-      y = alpha * y + (1 - alpha) * values / static_cast<float>(length);
-    }
-    uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.out_stride;
-    store_float(out, query_head * head_size + d, p.cache.dtype, y);
-  }
-  cluster_sync(C);  // others may still read this block's shared memory
+  s.item = begin_item;
+  s.item_first = begin_first;
+  return s;
 }
 
-template <class T, int LT, int N>
-void launch_lanes(const Device& device, AttendArgs& p) {
-  const int heads = p.group == 1 ? 1 : p.group == 2 ? 2 : 4;
-  const int64_t items = p.num_rows * p.cache.num_kv_heads;
-  const dim3 grid(items, (p.group + heads - 1) / heads);
-  p.cluster = cluster_size(device.clusters, device.num_sms, items * grid.y);
-  switch (heads) {
-    case 1: launch(device, attend_kernel<T, LT, N, 1>, p.cluster, grid, kThreads, 0, p); break;
-    case 2: launch(device, attend_kernel<T, LT, N, 2>, p.cluster, grid, kThreads, 0, p); break;
-    default: launch(device, attend_kernel<T, LT, N, 4>, p.cluster, grid, kThreads, 0, p);
+// A tile on its way: the token of the lane, then its block.
+struct Fetch {
+  int token, head, row;
+  int32_t id;
+};
+
+template <int kD>
+__device__ inline void copy_tile(
+    const AttendArgs& p, const Fetch& f, uint32_t slot, int head_size) {
+  // Lanes of one token's row, and how many times they have to copy 16 bytes.
+  constexpr int kLanes = kD <= 64 ? 16 : 32, kTimes = kD <= 128 ? 1 : 2;
+  const int lane = threadIdx.x % 32, chunks = head_size / 4;
+  const int pitch = 4 * head_size + 16;
+  const uint8_t* row = chunk_of(p.cache, safe_block(p.cache, f.id), f.head) +
+                       int64_t{f.token % kBlockSize} * 4 * head_size;
+  const uint64_t address = reinterpret_cast<uint64_t>(row);
+#pragma unroll
+  for (int i = 0; i < kTile * kLanes / 32; ++i) {
+    const int t = i * (32 / kLanes) + lane / kLanes;
+    const uint64_t from = __shfl_sync(kFullMask, address, t);
+#pragma unroll
+    for (int n = 0; n < kTimes; ++n) {
+      const int chunk = lane % kLanes + n * kLanes;
+      if (chunk < chunks) {
+        copy_async_16(slot + t * pitch + chunk * 16,
+                      reinterpret_cast<const uint8_t*>(from) + chunk * 16);
+      }
+    }
   }
 }
 
 template <class T>
-void launch_typed(const Device& device, AttendArgs& p) {
-  const int vectors = p.cache.head_size / Vector<T>::kSize;
-  if (vectors <= 8) return launch_lanes<T, 8, 1>(device, p);
-  if (vectors <= 16) return launch_lanes<T, 16, 1>(device, p);
-  if (vectors <= 32) return launch_lanes<T, 32, 1>(device, p);
-  if constexpr (sizeof(T) == 4) launch_lanes<T, 32, 2>(device, p);
+__device__ inline uint32_t pack(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) return as_word(__floats2half2_rn(x, y));
+  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
+// A warp's running result: rows are query heads lane / 4 and, with kRows 16, that plus 8.
+template <class T, int kD, int kRows>
+struct Accumulator {
+  static constexpr int kHalves = kRows / 8;
+  uint32_t q[kD / 16][4];
+  float o[kD / 8][4], m[2], l[2];
+
+  __device__ void begin(const T* query, int heads, int head_size) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int head = lane / 4 + i % 2 * 8, d = 16 * k + i / 2 * 8 + lane % 4 * 2;
+        q[k][i] = i % 2 < kHalves && head < heads && d < head_size
+                      ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
+                      : 0;
+      }
+    }
+#pragma unroll
+    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0;
+  }
+
+  // `left` tokens of the tile count.
+  __device__ void add(uint32_t slot, int pitch, int head_size, int left, float scale, float cap) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t keys = slot + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
+    float s[2][2][4] = {};  // two sums each, for a shorter chain
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      if (k * 16 < head_size) {
+        uint32_t b[4];
+        load_matrices(b, keys + k * 32);
+        mma<T>(s[k % 2][0], q[k], b[0], b[1], s[k % 2][0]);
+        mma<T>(s[k % 2][1], q[k], b[2], b[3], s[k % 2][1]);
+      }
+    }
+    uint32_t probabilities[4] = {};
+#pragma unroll
+    for (int r = 0; r < kHalves; ++r) {
+      float x[4];
+      float peak = m[r];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = (s[0][i / 2][2 * r + i % 2] + s[1][i / 2][2 * r + i % 2]) * scale;
+        if (cap > 0) x[i] = cap * kLog2e * tanhf(x[i] / cap);
+        if (i / 2 * 8 + lane % 4 * 2 + i % 2 >= left) x[i] = -INFINITY;
+        peak = fmaxf(peak, x[i]);
+      }
+      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 2));
+      // Nothing yet: any finite value keeps NaN out.
+      const float shift = peak == -INFINITY ? 0 : peak;
+      const float factor = fast_exp2(m[r] - shift);
+      m[r] = peak;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = fast_exp2(x[i] - shift);
+      l[r] = l[r] * factor + (x[0] + x[1]) + (x[2] + x[3]);
+      probabilities[r] = pack<T>(x[0], x[1]);
+      probabilities[r + 2] = pack<T>(x[2], x[3]);
+      if (__any_sync(kFullMask, factor != 1)) {
+#pragma unroll
+        for (auto& tile : o) {
+          tile[2 * r] *= factor;
+          tile[2 * r + 1] *= factor;
+        }
+      }
+    }
+    const uint32_t values =
+        slot + 2 * head_size + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      if (k * 16 < head_size) {
+        uint32_t b[4];
+        load_matrices_transposed(b, values + k * 32);
+        mma<T>(o[2 * k], probabilities, b[0], b[1], o[2 * k]);
+        mma<T>(o[2 * k + 1], probabilities, b[2], b[3], o[2 * k + 1]);
+      }
+    }
+  }
+};
+
+// What all warps of a thread block have of an item, or several thread blocks.
+struct Merged {
+  float top = -INFINITY, total = 0;
+  __device__ void add(float other_top, float other_total, float4 x, float4& sum) {
+    const float peak = fmaxf(top, other_top), shift = peak == -INFINITY ? 0 : peak;
+    const float mine = fast_exp2(top - shift), other = fast_exp2(other_top - shift);
+    total = total * mine + other_total * other;
+    sum.x = sum.x * mine + x.x * other;
+    sum.y = sum.y * mine + x.y * other;
+    sum.z = sum.z * mine + x.z * other;
+    sum.w = sum.w * mine + x.w * other;
+    top = peak;
+  }
+};
+
+template <class T>
+__device__ void store_four(const AttendArgs& p,
+                           const Cursor& c,
+                           int query_head,
+                           int d,
+                           const Merged& merged,
+                           const float4& sum) {
+  const float inverse = 1 / merged.total;
+  const float x[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float y = merged.total > 0 ? x[i] * inverse : 0;
+    store_result<T>(p, c.row, c.head, query_head, d + i, c.tokens.length, y);
+  }
+}
+
+template <class T, int kD, int kRows, bool kExact>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) attend_kernel(AttendArgs p) {
+  using C = Config<kD, kRows>;
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ float tops[kMaxWarps][kRows], totals[kMaxWarps][kRows];
+  __shared__ bool is_last;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head_size = kExact ? kD : p.cache.head_size, pitch = C::pitch(head_size);
+  const int subs = (p.group + 15) / 16, slot_bytes = kTile * pitch;
+  const int items = static_cast<int>(p.num_rows) * p.cache.num_kv_heads * subs;
+  float* merge = reinterpret_cast<float*>(dynamic);  // [warps][kRows][kMergePitch]
+  const uint32_t ring =
+      shared_address(dynamic) + warps * C::kMergeBytes + warp * C::kSlots * slot_bytes;
+  if (p.budgets == nullptr) wait_for_previous();
+  let_next_begin();
+  const Share share = find_share(p, subs, items);
+
+  // Ahead of the products run, for every tile: its tokens, their blocks, their rows.
+  Cursor ahead;
+  ahead.item = share.item;
+  ahead.first = share.item_first;
+  if (share.begin < share.end) ahead.load(p, subs);
+  Cursor here = ahead;
+  int next = share.begin + warp;  // tile whose tokens are looked up next
+  const auto look_up_tokens = [&]() {
+    Fetch f = {0, -1, 0, 0};
+    if (next < share.end) {
+      ahead.advance(p, subs, next);
+      const int at = (next - ahead.first) * kTile + lane % kTile;
+      f.row = ahead.row;
+      f.head = ahead.head;
+      f.token = min(at, max(ahead.tokens.count - 1, 0));
+      if (!ahead.tokens.all && ahead.tokens.count > 0) {
+        f.token = p.indices[int64_t{ahead.list} * p.max_kept + f.token];
+      }
+      f.id = ahead.tokens.length - 1;  // until the block is known
+    }
+    next += warps;
+    return f;
+  };
+  const auto look_up_block = [&](Fetch& f) {
+    if (f.head < 0) return;
+    f.token = min(max(f.token, 0), max(f.id, 0));
+    f.id = p.block_table[int64_t{f.row} * p.block_table_stride + f.token / kBlockSize];
+  };
+  uint32_t fill = ring, slot = ring;
+  const uint32_t ring_end = ring + C::kSlots * slot_bytes;
+  const auto copy = [&](const Fetch& f) {
+    if (f.head >= 0) copy_tile<kD>(p, f, fill, head_size);
+    copy_commit();
+    fill = fill + slot_bytes == ring_end ? ring : fill + slot_bytes;
+  };
+  // Queries need no selection: they are read while it may still run.
+  Accumulator<T, kD, kRows> a;
+  const auto begin_item = [&]() {
+    const int first_head = here.item % subs * 16;
+    a.begin(reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) +
+                                       here.row * p.query_stride) +
+                (here.head * p.group + first_head) * head_size,
+            min(16, p.group - first_head),
+            head_size);
+  };
+  if (share.begin < share.end) begin_item();
+  if (p.budgets != nullptr) wait_for_previous();
+
+  Fetch with_token, with_block;
+  {
+    Fetch first[C::kSlots];
+#pragma unroll
+    for (int i = 0; i < C::kSlots; ++i) first[i] = look_up_tokens();
+    with_token = look_up_tokens();
+#pragma unroll
+    for (int i = 0; i < C::kSlots; ++i) look_up_block(first[i]);
+#pragma unroll
+    for (int i = 0; i < C::kSlots - 1; ++i) copy(first[i]);
+    with_block = first[C::kSlots - 1];
+  }
+
+  const float scale = p.soft_cap > 0 ? p.scale : p.scale * kLog2e;
+  int tile = share.begin + warp;
+  for (int begin = share.begin; begin < share.end;) {
+    here.advance(p, subs, begin);
+    const int end = min(share.end, here.first + here.tiles);
+    const int first_head = here.item % subs * 16;
+    const int heads = min(16, p.group - first_head);
+    const int query_head = here.head * p.group + first_head;
+    if (begin != share.begin) begin_item();
+    for (; tile < end; tile += warps) {
+      copy_wait<C::kSlots - 2>();
+      __syncwarp();
+      copy(with_block);
+      look_up_block(with_token);
+      with_block = with_token;
+      with_token = look_up_tokens();
+      const int left = here.tokens.count - (tile - here.first) * kTile;
+      a.add(slot, pitch, head_size, left, scale, p.soft_cap);
+      slot = slot + slot_bytes == ring_end ? ring : slot + slot_bytes;
+    }
+    if (threadIdx.x == 0 && begin == here.first && first_head == 0 && p.tokens_read != nullptr) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.tokens_read), here.tokens.count);
+    }
+
+    // Merge the warps, a range of columns at a time.
+    const bool whole = begin == here.first && end == here.first + here.tiles;
+    const int starter = share.block_of(here.first);
+    float* mine = p.partials + (2 * int64_t{blockIdx.x} + (blockIdx.x == starter)) *
+                                   partial_floats(p.group, head_size);
+#pragma unroll
+    for (int column = 0; column < kD; column += C::kColumns) {
+      __syncthreads();
+      if (column == 0) {
+#pragma unroll
+        for (int r = 0; r < C::kRows8; ++r) {
+          float sum = a.l[r];
+          sum += __shfl_xor_sync(kFullMask, sum, 1);
+          sum += __shfl_xor_sync(kFullMask, sum, 2);
+          if (lane % 4 == 0) {
+            tops[warp][lane / 4 + 8 * r] = a.m[r];
+            totals[warp][lane / 4 + 8 * r] = sum;
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < C::kColumns / 8; ++n) {
+#pragma unroll
+        for (int r = 0; r < C::kRows8; ++r) {
+          const int row = lane / 4 + 8 * r;
+          float* to = merge + (warp * kRows + row) * C::kMergePitch + 8 * n + lane % 4 * 2;
+          const float* from = a.o[column / 8 + n] + 2 * r;
+          if (row < heads) *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
+        }
+      }
+      __syncthreads();
+      const int columns = min(C::kColumns, head_size - column);
+      for (int i = threadIdx.x; i * 4 < heads * columns; i += blockDim.x) {
+        const int row = i * 4 / columns, d = i * 4 % columns;
+        Merged merged;
+        float4 sum = {};
+        for (int w = 0; w < warps; ++w) {
+          merged.add(tops[w][row],
+                     totals[w][row],
+                     *reinterpret_cast<const float4*>(
+                         merge + (w * kRows + row) * C::kMergePitch + d),
+                     sum);
+        }
+        if (whole) {
+          store_four<T>(p, here, query_head + row, column + d, merged, sum);
+        } else {
+          float* to = mine + row * (head_size + 4);
+          reinterpret_cast<float4*>(to)[0] = make_float4(merged.top, merged.total, 0, 0);
+          *reinterpret_cast<float4*>(to + 4 + column + d) = sum;
+        }
+      }
+    }
+    if (!whole) {
+      const int last = share.block_of(here.first + here.tiles - 1);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        // Wraps to zero with the last arrival, for the next launch.
+        const uint32_t others = last - starter;
+        is_last = atomicInc(p.arrivals + starter, others) == others;
+      }
+      __syncthreads();
+      if (is_last) {
+        __threadfence();
+        for (int i = threadIdx.x; i * 4 < heads * head_size; i += blockDim.x) {
+          const int row = i * 4 / head_size, d = i * 4 % head_size;
+          Merged merged;
+          float4 sum = {};
+#pragma unroll 8
+          for (int b = starter; b <= last; ++b) {
+            const float* from =
+                p.partials +
+                (2 * int64_t{b} + (b == starter)) * partial_floats(p.group, head_size) +
+                row * (head_size + 4);
+            const float4 head = __ldcg(reinterpret_cast<const float4*>(from));
+            merged.add(
+                head.x, head.y, __ldcg(reinterpret_cast<const float4*>(from + 4 + d)), sum);
+          }
+          store_four<T>(p, here, query_head + row, d, merged, sum);
+        }
+      }
+    }
+    begin = end;
+  }
+  copy_wait<0>();
+}
+
+template <class T, int kD, int kRows, bool kExact>
+void launch_kernel(const Device& device, const AttendArgs& p) {
+  const int bytes = Config<kD, kRows>::warp_bytes(p.cache.head_size);
+  int warps = kMaxWarps;
+  while (warps > 1 && warps * bytes > device.max_shared - kStaticShared) warps /= 2;
+  const dim3 grid(device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid);
+  launch(device, attend_kernel<T, kD, kRows, kExact>, 1, grid, 32 * warps, warps * bytes, p, true);
+}
+
+template <class T, int kD>
+void launch_size(const Device& device, const AttendArgs& p) {
+  if (p.group > 8) return launch_kernel<T, kD, 16, false>(device, p);
+  p.cache.head_size == kD ? launch_kernel<T, kD, 8, true>(device, p)
+                          : launch_kernel<T, kD, 8, false>(device, p);
+}
+
+template <class T>
+void launch_typed(const Device& device, const AttendArgs& p) {
+  if (p.cache.head_size <= 64) return launch_size<T, 64>(device, p);
+  if (p.cache.head_size <= 128) return launch_size<T, 128>(device, p);
+  launch_size<T, 256>(device, p);
 }
 
 }  // namespace
@@ -268,7 +479,7 @@ void launch_attend(const Device& device, AttendArgs p) {
   switch (p.cache.dtype) {
     case Dtype::kHalf: return launch_typed<__half>(device, p);
     case Dtype::kBFloat16: return launch_typed<__nv_bfloat16>(device, p);
-    default: return launch_typed<float>(device, p);
+    default: return launch_attend_float(device, p);
   }
 }
 

@@ -13,6 +13,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../params.h"
 
@@ -79,6 +80,21 @@ __device__ inline void cluster_sync(int size) {
   __syncthreads();
 }
 
+// The two halves of a cluster's barrier, for work that needs nobody else in between.
+__device__ inline void cluster_arrive(int size) {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_wait(int size) {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 template <class T>
 __device__ inline const T* cluster_at(const T* shared, int rank, int size) {
 #if __CUDA_ARCH__ >= 900
@@ -101,13 +117,14 @@ inline int cluster_size(bool clusters, int num_sms, int64_t items) {
 
 struct Device {
   cudaStream_t stream;
-  bool clusters;
+  bool clusters;  // and dependent launches
   int num_sms, max_shared;  // shared memory that one thread block may have
 };
 
 #ifdef __CUDACC__
 
-// grid.x counts clusters.
+// grid.x counts clusters. A kernel may start before the one ahead of it in the stream is through
+// (`overlap`) if it calls wait_for_previous.
 template <class Params>
 void launch(const Device& device,
             void (*kernel)(Params),
@@ -115,7 +132,8 @@ void launch(const Device& device,
             dim3 grid,
             int threads,
             size_t shared_bytes,
-            const Params& params) {
+            const Params& params,
+            bool overlap = false) {
   if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
@@ -125,13 +143,20 @@ void launch(const Device& device,
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = device.stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (overlap && device.clusters) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, params));
 }
 

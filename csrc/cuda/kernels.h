@@ -14,30 +14,93 @@ struct SealArgs : SealParams {
   float* block_mean;  // workspace [num_jobs, num_kv_heads, head_size]
 };
 
+struct SealRowsArgs : SealRowsParams {};
+
 struct GatherArgs : GatherParams {
   int64_t max_blocks, num_out_tokens;
 };
 
+// Between scoring and selection. An item is a (row, KV head); heads come in pairs, the last of an
+// odd group is padding.
 struct SelectArgs : SelectParams {
   int64_t max_blocks;  // columns of the block table
-  uint8_t* workspace;  // [num_rows, num_kv_heads, max_blocks] records, or null
-  int shared_records;  // records that fit into a thread block's shared memory
-  int cluster;         // thread blocks of a (row, KV head)
+  int pairs;           // pairs of query heads of a KV head
+  uint8_t* prepared;   // [items] channels and queries, see PreparedItem
+  float2* stats;       // [items, stat_blocks, pairs, 2] largest logit (log2), sum of exponentials
+  uint8_t* scores;     // [items, max_blocks, pairs, kPairBytes] exponentials, see scores.cuh
+  uint16_t* keys;      // [items, max_blocks, kBlockSize], or null: keys fit into shared memory
+  int key_blocks;      // blocks whose keys fit into a thread block's shared memory
+  int cluster;         // thread blocks of an item
 };
+
+// Tokens that are not sealed are scored in groups of this many; each has its own entry in `stats`.
+constexpr int kTailTokens = 16;
+inline int64_t stat_blocks(int64_t max_blocks) { return max_blocks + kBlockSize / kTailTokens; }
+
+constexpr int kStepChannels = 32;  // channels of one step of the products: ranks are padded to it
+
+__host__ __device__ inline int pad_to(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Bytes of an item's channels (int) and of its queries (fp16) restricted to them.
+__host__ __device__ inline int64_t prepared_bytes(int rank, int group) {
+  return int64_t{pad_to(rank, kStepChannels)} * (4 + 2 * pad_to(group, 4));
+}
 
 struct AttendArgs : AttendParams {
   int64_t max_blocks;
   int64_t* tokens_read;  // or null
-  int cluster;           // thread blocks of a (row, KV head)
+  const int32_t* budgets;  // [num_rows] of the selection ahead, or null: `counts` say
+  int local_window, sink_tokens;
+  int cluster;           // thread blocks of an item (attend_float)
+  uint32_t* arrivals;    // [kMaxGrid] zero between launches
+  float* partials;       // [thread blocks, 2] results of lists that thread blocks share
 };
 
-// Fills in shared_records and cluster; returns the bytes of workspace that the launch needs.
-int64_t plan_select(const Device& device, SelectArgs& args);
+// Floats of a shared list's partial result: of each query head (top, total) in 16 bytes, then sums.
+__host__ __device__ inline int64_t partial_floats(int64_t group, int64_t head_size) {
+  return (group < 16 ? group : 16) * (head_size + 4);
+}
+
+// Memory that the kernels of a call share. Arrivals come first, where no other shape of call
+// writes anything else: they are zeroed once, and every launch leaves them zero.
+struct WorkspacePlan {
+  int64_t partials, prepared, stats, scores, keys, bytes;  // offsets, and the size of all
+};
+
+constexpr int kMaxGrid = 1024;
+constexpr int64_t kArrivalBytes = kMaxGrid * 4;
+
+// Fills in what selection decides before a launch: cluster, pairs, key_blocks.
+void plan_select(const Device& device, SelectArgs& args);
+
+inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args, bool selects) {
+  const auto padded = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+  const bool global_keys = int64_t{args.cluster} * args.key_blocks < args.max_blocks;
+  WorkspacePlan plan;
+  plan.partials = kArrivalBytes;
+  const int64_t items = selects ? args.num_rows * args.cache.num_kv_heads : 0;
+  const int64_t blocks = items * args.max_blocks;
+  const int grid = device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid;
+  plan.prepared = plan.partials +
+                  padded(8ll * grid * partial_floats(args.group, args.cache.head_size));
+  // As for the largest rank: the size is asked for without one.
+  plan.stats = plan.prepared + padded(items * prepared_bytes(args.cache.head_size, args.group));
+  plan.scores = plan.stats + padded(items * stat_blocks(args.max_blocks) * args.pairs * 2 * sizeof(float2));
+  plan.keys = plan.scores + blocks * args.pairs * 2 * kBlockSize;
+  plan.bytes = plan.keys + (global_keys ? blocks * kBlockSize * 2 : 0);
+  return plan;
+}
 
 void launch_store(const Device& device, const StoreArgs& args);
 void launch_seal(const Device& device, const SealArgs& args);
+void launch_seal_rows(const Device& device, const SealRowsArgs& args);
 void launch_gather(const Device& device, const GatherArgs& args);
+void launch_channels(const Device& device, const SelectArgs& args);
+void launch_score(const Device& device, const SelectArgs& args);
 void launch_select(const Device& device, const SelectArgs& args);
 void launch_attend(const Device& device, AttendArgs args);
+void launch_attend_float(const Device& device, AttendArgs args);
 
 }  // namespace vllm_sparse::cuda

@@ -24,16 +24,21 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-Device current_device(int32_t index) {
-  Device device;
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "no CUDA stream");
-  device.stream = static_cast<cudaStream_t>(stream);
+Device device_properties(int32_t index) {
+  Device device = {};
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
   check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, index));
   check(cudaDeviceGetAttribute(&device.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   device.clusters = major >= 9;
+  return device;
+}
+
+Device current_device(int32_t index) {
+  Device device = device_properties(index);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "no CUDA stream");
+  device.stream = static_cast<cudaStream_t>(stream);
   return device;
 }
 
@@ -109,11 +114,52 @@ SelectArgs select_args(const Tensor& query,
   return p;
 }
 
-void run_select(const Device& device, SelectArgs& p, const Tensor& query) {
-  if (p.num_rows == 0 || p.max_blocks == 0) return;
-  const int64_t bytes = plan_select(device, p);
-  const Tensor workspace = workspace_like(query, bytes);
-  p.workspace = static_cast<uint8_t*>(workspace.data_ptr());
+// The caller's workspace, or one that lives until the launch is queued.
+struct Workspace {
+  uint8_t* data;
+  WorkspacePlan plan;
+  std::optional<Tensor> own;
+
+  Workspace(const Device& device,
+            const SelectArgs& p,
+            bool selects,
+            const std::optional<Tensor>& given,
+            const Tensor& kv_cache)
+      : plan(plan_workspace(device, p, selects)) {
+    if (given) {
+      check_tensor(*given, "workspace", 1);
+      check_dtype(*given, "workspace", ScalarType::Byte, "uint8");
+      same_device(*given, "workspace", kv_cache);
+      STD_TORCH_CHECK(given->size(0) >= plan.bytes,
+                      "workspace has ",
+                      given->size(0),
+                      " bytes, this call needs ",
+                      plan.bytes);
+      data = static_cast<uint8_t*>(given->data_ptr());
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0,
+                      "workspace must be aligned to 16 bytes");
+    } else {
+      own = workspace_like(kv_cache, plan.bytes);
+      data = static_cast<uint8_t*>(own->data_ptr());
+      check(cudaMemsetAsync(data, 0, kArrivalBytes, device.stream));
+    }
+  }
+  void use(SelectArgs& p) const {
+    p.prepared = data + plan.prepared;
+    p.stats = reinterpret_cast<float2*>(data + plan.stats);
+    p.scores = data + plan.scores;
+    p.keys = reinterpret_cast<uint16_t*>(data + plan.keys);
+  }
+  void use(AttendArgs& p) const {
+    p.arrivals = reinterpret_cast<uint32_t*>(data);
+    p.partials = reinterpret_cast<float*>(data + plan.partials);
+  }
+};
+
+void run_select(const Device& device, SelectArgs& p, const Workspace& workspace) {
+  workspace.use(p);
+  launch_channels(device, p);
+  launch_score(device, p);
   launch_select(device, p);
 }
 
@@ -168,6 +214,21 @@ void seal_blocks(Tensor& kv_cache,
   launch_seal(current_device(index), p);
 }
 
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size) {
+  const SealRowsArgs p{
+      seal_rows_params(aligned_cache(kv_cache, head_size), block_table, seq_lens, query_start_loc)};
+  same_device(block_table, "block_table", kv_cache);
+  same_device(seq_lens, "seq_lens", kv_cache);
+  same_device(query_start_loc, "query_start_loc", kv_cache);
+  const int32_t index = kv_cache.get_device_index();
+  const DeviceGuard guard(index);
+  launch_seal_rows(current_device(index), p);
+}
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
@@ -215,7 +276,8 @@ void sparq_select(const Tensor& query,
                   double soft_cap,
                   Tensor& indices,
                   Tensor& counts,
-                  std::optional<Tensor> kept_mass) {
+                  std::optional<Tensor> kept_mass,
+                  std::optional<Tensor> workspace) {
   SelectArgs p = select_args(query,
                              kv_cache,
                              block_table,
@@ -229,9 +291,12 @@ void sparq_select(const Tensor& query,
                              indices,
                              counts,
                              kept_mass);
+  if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
-  run_select(current_device(index), p, query);
+  const Device device = current_device(index);
+  plan_select(device, p);
+  run_select(device, p, Workspace(device, p, true, workspace, kv_cache));
 }
 
 void sparq_attend(const Tensor& query,
@@ -248,7 +313,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
-                  std::optional<Tensor> tokens_read) {
+                  std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> workspace) {
   SelectArgs s = select_args(query,
                              kv_cache,
                              block_table,
@@ -265,12 +331,18 @@ void sparq_attend(const Tensor& query,
   AttendArgs p;
   attend_after(s, p);
   p.max_blocks = s.max_blocks;
+  p.budgets = s.budgets;
+  p.local_window = s.local_window;
+  p.sink_tokens = s.sink_tokens;
   outputs_on_device(query, kv_cache, out, tokens_read, p);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
   const Device device = current_device(index);
-  run_select(device, s, query);
+  plan_select(device, s);
+  const Workspace shared(device, s, true, workspace, kv_cache);
+  run_select(device, s, shared);
+  shared.use(p);
   launch_attend(device, p);
 }
 
@@ -284,7 +356,8 @@ void attend(const Tensor& query,
             double scale,
             double soft_cap,
             Tensor& out,
-            std::optional<Tensor> tokens_read) {
+            std::optional<Tensor> tokens_read,
+            std::optional<Tensor> workspace) {
   check_tensor(query, "query", 3);
   AttendArgs p;
   p.cache = aligned_cache(kv_cache, query.size(2));
@@ -298,6 +371,7 @@ void attend(const Tensor& query,
                   "indices and counts must be given together");
   p.indices = nullptr;
   p.counts = nullptr;
+  p.budgets = nullptr;
   p.max_kept = 0;
   if (indices) {
     p.indices = check_lists(*indices, "indices", 3, p.num_rows, p.cache);
@@ -310,7 +384,29 @@ void attend(const Tensor& query,
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
-  launch_attend(current_device(index), p);
+  const Device device = current_device(index);
+  SelectArgs shape = {};
+  shape.cache = p.cache;
+  shape.group = p.group;
+  Workspace(device, shape, false, workspace, kv_cache).use(p);
+  launch_attend(device, p);
+}
+
+int64_t workspace_bytes(int64_t num_rows,
+                        int64_t num_kv_heads,
+                        int64_t group,
+                        int64_t max_blocks,
+                        int64_t head_size,
+                        int64_t device_index) {
+  SelectArgs p = {};
+  p.num_rows = num_rows;
+  p.group = static_cast<int>(group);
+  p.max_blocks = max_blocks;
+  p.cache.num_kv_heads = static_cast<int>(num_kv_heads);
+  p.cache.head_size = static_cast<int>(head_size);
+  Device device = device_properties(static_cast<int32_t>(device_index));
+  plan_select(device, p);
+  return plan_workspace(device, p, true).bytes;
 }
 
 }  // namespace vllm_sparse::cuda
@@ -318,8 +414,13 @@ void attend(const Tensor& query,
 STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CUDA, m) {
   m.impl("store_kv", TORCH_BOX(&vllm_sparse::cuda::store_kv));
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cuda::seal_blocks));
+  m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cuda::seal_rows));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cuda::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cuda::sparq_select));
   m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cuda::sparq_attend));
   m.impl("attend", TORCH_BOX(&vllm_sparse::cuda::attend));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CompositeExplicitAutograd, m) {
+  m.impl("workspace_bytes", TORCH_BOX(&vllm_sparse::cuda::workspace_bytes));
 }

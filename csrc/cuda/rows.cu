@@ -32,24 +32,11 @@ __device__ __half clamped_half(float x) {
   return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
 }
 
-// One thread block per (job, KV head): the first D threads quantise a channel of K each, the
-// others average one of V.
+// Codes and parameters of one channel of K, by the thread that has it.
 template <class T>
-__global__ void __launch_bounds__(2 * kMaxHeadSize) seal_kernel(SealArgs p) {
-  const int64_t job = blockIdx.x;
-  const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
-  const int32_t id = p.block_ids[job];
-  if (id < 0 || id >= p.cache.num_blocks) return;
-  uint8_t* chunk = chunk_of(p.cache, id, head);
-  const T* column = reinterpret_cast<const T*>(chunk) + threadIdx.x;
+__device__ void quantise_channel(uint8_t* chunk, int head_size, int d) {
+  const T* column = reinterpret_cast<const T*>(chunk) + d;
   const int stride = 2 * head_size;
-  if (threadIdx.x >= head_size) {
-    float sum = 0;
-#pragma unroll 16
-    for (int t = 0; t < kBlockSize; ++t) sum += to_float(column[t * stride]);
-    p.block_mean[(job * p.cache.num_kv_heads + head) * head_size + d] = sum / kBlockSize;
-    return;
-  }
   float low = to_float(column[0]), high = low;
 #pragma unroll 16
   for (int t = 1; t < kBlockSize; ++t) {
@@ -71,16 +58,75 @@ __global__ void __launch_bounds__(2 * kMaxHeadSize) seal_kernel(SealArgs p) {
       words[i] |= static_cast<uint32_t>(fminf(fmaxf(code, 0.0f), 15.0f)) << (4 * j);
     }
   }
-  uint4* codes =
-      reinterpret_cast<uint4*>(chunk + int64_t{kBlockSize} * stride * sizeof(T) + d * kCodeBytes);
+  uint8_t* sidecar = chunk + int64_t{kBlockSize} * stride * sizeof(T);
+  uint4* codes = reinterpret_cast<uint4*>(sidecar + d * kCodeBytes);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     codes[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
   }
-  __half* params = reinterpret_cast<__half*>(chunk + int64_t{kBlockSize} * stride * sizeof(T) +
-                                             head_size * kCodeBytes);
+  __half* params = reinterpret_cast<__half*>(sidecar + head_size * kCodeBytes);
   params[2 * d] = scale;
   params[2 * d + 1] = minimum;
+}
+
+// Mean of one channel of V over a block.
+template <class T>
+__device__ float mean_of_channel(const uint8_t* chunk, int head_size, int d) {
+  const T* column = reinterpret_cast<const T*>(chunk) + head_size + d;
+  float sum = 0;
+#pragma unroll 16
+  for (int t = 0; t < kBlockSize; ++t) sum += to_float(column[t * 2 * head_size]);
+  return sum / kBlockSize;
+}
+
+__device__ inline float extend_mean(float before, float mean, int index) {
+  return before + (mean - before) / static_cast<float>(index + 1);
+}
+
+// One thread block per (job, KV head): the first D threads quantise a channel of K each, the
+// others average one of V.
+template <class T>
+__global__ void __launch_bounds__(2 * kMaxHeadSize) seal_kernel(SealArgs p) {
+  const int64_t job = blockIdx.x;
+  const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
+  const int32_t id = p.block_ids[job];
+  if (id < 0 || id >= p.cache.num_blocks) return;
+  uint8_t* chunk = chunk_of(p.cache, id, head);
+  if (threadIdx.x < head_size) {
+    quantise_channel<T>(chunk, head_size, d);
+  } else {
+    p.block_mean[(job * p.cache.num_kv_heads + head) * head_size + d] =
+        mean_of_channel<T>(chunk, head_size, d);
+  }
+}
+
+// The same for the block that a decode row's tokens have just filled, if any. The block before it
+// was sealed in an earlier step, so that its mean can be read at once.
+template <class T>
+__global__ void __launch_bounds__(2 * kMaxHeadSize)
+    seal_rows_kernel(SealRowsArgs p, int64_t mean_offset) {
+  const int64_t row = blockIdx.x;
+  const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
+  const int length = p.seq_lens[row];
+  const int computed = length - (p.query_start_loc[row + 1] - p.query_start_loc[row]);
+  const int index = length / kBlockSize - 1;
+  if (index < 0 || index >= p.max_blocks || computed >= (index + 1) * kBlockSize) return;
+  const int32_t* table = p.block_table + row * p.block_table_stride;
+  const int32_t id = table[index], prev = index > 0 ? table[index - 1] : -1;
+  // Block 0 is vLLM's null block, which pads tables and is never written.
+  if (id <= 0 || id >= p.cache.num_blocks || prev >= p.cache.num_blocks) return;
+  uint8_t* chunk = chunk_of(p.cache, id, head);
+  if (threadIdx.x < head_size) {
+    quantise_channel<T>(chunk, head_size, d);
+    return;
+  }
+  float mean = mean_of_channel<T>(chunk, head_size, d);
+  if (prev >= 0) {
+    const __half* before =
+        reinterpret_cast<const __half*>(chunk_of(p.cache, prev, head) + mean_offset);
+    mean = extend_mean(__half2float(before[d]), mean, index);
+  }
+  reinterpret_cast<__half*>(chunk + mean_offset)[d] = clamped_half(mean);
 }
 
 // One thread per (KV head, channel) walks the jobs in order: a block's mean needs that of the
@@ -97,7 +143,7 @@ __global__ void prefix_mean_kernel(SealArgs p, int64_t offset) {
       const __half* stored =
           reinterpret_cast<const __half*>(chunk_of(p.cache, prev, head) + offset);
       const float before = prev == last_id ? last : __half2float(stored[d]);
-      mean = before + (mean - before) / static_cast<float>(p.block_index[job] + 1);
+      mean = extend_mean(before, mean, p.block_index[job]);
     }
     const __half rounded = clamped_half(mean);
     reinterpret_cast<__half*>(chunk_of(p.cache, id, head) + offset)[d] = rounded;
@@ -155,6 +201,23 @@ void launch_seal(const Device& device, const SealArgs& p) {
   }
   prefix_mean_kernel<<<p.cache.num_kv_heads, p.cache.head_size, 0, device.stream>>>(
       p, p.cache.prefix_mean_offset());
+  check(cudaGetLastError());
+}
+
+void launch_seal_rows(const Device& device, const SealRowsArgs& p) {
+  if (p.num_rows == 0) return;
+  const dim3 grid(p.num_rows, p.cache.num_kv_heads);
+  const int threads = 2 * p.cache.head_size;
+  const int64_t offset = p.cache.prefix_mean_offset();
+  switch (p.cache.dtype) {
+    case Dtype::kHalf:
+      seal_rows_kernel<__half><<<grid, threads, 0, device.stream>>>(p, offset);
+      break;
+    case Dtype::kBFloat16:
+      seal_rows_kernel<__nv_bfloat16><<<grid, threads, 0, device.stream>>>(p, offset);
+      break;
+    default: seal_rows_kernel<float><<<grid, threads, 0, device.stream>>>(p, offset);
+  }
   check(cudaGetLastError());
 }
 

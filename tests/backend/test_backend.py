@@ -117,9 +117,26 @@ def model_folder(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def drive(model_folder):
+@pytest.fixture(
+    params=[
+        "cpu",
+        "gpu-on-cpu",  # the GPU's layer and builder over the CPU's kernels
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def drive(model_folder, request, monkeypatch):
+    path = request.param
+    if path == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if path == "gpu-on-cpu":
+        from vllm_sparse.attention import gpu_impl
+
+        monkeypatch.setattr(gpu_impl, "flash_attention_version", lambda shape: 0)
+        monkeypatch.setattr(gpu_impl, "prefill", plain_prefill)
+
     def make(shape: Shape, options: dict, num_requests: int, **layer_arguments):
+        if path == "gpu" and shape.dtype == FP32:
+            shape = replace(shape, dtype=BF16)
         model = ModelConfig(
             model=model_folder(shape), skip_tokenizer_init=True, dtype=shape.dtype
         )
@@ -127,6 +144,7 @@ def drive(model_folder):
             model_config=model,
             cache_config=CacheConfig(),
             attention_config=AttentionConfig(backend="SPARQ"),
+            compilation_config={"cudagraph_mode": "NONE"},
             additional_config={"sparse": options},
         )
         if shape.spec_tokens:
@@ -134,22 +152,65 @@ def drive(model_folder):
                 num_speculative_tokens=shape.spec_tokens, parallel_drafting=False
             )
         with set_current_vllm_config(vllm_config):
-            return Driver(shape, vllm_config, num_requests, **layer_arguments)
+            return Driver(path, shape, vllm_config, num_requests, **layer_arguments)
 
     return make
+
+
+def plain_prefill(query, kv_cache, rows, shape, version, out) -> None:
+    """What FlashAttention computes, from the views that it is given."""
+    from vllm_sparse.attention.gpu_prefill import key_value_views
+
+    key, value = key_value_views(kv_cache, shape.head_size)
+    starts = rows.query_start_loc.tolist()
+    for row, length in enumerate(rows.seq_lens.tolist()):
+        tokens = slice(starts[row], starts[row + 1])
+        blocks = rows.block_table[row, : -(-length // BLOCK_SIZE)].long()
+        k, v = (t[blocks].flatten(0, 1)[:length] for t in (key, value))
+        assert length <= rows.max_seq_len
+        assert tokens.stop - tokens.start <= rows.max_query_len
+        out[tokens] = causal_attention(
+            query[tokens], k, v, shape.scale, shape.soft_cap
+        ).to(out.dtype)
+
+
+def causal_attention(query, key, value, scale, soft_cap) -> torch.Tensor:
+    """The last tokens of one context: [tokens, heads, size] fp32."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (
+        t.float().transpose(0, 1).repeat_interleave(group, 0) for t in (key, value)
+    )
+    logits = query.float().transpose(0, 1) @ key.mT * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    future = torch.ones(logits.shape[1:], dtype=torch.bool)
+    future = future.triu(key.shape[1] - len(query) + 1)
+    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(0, 1)
 
 
 class Driver:
     BLOCKS_PER_REQUEST = 6
 
-    def __init__(self, shape, vllm_config, num_requests, **layer_arguments):
-        from vllm_sparse.attention.impl import SparseAttentionImpl
-        from vllm_sparse.attention.metadata import SparseMetadataBuilder
+    def __init__(self, path, shape, vllm_config, num_requests, **layer_arguments):
         from vllm_sparse.attention.stats import recorder
 
+        if path == "cpu":
+            from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl as Impl
+            from vllm_sparse.attention.cpu_metadata import (
+                CpuSparseMetadataBuilder as Builder,
+            )
+        else:
+            from vllm_sparse.attention.gpu_impl import GpuSparseAttentionImpl as Impl
+            from vllm_sparse.attention.gpu_metadata import (
+                GpuSparseMetadataBuilder as Builder,
+            )
+        self.path = path
+        self.device = torch.device("cuda" if path == "gpu" else "cpu")
+        recorder.counters.clear()
         self.shape = shape
         self.random = torch.Generator().manual_seed(0)
-        self.impl = SparseAttentionImpl(
+        self.impl = Impl(
             shape.heads,
             shape.size,
             shape.size**-0.5,
@@ -157,7 +218,7 @@ class Driver:
             logits_soft_cap=shape.soft_cap or None,
             **layer_arguments,
         )
-        self.builder = SparseMetadataBuilder(
+        self.builder = Builder(
             FullAttentionSpec(
                 block_size=BLOCK_SIZE,
                 num_kv_heads=shape.kv_heads,
@@ -166,11 +227,16 @@ class Driver:
             ),
             [LAYER.layer_name],
             vllm_config,
-            torch.device("cpu"),
+            self.device,
         )
         count = num_requests * self.BLOCKS_PER_REQUEST
         # Block 0 is vLLM's null block: it pads tables and is never written.
-        self.cache = empty_cache(1 + count, shape.kv_heads, shape.size, shape.dtype)
+        cache = empty_cache(1 + count, shape.kv_heads, shape.size, shape.dtype)
+        if path == "gpu":
+            # FlashAttention multiplies rows that it masks by zero, and vLLM's caches
+            # start as zeros. The sidecar stays poisoned: nothing but we may read it.
+            reference.kv_rows(cache, shape.size).zero_()
+        self.cache = cache.to(self.device)
         order = (torch.randperm(count, generator=self.random) + 1).tolist()
         self.requests = [
             Request([order.pop() for _ in range(self.BLOCKS_PER_REQUEST)])
@@ -218,33 +284,44 @@ class Driver:
         metadata = self.builder.build(
             common_prefix_len=0,
             common_attn_metadata=CommonAttentionMetadata(
-                query_start_loc=starts,
+                query_start_loc=starts.to(self.device),
                 query_start_loc_cpu=starts,
-                seq_lens=torch.tensor(lens, dtype=torch.int32),
+                seq_lens=torch.tensor(lens, dtype=torch.int32).to(self.device),
+                seq_lens_cpu_upper_bound=torch.tensor(lens, dtype=torch.int32),
                 num_reqs=len(parts),
                 num_actual_tokens=total,
                 max_query_len=max(part.new for part in parts),
                 max_seq_len=max(lens),
-                block_table_tensor=table,
-                slot_mapping=slots,
+                block_table_tensor=table.to(self.device),
+                slot_mapping=slots.to(self.device),
                 is_prefilling=torch.tensor([part.prompt for part in parts]),
             ),
         )
         if self.impl.kv_sharing_target_layer_name is None:
-            self.impl.do_kv_cache_update(LAYER, key, value, self.cache, slots)
+            there = (t.to(self.device) for t in (key, value))
+            slots = slots.to(self.device)
+            self.impl.do_kv_cache_update(LAYER, *there, self.cache, slots)
         else:
             # Another layer has stored and sealed; this one has no K and V at all.
-            reference.store_kv(key, value, self.cache, slots)
-            self.seal_by_reference(self.cache, parts)
+            cache = self.cache.cpu()
+            reference.store_kv(key, value, cache, slots)
+            self.seal_by_reference(cache, parts)
+            self.cache.copy_(cache)
             key = value = None
-        output = torch.full_like(query, torch.nan)
-        self.impl.forward(LAYER, query, key, value, self.cache, metadata, output)
+        output = torch.full_like(query, torch.nan, device=self.device)
+        there = query.to(self.device)
+        self.impl.forward(LAYER, there, key, value, self.cache, metadata, output)
         assert output[total:].isnan().all()
+        self.lists = None
+        if self.path == "gpu" and metadata.decode:
+            (rows,) = metadata.decode
+            self.lists = rows.indices.cpu(), rows.counts.cpu()
         want = []
         for part, start in zip(parts, starts.tolist()):
             rows = query[start : start + part.new]
-            want.append(self.expected(part, rows))
-        assert_close(output[:total].float(), torch.cat(want), TOLERANCE[shape.dtype])
+            want.append(self.expected(part, rows, start))
+        got = output[:total].float().cpu()
+        assert_close(got, torch.cat(want), TOLERANCE[shape.dtype])
 
     def append(self, part: Part, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add a step's tokens to a request's history."""
@@ -261,8 +338,8 @@ class Driver:
         request.key = torch.cat([request.key[:kept], key])
         request.value = torch.cat([request.value[:kept], value])
 
-    def expected(self, part: Part, query: torch.Tensor) -> torch.Tensor:
-        """What a request's rows must yield: [rows, heads, size] fp32."""
+    def expected(self, part: Part, query: torch.Tensor, start: int) -> torch.Tensor:
+        """What a request's rows, from ``start``, must yield: [rows, heads, size]."""
         want = self.dense(part.request, query)
         if part.prompt or self.dense_layer:
             return want
@@ -272,7 +349,9 @@ class Driver:
             budget = self.budget(length)
             if budget >= 0:
                 self.sparse_rows += 1
-                want[row] = self.sparse(part.request, query[row], length, budget)
+                want[row] = self.sparse(
+                    part.request, query[row], length, budget, start + row
+                )
         return want
 
     def budget(self, length: int) -> int:
@@ -287,20 +366,10 @@ class Driver:
     def dense(self, number: int, query: torch.Tensor) -> torch.Tensor:
         """Causal attention of the last tokens: [rows, heads, size] fp32."""
         request, shape = self.requests[number], self.shape
-        group = shape.heads // shape.kv_heads
-        key, value = (
-            t.float().transpose(0, 1).repeat_interleave(group, 0)
-            for t in (request.key, request.value)
-        )
-        logits = query.float().transpose(0, 1) @ key.mT * shape.size**-0.5
-        if shape.soft_cap:
-            logits = shape.soft_cap * torch.tanh(logits / shape.soft_cap)
-        future = torch.ones(logits.shape[1:], dtype=torch.bool)
-        future = future.triu(request.length - len(query) + 1)
-        weights = logits.masked_fill(future, -torch.inf).softmax(-1)
-        return (weights @ value).transpose(0, 1)
+        scaling = (shape.size**-0.5, shape.soft_cap)
+        return causal_attention(query, request.key, request.value, *scaling)
 
-    def sparse(self, number, query, length, budget) -> torch.Tensor:
+    def sparse(self, number, query, length, budget, row) -> torch.Tensor:
         """The reference's selection and attention over a cache that it wrote."""
         request, shape, config = self.requests[number], self.shape, self.impl.config
         # The reference reads what vLLM would have stored by this position.
@@ -326,9 +395,37 @@ class Driver:
             mass,
         )
         assert (counts > 0).all() and (counts < length).all(), (counts, request.length)
+        if self.lists is not None:
+            indices, counts, mass = self.chosen(
+                row, where, scaling, length, indices, counts, mass
+            )
         out = torch.empty_like(q)
         reference.attend(*where, indices, counts, mass, *scaling, out)
         return out[0]
+
+    def chosen(self, row, where, scaling, length, indices, counts, mass):
+        """The GPU's own lists, once they are known to be as good as the reference's.
+
+        Its scores are rounded, so that tokens of nearly equal score may change places.
+        """
+        query, cache, blocks, _ = where
+        got_indices, got_counts = (t[row : row + 1] for t in self.lists)
+        assert torch.equal(got_counts, counts)
+        group = self.shape.heads // self.shape.kv_heads
+        for head in range(self.shape.kv_heads):
+            q = query[0].view(self.shape.kv_heads, group, -1)[head]
+            where = (q, cache, blocks[0], length, head)
+            probs = reference.sparq_probabilities(
+                *where, self.impl.config.rank, *scaling
+            )
+            count = int(counts[0, head])
+            best, got = (t[0, head, :count].long() for t in (indices, got_indices))
+            assert (got.diff() > 0).all()
+            assert probs[:, got].sum() >= 0.99 * probs[:, best].sum()
+            if mass is not None:
+                heads = slice(head * group, (head + 1) * group)
+                mass[0, heads] = probs[:, got].sum(-1)
+        return got_indices, got_counts, mass
 
     def reference_cache(self, number, length) -> torch.Tensor:
         """A cache of ``length`` tokens that the reference stored and sealed."""
@@ -354,12 +451,13 @@ class Driver:
     def check_sealed(self) -> int:
         """Compare the sidecars of all full blocks with the reference's."""
         layout = BlockLayout(self.shape.size, self.shape.dtype.itemsize)
+        cache = self.cache.cpu()
         end = layout.prefix_mean_offset
         blocks = 0
         for number, request in enumerate(self.requests):
             want = self.reference_cache(number, request.length)
             for i in range(request.length // BLOCK_SIZE):
-                chunk = self.cache[request.blocks[i]].flatten(1).view(torch.uint8)
+                chunk = cache[request.blocks[i]].flatten(1).view(torch.uint8)
                 expected = want[i].flatten(1).view(torch.uint8)
                 assert torch.equal(chunk[:, :end], expected[:, :end]), (number, i)
                 mean, expected_mean = (
@@ -369,7 +467,8 @@ class Driver:
                 assert_close(mean.contiguous(), expected_mean.contiguous(), 1e-3)
                 blocks += 1
         # The null block is never written.
-        assert (self.cache[0].view(torch.uint8) == 0xFF).all()
+        null = cache[0].flatten(1).view(torch.uint8)[:, layout.codes_offset :]
+        assert (null == 0xFF).all()
         return blocks
 
 
@@ -570,7 +669,7 @@ def test_statistics_are_bytes_of_rows_codes_and_parameters(drive):
     driver.step(Part(0, 299), Part(1, 100))
     assert driver.recorder.snapshot() == dict.fromkeys(driver.recorder.snapshot(), 0)
     driver.step(decode(0), decode(1))
-    row_bytes = 2 * 64 * 4
+    row_bytes = 2 * 64 * driver.shape.dtype.itemsize
     # Request 0: 300 tokens, two sealed blocks scored with 24 channels of 64 code and 4
     # parameter bytes; 60 tokens attended. Request 1: 101 tokens, dense.
     scores = 2 * 24 * (64 + 4)
@@ -615,7 +714,7 @@ def test_warm_up_without_metadata_and_unsupported_output_scales(drive):
     output = torch.full_like(query, 7.0)
     arguments = (LAYER, query, key, key, driver.cache)
     assert driver.impl.forward(*arguments, None, output) is output
-    assert (output == 7).all()
+    assert (output == (7 if driver.path == "cpu" else 0)).all()
     with pytest.raises(NotImplementedError, match="output quantisation"):
         driver.impl.forward(*arguments, None, output, output_scale=torch.ones(1))
 

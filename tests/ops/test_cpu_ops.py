@@ -64,6 +64,28 @@ def test_store_and_seal_equal_the_reference_bit_for_bit(shape, dtype):
     assert_close(mean, want_mean)
 
 
+@pytest.mark.parametrize("new", [1, 3, 127], ids=lambda n: f"{n}-new-tokens")
+def test_seal_rows_equals_the_reference(new):
+    lens = [1, 127, 128, 129, 130, 256, 258, 640, 1000]
+    ctx = paged_context(lens, 2, 64, torch.bfloat16, generator())
+    want = paged_context(lens, 2, 64, torch.bfloat16, generator())
+    for c in (ctx, want):
+        for row in range(len(lens)):
+            ops.store_kv(c.keys[row], c.values[row], c.kv_cache, c.slots(row))
+        block, prev, index = c.seal_jobs()
+        # What earlier steps sealed: the blocks before the last full one.
+        before = torch.isin(block, prev)
+        ops.seal_blocks(c.kv_cache, block[before], prev[before], index[before], 64)
+    # A padded request at the end: no tokens, and vLLM's null block.
+    lens = torch.cat([ctx.seq_lens, torch.zeros(1)]).int()
+    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:1])])
+    new = torch.minimum(lens, torch.tensor(new)).int()
+    starts = torch.cat([torch.zeros(1), new.cumsum(0)]).int()
+    ops.seal_rows(ctx.kv_cache, table, lens, starts, 64)
+    reference.seal_rows(want.kv_cache, table, lens, starts, 64)
+    assert torch.equal(bytes_of(ctx.kv_cache), bytes_of(want.kv_cache))
+
+
 def test_store_reads_strided_tokens_and_skips_negative_slots():
     ctx = paged_context([200], 3, 64, torch.bfloat16, generator())
     qkv = torch.randn(200, 15 * 64, generator=generator(1)).bfloat16()

@@ -15,6 +15,7 @@ ROOM = 80
 OPS = [
     "store_kv",
     "seal_blocks",
+    "seal_rows",
     "gather_kv",
     "sparq_select",
     "sparq_attend",
@@ -48,6 +49,9 @@ def arguments(op: str, optional: bool = True) -> tuple:
         return ctx.keys[1] + 1, ctx.values[1], ctx.kv_cache, ctx.slots(1)
     if op == "seal_blocks":
         return ctx.kv_cache, *ctx.seal_jobs(), SIZE
+    if op == "seal_rows":
+        starts = torch.tensor([0, 50, 51], dtype=torch.int32)
+        return *where, starts, SIZE
     if op == "gather_kv":
         out = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
         return *where, torch.tensor([0, 300]), *out
@@ -77,7 +81,7 @@ def test_every_op_of_the_library_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if load() and name.startswith("vllm_sparse::")
     }
-    assert names == {*OPS, "cpu_isa"}
+    assert names == {*OPS, "cpu_isa", "workspace_bytes"}
 
 
 def decode_step(key, value, kv_cache, slots, jobs, query, table, lens, budgets):

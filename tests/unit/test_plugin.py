@@ -312,10 +312,10 @@ def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     ids=["alibi_slopes", "sliding_window", "sinks", "future_argument"],
 )
 def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
-    from vllm_sparse.attention.impl import SparseAttentionImpl
+    from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl
 
     with pytest.raises(NotImplementedError) as error:
-        SparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
+        CpuSparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
     assert "--attention-backend sparq does not support" in str(error.value)
     assert repr(next(iter(unsupported))) in str(error.value)
 

@@ -11,6 +11,7 @@ from ..compat.vllm import require_supported
 
 require_supported()
 
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionType,
@@ -41,15 +42,23 @@ class SparqBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls():
-        from .impl import SparseAttentionImpl
+        if current_platform.is_cuda():
+            from .gpu_impl import GpuSparseAttentionImpl
 
-        return SparseAttentionImpl
+            return GpuSparseAttentionImpl
+        from .cpu_impl import CpuSparseAttentionImpl
+
+        return CpuSparseAttentionImpl
 
     @staticmethod
     def get_builder_cls():
-        from .metadata import SparseMetadataBuilder
+        if current_platform.is_cuda():
+            from .gpu_metadata import GpuSparseMetadataBuilder
 
-        return SparseMetadataBuilder
+            return GpuSparseMetadataBuilder
+        from .cpu_metadata import CpuSparseMetadataBuilder
+
+        return CpuSparseMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(
@@ -95,7 +104,11 @@ class SparqBackend(AttentionBackend):
     ) -> str | None:
         """vLLM's reasons only name the option; this adds what would be served."""
         if device_capability is not None:
-            return "there are kernels for the CPU only so far"
+            from .gpu_impl import unsupported_on_gpu
+
+            reason = unsupported_on_gpu(dtype, device_capability)
+            if reason is not None:
+                return reason
         if not cls.supports_head_size(head_size):
             return f"head size {head_size} is not one of {list(HEAD_SIZES)}"
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):

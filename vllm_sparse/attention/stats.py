@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..cache.layout import BLOCK_SIZE
 from ..compat.vllm import init_logger
 
 logger = init_logger(__name__)
@@ -29,6 +30,74 @@ class SparseStats:
     kv_bytes_dense: int = 0  # what dense attention would have read
 
 
+class DeviceCounter:
+    """Counts decode rows on a GPU without waiting for it.
+
+    Fixed budgets are known before the kernels run, so one step's rows are counted once,
+    for all layers of a group.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        num_layers: int,
+        sparse_layers: int,
+        num_kv_heads: int,
+        row_bytes: int,
+        block_score_bytes: int,
+        row_score_bytes: int,
+    ) -> None:
+        """
+        Args:
+            sparse_layers: layers of the group that choose tokens.
+            row_bytes: bytes of one token's K and V in one KV head.
+            block_score_bytes: bytes read to score one block in one KV head.
+            row_score_bytes: further bytes of a sparse row in one KV head.
+        """
+        self.num_layers, self.sparse_layers = num_layers, sparse_layers
+        self.num_kv_heads, self.row_bytes = num_kv_heads, row_bytes
+        self.block_score_bytes = block_score_bytes
+        self.row_score_bytes = row_score_bytes
+        # Rows, sparse rows, tokens attended in sparse layers, tokens of the contexts,
+        # sealed blocks of sparse rows.
+        with torch.inference_mode():
+            self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def add(
+        self, seq_lens: torch.Tensor, budgets: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Count one step's rows; rows without a slot are padding or warm-up."""
+        real = slots >= 0
+        sparse = (budgets >= 0) & real
+        kept = torch.where(sparse, budgets, seq_lens)
+        blocks = torch.where(sparse, seq_lens // BLOCK_SIZE, 0)
+        rows = torch.stack((real, sparse, kept * real, seq_lens * real, blocks))
+        self.counts += rows.sum(1)
+
+    @torch.inference_mode()  # as the engine's steps, which share the tensor
+    def reset(self) -> None:
+        self.counts.zero_()
+
+    def totals(self) -> SparseStats:
+        """Waits for the device."""
+        rows, sparse, attended, context, blocks = self.counts.tolist()
+        dense_layers = self.num_layers - self.sparse_layers
+        tokens = self.sparse_layers * attended + dense_layers * context
+        scores = blocks * self.block_score_bytes + sparse * self.row_score_bytes
+        return SparseStats(
+            decode_tokens=rows,
+            decode_rows=rows * self.num_layers,
+            sparse_rows=sparse * self.sparse_layers,
+            kv_bytes_read=self.num_kv_heads
+            * (tokens * self.row_bytes + self.sparse_layers * scores),
+            kv_bytes_dense=self.num_kv_heads
+            * self.num_layers
+            * context
+            * self.row_bytes,
+        )
+
+
 @dataclass
 class StatsRecorder:
     """Accumulates :class:`SparseStats`; ops add to ``tokens_read`` themselves."""
@@ -38,6 +107,7 @@ class StatsRecorder:
     tokens_read: torch.Tensor = field(
         default_factory=lambda: torch.zeros(1, dtype=torch.int64)
     )
+    counters: list[DeviceCounter] = field(default_factory=list)
     _last_log: float = field(default_factory=time.monotonic)
     _logged_tokens: int = 0
 
@@ -63,10 +133,26 @@ class StatsRecorder:
         totals.kv_bytes_dense += context_tokens * row_bytes
         self.tokens_read.zero_()
 
+    def replace_counter(self, old: DeviceCounter | None, new: DeviceCounter) -> None:
+        """Count with ``new`` from here on; what ``old`` counted is kept."""
+        if old is not None:
+            self._collect(old)
+            self.counters.remove(old)
+        self.counters.append(new)
+
+    def _collect(self, counter: DeviceCounter) -> None:
+        for name, count in asdict(counter.totals()).items():
+            setattr(self.totals, name, getattr(self.totals, name) + count)
+        counter.reset()
+
     def snapshot(self) -> dict[str, int]:
+        for counter in self.counters:
+            self._collect(counter)
         return asdict(self.totals)
 
     def reset(self) -> None:
+        for counter in self.counters:
+            counter.reset()
         self.totals = SparseStats()
         self._logged_tokens = 0
 
@@ -76,6 +162,7 @@ class StatsRecorder:
         if now - self._last_log < LOG_INTERVAL_SECONDS:
             return
         self._last_log = now
+        self.snapshot()
         totals = self.totals
         if totals.decode_tokens == self._logged_tokens or not totals.kv_bytes_dense:
             return
@@ -109,8 +196,8 @@ class WorkerExtension:
             options: as under ``additional_config["sparse"]``.
         """
         from ..config import NAMESPACE, SparseConfig
+        from .builder import SparseMetadataBuilder
         from .impl import SparseAttentionImpl
-        from .metadata import SparseMetadataBuilder
 
         config = SparseConfig.from_additional_config({NAMESPACE: options})
         layers = self.vllm_config.compilation_config.static_forward_context

@@ -16,7 +16,7 @@ A broken contract raises RuntimeError naming the tensor and what was expected.
 
 import torch
 
-from .dispatch import KernelsError, use
+from .dispatch import KernelsError, kernels_for, use
 from .dispatch import ops_for as _ops
 from .library import load
 
@@ -25,12 +25,15 @@ __all__ = [
     "attend",
     "cpu_isa",
     "gather_kv",
+    "kernels_for",
     "load",
     "seal_blocks",
+    "seal_rows",
     "sparq_attend",
     "sparq_select",
     "store_kv",
     "use",
+    "workspace_bytes",
 ]
 
 
@@ -68,6 +71,28 @@ def seal_blocks(
     )
 
 
+def seal_rows(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    head_size: int,
+) -> None:
+    """Seal the block that each decode request's newest tokens have filled, if any.
+
+    One fixed grid whatever the lengths, so that a CUDA graph may hold it. Block 0,
+    vLLM's null block, is never sealed.
+
+    Args:
+        block_table, seq_lens: one row per request.
+        query_start_loc: [num_rows + 1] int32; a request has at most BLOCK_SIZE new
+            tokens.
+    """
+    _ops(kv_cache).seal_rows(
+        kv_cache, block_table, seq_lens, query_start_loc, head_size
+    )
+
+
 def gather_kv(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -100,6 +125,7 @@ def sparq_select(
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """SparQ's choice of tokens per row and KV head.
 
@@ -109,6 +135,7 @@ def sparq_select(
         counts: [num_rows, num_kv_heads] int32, written: valid entries of ``indices``,
             or -1 where everything is kept.
         kept_mass: [num_rows, num_heads] fp32, written: estimated probability mass kept.
+        workspace: see :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).sparq_select(
         query,
@@ -124,6 +151,7 @@ def sparq_select(
         indices,
         counts,
         kept_mass,
+        workspace,
     )
 
 
@@ -144,6 +172,7 @@ def sparq_attend(
     kept_mass: torch.Tensor | None = None,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """:func:`sparq_select`, then :func:`attend` over what it chose, in one call."""
     _ops(kv_cache).sparq_attend(
@@ -162,6 +191,7 @@ def sparq_attend(
         kept_mass,
         out,
         tokens_read,
+        workspace,
     )
 
 
@@ -178,6 +208,7 @@ def attend(
     soft_cap: float = 0.0,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Exact attention over the listed tokens; without lists, over the whole context.
 
@@ -186,6 +217,7 @@ def attend(
             mean-value term on.
         out: [num_rows, num_heads, head_size], written.
         tokens_read: [1] int64 counter, the tokens attended per KV head are added to it.
+        workspace: see :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).attend(
         query,
@@ -199,7 +231,32 @@ def attend(
         soft_cap,
         out,
         tokens_read,
+        workspace,
     )
+
+
+def workspace_bytes(
+    num_rows: int,
+    num_kv_heads: int,
+    group: int,
+    max_blocks: int,
+    head_size: int,
+    device: torch.device,
+) -> int:
+    """Bytes of workspace for decode calls on a device up to this shape; may be 0.
+
+    A workspace is a 1-D uint8 tensor, zeroed once when it is made. Calls on one stream
+    may share it, whatever their shapes; only the CUDA kernels use one.
+
+    Args:
+        group: query heads of a KV head.
+        max_blocks: columns of the block table.
+    """
+    if kernels_for(device) != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shape = (num_rows, num_kv_heads, group, max_blocks, head_size)
+    return load().workspace_bytes(*shape, index)
 
 
 def cpu_isa() -> str:

@@ -60,6 +60,11 @@ def use(kernels: str, device: torch.device | str | None = None) -> str | None:
     return name
 
 
+def kernels_for(device: torch.device) -> str:
+    """The kernels that serve a device by this process's choice."""
+    return resolve(_choice, device)
+
+
 def ops_for(t: torch.Tensor):
     """The functions that serve a tensor, with the arguments of the compiled ops."""
     return _functions(resolve(_choice, t.device))

@@ -94,6 +94,22 @@ def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> 
                 _sidecar(chunk, offset, data.numel()).copy_(data)
 
 
+def seal_rows(kv_cache, block_table, seq_lens, query_start_loc, head_size) -> None:
+    """Seal the last block that ends among a request's new tokens; never block 0."""
+    new = query_start_loc.diff()
+    jobs = []
+    for blocks, length, count in zip(
+        block_table.tolist(), seq_lens.tolist(), new.tolist()
+    ):
+        full = length // BLOCK_SIZE
+        if length - count < full * BLOCK_SIZE and blocks[full - 1] > 0:
+            prev = blocks[full - 2] if full > 1 else -1
+            jobs.append((full - 1, blocks[full - 1], prev))
+    if jobs:
+        index, block, prev = torch.tensor(sorted(jobs)).T
+        seal_blocks(kv_cache, block, prev, index, head_size)
+
+
 def prefix_mean(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
     """Mean of V from the context's start to this block's end: [head_size] fp32."""
     data = _sidecar(chunk, lay.prefix_mean_offset, 2 * lay.head_size)
@@ -193,6 +209,7 @@ def sparq_select(
     indices,
     counts,
     kept_mass,
+    workspace=None,
 ) -> None:
     """Choose the tokens that each row and KV head attends to.
 
@@ -236,6 +253,7 @@ def attend(
     soft_cap,
     out,
     tokens_read=None,
+    workspace=None,
 ) -> None:
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
@@ -286,6 +304,7 @@ def sparq_attend(
     kept_mass,
     out,
     tokens_read=None,
+    workspace=None,
 ) -> None:
     """Both steps of SparQ."""
     context = (query, kv_cache, block_table, seq_lens)

@@ -3,7 +3,7 @@
 """What a selector is: it names the tokens each decode row attends to."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,7 +43,9 @@ class DecodeRows:
         budgets: [num_rows] int32 tokens to keep; -1: the row is dense.
         indices: [num_rows, num_kv_heads, max_kept] int32, None when all rows are dense.
         counts: [num_rows, num_kv_heads] int32, likewise.
-        seq_lens_list, budgets_list: the same as Python numbers.
+        kept_mass: [num_rows, num_heads] fp32, None where ops should allocate it.
+        workspace: scratch memory of the ops, None where they should allocate it.
+        seq_lens_list, budgets_list: the same as Python numbers, if the host has them.
     """
 
     block_table: torch.Tensor
@@ -51,12 +53,14 @@ class DecodeRows:
     budgets: torch.Tensor
     indices: torch.Tensor | None
     counts: torch.Tensor | None
-    seq_lens_list: list[int]
-    budgets_list: list[int]
+    kept_mass: torch.Tensor | None = None
+    workspace: torch.Tensor | None = None
+    seq_lens_list: list[int] = field(default_factory=list)
+    budgets_list: list[int] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
-        return len(self.seq_lens_list)
+        return self.seq_lens.shape[0]
 
 
 class Selector(ABC):
@@ -87,13 +91,14 @@ class Selector(ABC):
         kv_cache: torch.Tensor,
         rows: DecodeRows,
         out: torch.Tensor,
-        tokens_read: torch.Tensor,
+        tokens_read: torch.Tensor | None,
     ) -> None:
         """:meth:`select`, then exact attention over what it chose.
 
         Args:
             out: [num_rows, num_heads, head_size], written.
-            tokens_read: [1] int64, the tokens attended per KV head are added to it.
+            tokens_read: [1] int64, the tokens attended per KV head are added to it;
+                None: not counted.
         """
         kept_mass = self.select(query, kv_cache, rows)
         ops.attend(
@@ -108,6 +113,7 @@ class Selector(ABC):
             soft_cap=self.shape.soft_cap,
             out=out,
             tokens_read=tokens_read,
+            workspace=rows.workspace,
         )
 
     @abstractmethod

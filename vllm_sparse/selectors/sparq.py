@@ -29,7 +29,7 @@ class SparqSelector(Selector):
         kv_cache: torch.Tensor,
         rows: DecodeRows,
         out: torch.Tensor,
-        tokens_read: torch.Tensor,
+        tokens_read: torch.Tensor | None,
     ) -> None:
         # One op: chosen rows are attended while another core still scores.
         ops.sparq_attend(
@@ -45,8 +45,8 @@ class SparqSelector(Selector):
 
     def _options(self, query: torch.Tensor, rows: DecodeRows) -> dict:
         config, shape = self.config, self.shape
-        kept_mass = None
-        if config.mean_value:
+        kept_mass = rows.kept_mass if config.mean_value else None
+        if config.mean_value and kept_mass is None:
             kept_mass = torch.empty(query.shape[:2], dtype=torch.float32)
         return {
             "rank": config.rank,
@@ -57,6 +57,7 @@ class SparqSelector(Selector):
             "indices": rows.indices,
             "counts": rows.counts,
             "kept_mass": kept_mass,
+            "workspace": rows.workspace,
         }
 
     def score_bytes(self, seq_len: int) -> int:

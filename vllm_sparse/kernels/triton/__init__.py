@@ -10,6 +10,7 @@ graph. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
 from .attend import attend
 from .gather_kv import gather_kv
 from .seal_blocks import seal_blocks
+from .seal_rows import seal_rows
 from .sparq import sparq_attend, sparq_select
 from .store_kv import store_kv
 
@@ -17,6 +18,7 @@ __all__ = [
     "attend",
     "gather_kv",
     "seal_blocks",
+    "seal_rows",
     "sparq_attend",
     "sparq_select",
     "store_kv",

@@ -1,37 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Once per step: which rows decode, which prefill, which blocks become full."""
+"""Once per step on the CPU: which rows decode, which prefill, which blocks fill up."""
 
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.utils import (
-    get_num_attention_heads_from_layers,
-    split_decodes_and_prefills,
-)
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from ..cache.layout import BLOCK_SIZE
-from ..config import SparseConfig
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
-from .prefill import PrefillRows, plan_prefill
+from .builder import SparseMetadataBuilder
+from .cpu_prefill import PrefillRows, plan_prefill
+from .seal import SealJobs, seal_jobs
 from .stats import recorder
-
-
-@dataclass
-class SealJobs:
-    """Blocks that this step fills: the arguments of ``ops.seal_blocks``."""
-
-    block_ids: torch.Tensor
-    prev_block_ids: torch.Tensor
-    block_index: torch.Tensor
 
 
 @dataclass
@@ -45,31 +27,8 @@ class SparseMetadata(AttentionMetadata):
     seal: SealJobs | None
 
 
-class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
+class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
     """Builds :class:`SparseMetadata`; all decisions here use host numbers."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Draft tokens under verification decode too: one row per position.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.num_kv_heads = kv_cache_spec.num_kv_heads
-        self.num_heads = get_num_attention_heads_from_layers(
-            vllm_config, layer_names
-        ) or vllm_config.model_config.get_num_attention_heads(
-            vllm_config.parallel_config
-        )
-        self.configure(
-            SparseConfig.from_additional_config(vllm_config.additional_config)
-        )
-
-    def configure(self, config: SparseConfig) -> None:
-        self.config = config
 
     def build(
         self,
@@ -92,7 +51,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             prefill=self._prefill_rows(common, seq_lens, num_decodes)
             if num_prefills
             else None,
-            seal=_seal_jobs(common.block_table_tensor, starts, lens),
+            seal=seal_jobs(common.block_table_tensor, starts, lens),
         )
 
     def _decode_rows(
@@ -116,7 +75,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 row_lens.append(seq_len)
                 # A prompt's last token is prefill even when it comes alone, or a
                 # prefix-cache hit would change the first answer token.
-                budgets.append(-1 if prefilling[req] else self._budget(seq_len))
+                budgets.append(-1 if prefilling[req] else self.budget(seq_len))
         if not rows:
             return None
         recorder.totals.decode_tokens += len(rows)
@@ -146,16 +105,6 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             budgets_list=budgets,
         )
 
-    def _budget(self, seq_len: int) -> int:
-        """Tokens to keep; -1: the row is dense."""
-        config = self.config
-        if config.selector == "dense" or seq_len < config.dense_below:
-            return -1
-        kept = tokens_kept(
-            seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
-        )
-        return -1 if kept >= seq_len else kept
-
     def _prefill_rows(
         self,
         common: CommonAttentionMetadata,
@@ -171,28 +120,3 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             head_size=self.kv_cache_spec.head_size,
             dtype=self.vllm_config.model_config.dtype,
         )
-
-
-def _seal_jobs(
-    block_table: torch.Tensor, starts: list[int], lens: list[int]
-) -> SealJobs | None:
-    """Blocks whose last token is stored in this step, by their place in the context.
-
-    Draft tokens count: should they be rejected, the block's last token is stored again
-    later and the block sealed again; until then the context ends before it.
-    """
-    jobs = []
-    for req, seq_len in enumerate(lens):
-        computed = seq_len - (starts[req + 1] - starts[req])
-        for index in range(computed // BLOCK_SIZE, seq_len // BLOCK_SIZE):
-            jobs.append((index, req))
-    if not jobs:
-        return None
-    jobs.sort()
-    index, req = torch.tensor(jobs).T
-    prev = block_table[req, (index - 1).clamp(min=0)]
-    return SealJobs(
-        block_ids=block_table[req, index].contiguous(),
-        prev_block_ids=torch.where(index > 0, prev, -1).to(torch.int32),
-        block_index=index.to(torch.int32),
-    )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the metadata builders of all devices share: options and budgets."""
+
+from typing import Generic, TypeVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ..config import SparseConfig
+from ..selectors.base import tokens_kept
+
+M = TypeVar("M", bound=AttentionMetadata)
+
+
+class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
+    """Runs once per step and group of layers."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Draft tokens under verification decode too: one row per position.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.num_kv_heads = kv_cache_spec.num_kv_heads
+        self.num_heads = get_num_attention_heads_from_layers(
+            vllm_config, layer_names
+        ) or vllm_config.model_config.get_num_attention_heads(
+            vllm_config.parallel_config
+        )
+        self.configure(
+            SparseConfig.from_additional_config(vllm_config.additional_config)
+        )
+
+    def configure(self, config: SparseConfig) -> None:
+        """Take other options: at construction, or between requests in evaluation."""
+        self.config = config
+
+    def budget(self, seq_len: int) -> int:
+        """Tokens to keep of a context of ``seq_len``; -1: the row is dense."""
+        config = self.config
+        if config.selector == "dense" or seq_len < config.dense_below:
+            return -1
+        kept = tokens_kept(
+            seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
+        )
+        return -1 if kept >= seq_len else kept

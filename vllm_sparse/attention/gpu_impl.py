@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""One attention layer on a GPU: nothing depends on values, so graphs may hold it."""
+
+import torch
+from vllm.platforms.interface import DeviceCapability
+
+from .. import ops
+from ..config import SparseConfig, SparseConfigError
+from .gpu_metadata import GpuMetadata
+from .gpu_prefill import flash_attention_version, prefill
+from .impl import SparseAttentionImpl
+
+# The others loop over rows on the host.
+SELECTORS_ON_GPU = ("sparq", "dense")
+
+
+def unsupported_on_gpu(
+    dtype: torch.dtype, capability: DeviceCapability | None
+) -> str | None:
+    """Why this GPU or dtype cannot be served, None where it can."""
+    if capability is not None and capability < DeviceCapability(8, 0):
+        return (
+            f"compute capability {capability.as_version_str()} is below 8.0, which "
+            "vLLM's FlashAttention needs for prefill"
+        )
+    if dtype == torch.float32:
+        return (
+            "float32 is served on the CPU only (FlashAttention prefills in 16 bits): "
+            "use --dtype bfloat16 or float16"
+        )
+    return None
+
+
+class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
+    """Store and seal, then sparse decode rows, then prefill through FlashAttention."""
+
+    def describe(self, kernels: str) -> str:
+        self.flash_attention = flash_attention_version(self.shape)
+        if self.flash_attention is None:
+            raise ImportError(
+                "vLLM has no FlashAttention for this GPU or head size "
+                f"{self.head_size}, which sparse attention needs for prefill"
+            )
+        return f"{kernels} kernels, prefill: FlashAttention {self.flash_attention}"
+
+    def configure(self, config: SparseConfig) -> None:
+        if config.selector not in SELECTORS_ON_GPU:
+            raise SparseConfigError(
+                f"sparse.selector = {config.selector!r} has no GPU kernels; it must be "
+                f"one of {', '.join(SELECTORS_ON_GPU)} there. Example: "
+                "--additional-config.sparse.selector sparq"
+            )
+        super().configure(config)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: GpuMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            key, value: already stored; not used.
+            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, C].
+            attn_metadata: None while vLLM measures its memory.
+            output: [num_tokens, num_heads, head_size], written.
+        """
+        self.refuse_output_scales(output_scale, output_block_scale)
+        if attn_metadata is None:
+            return output.fill_(0)
+        meta = attn_metadata
+        if self.owns_cache:
+            self._seal(kv_cache, meta)
+        selector = self.selector_of(layer)
+        first = 0
+        for rows in meta.decode:
+            last = first + rows.num_rows
+            part, out = query[first:last], output[first:last]
+            if selector is not None:
+                selector.attend(part, kv_cache, rows, out, None)
+            else:
+                ops.attend(
+                    part,
+                    kv_cache,
+                    rows.block_table,
+                    rows.seq_lens,
+                    scale=self.scale,
+                    soft_cap=self.shape.soft_cap,
+                    out=out,
+                    workspace=rows.workspace,
+                )
+            first = last
+        if meta.prefill is not None:
+            end = meta.num_actual_tokens
+            prefill(
+                query[first:end],
+                kv_cache,
+                meta.prefill,
+                self.shape,
+                self.flash_attention,
+                output[first:end],
+            )
+        return output
+
+    def _seal(self, kv_cache: torch.Tensor, meta: GpuMetadata) -> None:
+        if meta.requests is not None:
+            ops.seal_rows(kv_cache, *meta.requests, self.head_size)
+        if meta.seal is not None:
+            seal = meta.seal
+            ops.seal_blocks(
+                kv_cache,
+                seal.block_ids,
+                seal.prev_block_ids,
+                seal.block_index,
+                self.head_size,
+            )

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Once per step on a GPU, without waiting for it: the device plans the decode rows.
+
+The host does not know how many drafts were accepted (asynchronous scheduling), and a
+FULL CUDA graph replays with the shapes of its capture. So budgets come from a table
+over context lengths, and everything that a graph reads stays at one address.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from .. import ops
+from ..cache.layout import BlockLayout
+from ..config import SparseConfig
+from ..selectors import DecodeRows
+from .builder import SparseMetadataBuilder
+from .gpu_prefill import GpuPrefillRows
+from .seal import SealJobs, seal_jobs
+from .stats import DeviceCounter, recorder
+
+# Decode rows share this much memory for scores and lists; more rows take turns.
+SCRATCH_BYTES = 512 * 2**20
+
+
+@dataclass
+class GpuMetadata(AttentionMetadata):
+    """Decode tokens come first in the batch, prefill tokens after them.
+
+    Attributes:
+        decode: rows served one part after another, as they share their buffers.
+        requests: block_table, seq_lens and query_start_loc of the decode requests.
+        seal: blocks that prefill rows fill; decode requests are sealed by themselves.
+    """
+
+    num_actual_tokens: int
+    decode: list[DecodeRows]
+    requests: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    prefill: GpuPrefillRows | None
+    seal: SealJobs | None
+
+
+class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
+    """Builds :class:`GpuMetadata`."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, *args, **kwargs) -> None:
+        self._buffers: _Buffers | None = None
+        self.counter: DeviceCounter | None = None
+        super().__init__(*args, **kwargs)
+
+    def configure(self, config: SparseConfig) -> None:
+        spec = self.kv_cache_spec
+        config = config.resolve(spec.head_size, self.num_heads // self.num_kv_heads)
+        super().configure(config)
+        scheduler = self.vllm_config.scheduler_config
+        compilation = self.vllm_config.compilation_config
+        self.max_rows = max(
+            scheduler.max_num_seqs * self.reorder_batch_threshold,
+            compilation.max_cudagraph_capture_size or 0,
+        )
+        max_len = self.vllm_config.model_config.max_model_len
+        # Length 0 is a padding row; drafts may stand past the last position.
+        last = max_len + self.reorder_batch_threshold
+        budgets = [-1, *map(self.budget, range(1, last + 1))]
+        self.max_kept = max(1, *budgets)
+        self.budget_table = torch.tensor(budgets, dtype=torch.int32, device=self.device)
+        if self._buffers is not None and self.max_kept > self._buffers.max_kept:
+            if compilation.cudagraph_mode.has_full_cudagraphs():
+                raise ValueError(
+                    f"the new options keep up to {self.max_kept} tokens, but CUDA "
+                    f"graphs were captured for {self._buffers.max_kept}: start the "
+                    "engine with the larger top_k, or with enforce_eager"
+                )
+            self._buffers = None
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
+        sparse = len(self.layer_names)
+        if config.selector == "dense":
+            sparse = 0
+        elif config.dense_layers:
+            indices = map(extract_layer_index, self.layer_names)
+            sparse = sum(i >= config.dense_layers for i in indices)
+        counter = DeviceCounter(
+            device=self.device,
+            num_layers=len(self.layer_names),
+            sparse_layers=sparse,
+            num_kv_heads=self.num_kv_heads,
+            row_bytes=layout.row_bytes,
+            block_score_bytes=layout.score_bytes(1, config.rank),
+            row_score_bytes=2 * spec.head_size if config.mean_value else 0,
+        )
+        recorder.replace_counter(self.counter, counter)
+        self.counter = counter
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        count: bool = True,
+    ) -> GpuMetadata:
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
+        )
+        recorder.log_now_and_then()
+        decode, requests = [], None
+        if num_decode_tokens:
+            decode = self._decode_rows(common, num_decodes, num_decode_tokens, count)
+            requests = (
+                common.block_table_tensor[:num_decodes],
+                common.seq_lens[:num_decodes],
+                common.query_start_loc[: num_decodes + 1],
+            )
+        return GpuMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            decode=decode,
+            requests=requests,
+            prefill=_prefill_rows(common, num_decodes, num_decode_tokens)
+            if num_prefills
+            else None,
+            seal=_prefill_seals(common, num_decodes) if num_prefills else None,
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> GpuMetadata:
+        return self.build(0, common_attn_metadata, count=False)
+
+    def _decode_rows(
+        self,
+        common: CommonAttentionMetadata,
+        num_decodes: int,
+        num_rows: int,
+        count: bool,
+    ) -> list[DecodeRows]:
+        buffers = self._buffers
+        if buffers is None:
+            buffers = self._buffers = _Buffers(self, common.block_table_tensor)
+        dense = _prefilling(common, num_decodes)
+        table = common.block_table_tensor[:num_rows]
+        seq_lens = common.seq_lens[:num_rows]
+        if num_rows != num_decodes or self.reorder_batch_threshold > 1:
+            request, seq_lens = _rows_of_requests(common, num_decodes, num_rows)
+            if dense is not None:
+                dense = dense[request]
+            # Copied, as graphs read the same addresses at every step.
+            buffers.seq_lens[:num_rows] = seq_lens
+            seq_lens = buffers.seq_lens[:num_rows]
+            table = buffers.block_table[:num_rows]
+            torch.index_select(common.block_table_tensor, 0, request, out=table)
+        budgets = buffers.budgets[:num_rows]
+        torch.index_select(self.budget_table, 0, seq_lens, out=budgets)
+        if dense is not None:
+            # A prompt's last token is prefill even when it comes alone, or a
+            # prefix-cache hit would change the first answer token.
+            budgets.masked_fill_(dense, -1)
+        if count:
+            self.counter.add(seq_lens, budgets, common.slot_mapping[:num_rows])
+        parts = []
+        for first in range(0, num_rows, buffers.rows_at_once):
+            rows = slice(first, min(first + buffers.rows_at_once, num_rows))
+            size = rows.stop - rows.start
+            parts.append(
+                DecodeRows(
+                    block_table=table[rows],
+                    seq_lens=seq_lens[rows],
+                    budgets=budgets[rows],
+                    indices=buffers.indices[:size],
+                    counts=buffers.counts[:size],
+                    kept_mass=buffers.kept_mass[:size],
+                    workspace=buffers.workspace,
+                )
+            )
+        return parts
+
+
+class _Buffers:
+    """Memory that decode rows share, at fixed addresses.
+
+    Args:
+        block_table: any step's; its width is that of all.
+    """
+
+    def __init__(self, builder: GpuSparseMetadataBuilder, block_table: torch.Tensor):
+        max_blocks = block_table.shape[1]
+        heads, kept = builder.num_kv_heads, builder.max_kept
+        self.max_kept = kept
+
+        def scratch(rows: int) -> int:
+            return ops.workspace_bytes(
+                num_rows=rows,
+                num_kv_heads=heads,
+                group=builder.num_heads // heads,
+                max_blocks=max_blocks,
+                head_size=builder.kv_cache_spec.head_size,
+                device=builder.device,
+            )
+
+        per_row = 4 * heads * kept + scratch(2) - scratch(1)
+        self.rows_at_once = min(builder.max_rows, max(8, SCRATCH_BYTES // per_row))
+        rows = self.rows_at_once
+
+        def empty(*shape: int, dtype=torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=builder.device)
+
+        self.indices = empty(rows, heads, kept)
+        self.counts = empty(rows, heads)
+        self.kept_mass = empty(rows, builder.num_heads, dtype=torch.float32)
+        self.workspace = empty(scratch(rows), dtype=torch.uint8)
+        self.budgets = empty(builder.max_rows)
+        if builder.reorder_batch_threshold > 1:
+            self.seq_lens = empty(builder.max_rows)
+            self.block_table = empty(builder.max_rows, max_blocks)
+
+
+def _prefilling(
+    common: CommonAttentionMetadata, num_decodes: int
+) -> torch.Tensor | None:
+    """[num_decodes] bool on the device; None when no request is in its prompt."""
+    flags = common.is_prefilling
+    if flags is None or not flags[:num_decodes].any():
+        return None
+    device = common.seq_lens.device
+    # Padding requests have no flag.
+    host = torch.zeros(num_decodes, dtype=torch.bool, pin_memory=device.type == "cuda")
+    host[: len(flags)] = flags[:num_decodes]
+    return host.to(device, non_blocking=True)
+
+
+def _rows_of_requests(
+    common: CommonAttentionMetadata, num_decodes: int, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and context length of every decode token, both [num_rows] int32.
+
+    A token sees the context up to itself; padding tokens see none.
+    """
+    ends = common.query_start_loc[1 : num_decodes + 1]
+    row = torch.arange(num_rows, dtype=torch.int32, device=ends.device)
+    request = torch.searchsorted(ends, row, right=True, out_int32=True)
+    padding = request >= num_decodes
+    request = request.clamp_(max=num_decodes - 1)
+    seq_lens = common.seq_lens[request] - (ends[request] - 1 - row)
+    return request, seq_lens.masked_fill_(padding, 0)
+
+
+def _prefill_rows(
+    common: CommonAttentionMetadata, num_decodes: int, num_decode_tokens: int
+) -> GpuPrefillRows:
+    starts = common.query_start_loc[num_decodes : common.num_reqs + 1]
+    return GpuPrefillRows(
+        query_start_loc=starts - num_decode_tokens if num_decode_tokens else starts,
+        seq_lens=common.seq_lens[num_decodes : common.num_reqs],
+        block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+        max_query_len=common.max_query_len,
+        max_seq_len=common.max_seq_len,
+    )
+
+
+def _prefill_seals(
+    common: CommonAttentionMetadata, num_decodes: int
+) -> SealJobs | None:
+    lens = common.seq_lens_cpu_upper_bound  # exact for prefill rows
+    if lens is None:
+        lens = common.seq_lens.cpu()
+    return seal_jobs(
+        common.block_table_tensor,
+        common.query_start_loc_cpu.tolist(),
+        lens[: common.num_reqs].tolist(),
+        first=num_decodes,
+    )
