@@ -77,6 +77,11 @@ def test_blocks_are_sealed_in_order(kernels):
     op_checks.check_seal_order(device())
 
 
+@inputs
+def test_rows_that_filled_a_block_are_sealed(kernels, shape, dtype):
+    op_checks.check_seal_rows(device(), shape, dtype)
+
+
 def test_gather_returns_the_stored_context(kernels):
     op_checks.check_gather(device())
 
