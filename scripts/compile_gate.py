@@ -30,7 +30,14 @@ SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "compile_gate"
 
 # Kernels of every decode step: none may spill. All others may.
-HOT = ("store_kernel", "select_kernel", "attend_kernel")
+HOT = (
+    "store_kernel",
+    "seal_rows_kernel",
+    "channels_kernel",
+    "score_kernel",
+    "select_kernel",
+    "attend_kernel",
+)
 # (kernel, instance) -> bytes of spill stores and loads that are accepted on any
 # architecture. Shrink these; do not add to them without a measurement.
 ACCEPTED_SPILLS = {

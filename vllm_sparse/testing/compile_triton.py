@@ -50,6 +50,8 @@ def call_every_op(num_heads: int, num_kv_heads: int, head_size: int, dtype) -> N
     ops.store_kv(key, value, ctx.kv_cache, ctx.slots(0))
     ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
     where = (ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    starts = torch.zeros(2, dtype=torch.int32)
+    ops.seal_rows(*where, starts, head_size)
     ops.gather_kv(*where, torch.zeros(1, dtype=torch.int64), key, value)
     query = torch.zeros(1, num_heads, head_size, dtype=dtype)
     indices = torch.zeros(1, num_kv_heads, 192, dtype=torch.int32)

@@ -42,7 +42,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def moved_cache(kv_cache: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The cache with its heads apart: blocks are nearer to each other than heads."""
-    apart = kv_cache.transpose(0, 1).contiguous().to(device)
+    apart = kv_cache.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    apart = apart.to(device)
     return apart.transpose(0, 1)
 
 
@@ -204,6 +205,40 @@ def check_seal_order(device: torch.device) -> None:
         assert torch.equal(raw(cache)[block], raw(ctx.kv_cache)[block])
 
 
+def check_seal_rows(device: torch.device, shape: Shape, dtype: torch.dtype) -> None:
+    """Rows that have just filled a block, that filled none, whose draft tokens pass its
+    end, and that are padding: sealed to the bit as by the reference."""
+    _, num_kv_heads, head_size = shape
+    lens, new = [128, 300, 258, 384, 256, 0], [1, 1, 4, 1, 1, 0]
+    ctx = paged_context(lens[:-1], num_kv_heads, head_size, dtype, generator())
+    for row in range(len(ctx.keys)):
+        reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    block_ids, prev_block_ids, block_index = ctx.seal_jobs()
+    earlier = block_index == 0
+    jobs = (block_ids[earlier], prev_block_ids[earlier], block_index[earlier])
+    reference.seal_blocks(ctx.kv_cache, *jobs, head_size)
+    # The row of three blocks sealed its second one in an earlier step.
+    second = [[int(ctx.block_table[3, i])] for i in (1, 0)] + [[1]]
+    reference.seal_blocks(ctx.kv_cache, *torch.tensor(second), head_size)
+    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:1])])
+    table[4, 1] = 0  # the null block, which is never sealed
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0).int()
+    rows = (table, torch.tensor(lens, dtype=torch.int32), starts)
+    cache = moved_cache(ctx.kv_cache, device)
+    ops.seal_rows(cache, *(t.to(device) for t in rows), head_size)
+    want = ctx.kv_cache.clone()
+    reference.seal_rows(want, *rows, head_size)
+    assert not torch.equal(raw(want), raw(ctx.kv_cache))
+    got, expected = raw(cache), raw(want)
+    end = BlockLayout(head_size, dtype.itemsize).prefix_mean_offset
+    assert torch.equal(got[..., :end], expected[..., :end])
+    means = [
+        t[..., end : end + 2 * head_size].contiguous().view(torch.float16)
+        for t in (got, expected)
+    ]
+    assert_close(*means)
+
+
 def check_gather(device: torch.device) -> None:
     ctx = filled([300, 128, 5], 3, 64, torch.bfloat16)
     key = torch.full((433, 3, 64), torch.nan, dtype=torch.bfloat16, device=device)
@@ -307,7 +342,7 @@ def check_attend(
     rest = (ctx.block_table, ctx.seq_lens)
     options = dict(scale=head_size**-0.5, soft_cap=soft_cap)
     want, want_read = torch.full_like(query, torch.nan), torch.zeros(1).long()
-    got, got_read = want.to(device), want_read.to(device)
+    got, got_read = (t.clone().to(device) for t in (want, want_read))
     ops.attend(
         query.to(device),
         moved_cache(ctx.kv_cache, device),

@@ -144,6 +144,8 @@ def attend(
     tile = 64 if lay.row_bytes <= 512 else 32
     splits = SPLITS.value
 
+    # Tensors of their own: Triton compiles anew where a pointer is aligned otherwise,
+    # which must not happen while a CUDA graph is captured.
     def scratch(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=query.device)
 
@@ -153,7 +155,7 @@ def attend(
         # A pointer is needed where there are no lists; it is not read.
         count = counts[rows] if listed else lens
         partial = scratch(items, group, splits, head_size)
-        top, total = scratch(2, items, group, splits)
+        top, total = (scratch(items, group, splits) for _ in range(2))
         shared = dict(
             num_kv_heads=num_kv_heads,
             group=group,

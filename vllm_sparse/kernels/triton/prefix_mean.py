@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 
 from ...cache.layout import BlockLayout
-from .common import FP16_MAX, cache_args, chunk_of, kernel
+from .common import cache_args, chunk_of, kernel
+from .seal_chunk import extended_mean, to_half
 
 
 @kernel
@@ -43,13 +44,12 @@ def prefix_mean_kernel(
         chained = sealed & (prev >= 0)
         known = d < tl.where(chained, HEAD_SIZE, 0)
         before = tl.load(stored, mask=known, other=0.0).to(tl.float32)
-        mean = tl.where(chained, before + (mean - before) / (index + 1), mean)
-        mean = tl.minimum(tl.maximum(mean, -FP16_MAX), FP16_MAX)
+        mean = tl.where(chained, extended_mean(before, mean, index), mean)
         chunk = chunk_of(
             kv_cache_ptr, block, head, block_stride, head_stride, num_blocks
         )
         to = chunk.to(tl.pointer_type(tl.float16), bitcast=True) + MEAN + d
-        tl.store(to, mean.to(tl.float16), mask=valid)
+        tl.store(to, to_half(mean), mask=valid)
         # Another thread may read it for the next job.
         tl.debug_barrier()
 

@@ -7,25 +7,11 @@ import triton
 import triton.language as tl
 
 from .checks import check, check_cache, expect
-from .common import (
-    BLOCK_SIZE,
-    CODE_BITS,
-    CODE_MAX,
-    FP16_MAX,
-    LANES,
-    NIBBLES,
-    cache_args,
-    chunk_of,
-    kernel,
-    sidecar_args,
-)
+from .common import cache_args, chunk_of, kernel, sidecar_args
 from .prefix_mean import write_prefix_means
+from .seal_chunk import seal_chunk
 
-
-@triton.jit
-def round_half_even(x):
-    """Of 0 <= x < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction."""
-    return (x + 12582912.0) - 12582912.0
+CHANNELS = 64  # of a program
 
 
 @kernel
@@ -49,42 +35,9 @@ def seal_kernel(
         return
     chunk = chunk_of(kv_cache_ptr, block, head, block_stride, head_stride, num_blocks)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    valid = d < HEAD_SIZE
-    lane = tl.arange(0, LANES)
-    rows = chunk + lane[:, None] * (2 * HEAD_SIZE) + d[None, :]
-    mask = (lane[:, None] >= 0) & valid[None, :]
-
-    low = tl.full([LANES, CHANNELS], float("inf"), tl.float32)
-    high = tl.full([LANES, CHANNELS], float("-inf"), tl.float32)
-    total = tl.zeros([LANES, CHANNELS], tl.float32)
-    for j in range(NIBBLES):
-        at = rows + j * LANES * 2 * HEAD_SIZE
-        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        low, high = tl.minimum(low, k), tl.maximum(high, k)
-        total += tl.load(at + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
-    lowest, highest = tl.min(low, 0), tl.max(high, 0)
-    mean = tl.sum(total, 0) / BLOCK_SIZE
+    mean = seal_chunk(chunk, d, HEAD_SIZE, CODES, PARAMS, CHANNELS)
     to = (job * tl.num_programs(1) + head) * HEAD_SIZE + d
-    tl.store(block_mean_ptr + to, mean, mask=valid)
-
-    # Rounded to fp16 before the codes are taken; exact division, as in the reference.
-    minimum = tl.minimum(tl.maximum(lowest, -FP16_MAX), FP16_MAX).to(tl.float16)
-    step = tl.math.div_rn(highest - lowest, tl.full([CHANNELS], CODE_MAX, tl.float32))
-    scale = tl.minimum(step, FP16_MAX).to(tl.float16)
-    base = minimum.to(tl.float32)[None, :]
-    divisor = tl.where(scale > 0, scale.to(tl.float32), 1.0)[None, :]
-    words = tl.zeros([LANES, CHANNELS], tl.int32)
-    for j in range(NIBBLES):
-        at = rows + j * LANES * 2 * HEAD_SIZE
-        k = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.math.div_rn(k - base, divisor + tl.zeros_like(k))
-        x = round_half_even(tl.minimum(tl.maximum(x, 0.0), 15.0))
-        words |= x.to(tl.int32) << (CODE_BITS * j)
-    codes = chunk.to(tl.pointer_type(tl.int32), bitcast=True) + CODES
-    tl.store(codes + d[None, :] * LANES + lane[:, None], words, mask=mask)
-    params = chunk.to(tl.pointer_type(tl.float16), bitcast=True) + PARAMS + 2 * d
-    tl.store(params, scale, mask=valid)
-    tl.store(params + 1, minimum, mask=valid)
+    tl.store(block_mean_ptr + to, mean, mask=d < HEAD_SIZE)
 
 
 def seal_blocks(
@@ -108,13 +61,12 @@ def seal_blocks(
         return
     shape = (num_jobs, num_kv_heads, head_size)
     block_mean = torch.empty(shape, dtype=torch.float32, device=kv_cache.device)
-    channels = 64
-    seal_kernel[num_jobs, num_kv_heads, triton.cdiv(head_size, channels)](
+    seal_kernel[num_jobs, num_kv_heads, triton.cdiv(head_size, CHANNELS)](
         block_ids,
         block_mean,
         **cache_args(kv_cache, lay),
         **sidecar_args(lay),
-        CHANNELS=channels,
+        CHANNELS=CHANNELS,
     )
     write_prefix_means(
         kv_cache, block_ids, prev_block_ids, block_index, block_mean, lay

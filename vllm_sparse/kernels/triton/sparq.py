@@ -53,6 +53,8 @@ def sparq_select(
     spans = triton.cdiv(capacity, SPAN.value)
     padded = triton.next_power_of_2(spans)
 
+    # Tensors of their own: Triton compiles anew where a pointer is aligned otherwise,
+    # which must not happen while a CUDA graph is captured.
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=query.device)
 
@@ -110,7 +112,7 @@ def sparq_select(
         )
         # Wide spans: each program walks through the histogram.
         wide = dict(**options, num_warps=8)
-        top, total = scratch(2, items, group, spans)
+        top, total = (scratch(items, group, spans) for _ in range(2))
         normaliser_kernel[items, spans](
             lens, budget, logits, top, total, group=group, **wide
         )
