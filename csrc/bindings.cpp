@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "seal_rows(Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_start_loc, int head_size) -> ()");
   m.def(
+      "store_rows(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "Tensor block_table, Tensor seq_lens) -> ()");
+  m.def(
       "gather_kv(Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor out_start, "
       "Tensor(a!) key, Tensor(b!) value) -> ()");
   m.def(
@@ -42,6 +45,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("store_kv", TORCH_BOX(&vllm_sparse::cpu::store_kv));
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cpu::seal_blocks));
   m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cpu::seal_rows));
+  m.impl("store_rows", TORCH_BOX(&vllm_sparse::cpu::store_rows));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cpu::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cpu::sparq_select));
   m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cpu::sparq_attend));

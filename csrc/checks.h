@@ -103,21 +103,30 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
   return cache;
 }
 
+// The block table and context lengths of `num_rows` requests.
+template <class Params>
+inline void set_contexts(const Tensor& block_table,
+                         const Tensor& seq_lens,
+                         int64_t num_rows,
+                         Params& p) {
+  p.seq_lens = int_vector(seq_lens, "seq_lens", num_rows, "rows");
+  check_tensor(block_table, "block_table", 2);
+  check_dtype(block_table, "block_table", ScalarType::Int, "int32");
+  check_size(block_table, "block_table", 0, seq_lens.size(0), "rows");
+  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  p.block_table_stride = block_table.stride(0);
+  p.max_blocks = block_table.size(1);
+}
+
 inline SealRowsParams seal_rows_params(const KvCache& cache,
                                        const Tensor& block_table,
                                        const Tensor& seq_lens,
                                        const Tensor& query_start_loc) {
   SealRowsParams p;
   p.cache = cache;
-  p.seq_lens = int_vector(seq_lens, "seq_lens", -1, "");
+  set_contexts(block_table, seq_lens, -1, p);
   p.num_rows = seq_lens.size(0);
   p.query_start_loc = int_vector(query_start_loc, "query_start_loc", p.num_rows + 1, "rows + 1");
-  check_tensor(block_table, "block_table", 2);
-  check_dtype(block_table, "block_table", ScalarType::Int, "int32");
-  check_size(block_table, "block_table", 0, p.num_rows, "rows");
-  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
-  p.block_table_stride = block_table.stride(0);
-  p.max_blocks = block_table.size(1);
   return p;
 }
 

@@ -63,6 +63,13 @@ struct SealRowsParams {
   int64_t num_rows;
 };
 
+// One new token per row.
+struct StoreRowsParams : StoreParams {
+  const int32_t* block_table;  // [num_tokens, block_table_stride]
+  int64_t block_table_stride, max_blocks;
+  const int32_t* seq_lens;  // [num_tokens], the new token included
+};
+
 struct GatherParams {
   KvCache cache;
   const int32_t* block_table;  // [num_rows, block_table_stride]

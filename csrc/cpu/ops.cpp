@@ -4,6 +4,7 @@
 // Checked entry points: tensors in, pointers and shapes out.
 #include "ops.h"
 
+#include <numeric>
 #include <vector>
 
 #include "../checks.h"
@@ -62,13 +63,10 @@ void seal_blocks(Tensor& kv_cache,
   if (p.num_jobs > 0) kernels().seal(p);
 }
 
-void seal_rows(Tensor& kv_cache,
-               const Tensor& block_table,
-               const Tensor& seq_lens,
-               const Tensor& query_start_loc,
-               int64_t head_size) {
-  const SealRowsParams p =
-      seal_rows_params(kv_cache_view(kv_cache, head_size), block_table, seq_lens, query_start_loc);
+namespace {
+
+// Seals the last block of every row that ends among its new tokens.
+void seal_filled(const SealRowsParams& p) {
   std::vector<int32_t> block_ids, prev_block_ids, block_index;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     const int length = p.seq_lens[row], index = length / kBlockSize - 1;
@@ -92,6 +90,34 @@ void seal_rows(Tensor& kv_cache,
   jobs.block_index = block_index.data();
   jobs.num_jobs = static_cast<int64_t>(block_ids.size());
   kernels().seal(jobs);
+}
+
+}  // namespace
+
+void seal_rows(Tensor& kv_cache,
+               const Tensor& block_table,
+               const Tensor& seq_lens,
+               const Tensor& query_start_loc,
+               int64_t head_size) {
+  seal_filled(
+      seal_rows_params(kv_cache_view(kv_cache, head_size), block_table, seq_lens, query_start_loc));
+}
+
+void store_rows(const Tensor& key,
+                const Tensor& value,
+                Tensor& kv_cache,
+                const Tensor& slot_mapping,
+                const Tensor& block_table,
+                const Tensor& seq_lens) {
+  store_kv(key, value, kv_cache, slot_mapping);
+  SealRowsParams p;
+  p.cache = kv_cache_view(kv_cache, key.size(2));
+  p.num_rows = slot_mapping.size(0);
+  set_contexts(block_table, seq_lens, p.num_rows, p);
+  std::vector<int32_t> starts(p.num_rows + 1);
+  std::iota(starts.begin(), starts.end(), 0);
+  p.query_start_loc = starts.data();
+  seal_filled(p);
 }
 
 void gather_kv(const Tensor& kv_cache,

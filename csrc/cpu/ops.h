@@ -23,6 +23,13 @@ void seal_rows(Tensor& kv_cache,
                const Tensor& query_start_loc,
                int64_t head_size);
 
+void store_rows(const Tensor& key,
+                const Tensor& value,
+                Tensor& kv_cache,
+                const Tensor& slot_mapping,
+                const Tensor& block_table,
+                const Tensor& seq_lens);
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,

@@ -16,6 +16,8 @@ struct SealArgs : SealParams {
 
 struct SealRowsArgs : SealRowsParams {};
 
+struct StoreRowsArgs : StoreRowsParams {};
+
 struct GatherArgs : GatherParams {
   int64_t max_blocks, num_out_tokens;
 };
@@ -96,6 +98,7 @@ inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args
 
 void launch_store(const Device& device, const StoreArgs& args);
 void launch_seal(const Device& device, const SealArgs& args);
+void launch_store_rows(const Device& device, const StoreRowsArgs& args);
 void launch_seal_rows(const Device& device, const SealRowsArgs& args);
 void launch_gather(const Device& device, const GatherArgs& args);
 void launch_channels(const Device& device, const SelectArgs& args);

@@ -214,6 +214,27 @@ void seal_blocks(Tensor& kv_cache,
   launch_seal(current_device(index), p);
 }
 
+void store_rows(const Tensor& key,
+                const Tensor& value,
+                Tensor& kv_cache,
+                const Tensor& slot_mapping,
+                const Tensor& block_table,
+                const Tensor& seq_lens) {
+  check_tensor(key, "key", 3);
+  StoreRowsArgs p;
+  p.cache = aligned_cache(kv_cache, key.size(2));
+  set_store(key, value, slot_mapping, p);
+  set_contexts(block_table, seq_lens, p.num_tokens, p);
+  same_device(key, "key", kv_cache);
+  same_device(value, "value", kv_cache);
+  same_device(slot_mapping, "slot_mapping", kv_cache);
+  same_device(block_table, "block_table", kv_cache);
+  same_device(seq_lens, "seq_lens", kv_cache);
+  const int32_t index = kv_cache.get_device_index();
+  const DeviceGuard guard(index);
+  launch_store_rows(current_device(index), p);
+}
+
 void seal_rows(Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
@@ -414,6 +435,7 @@ int64_t workspace_bytes(int64_t num_rows,
 STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CUDA, m) {
   m.impl("store_kv", TORCH_BOX(&vllm_sparse::cuda::store_kv));
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cuda::seal_blocks));
+  m.impl("store_rows", TORCH_BOX(&vllm_sparse::cuda::store_rows));
   m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cuda::seal_rows));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cuda::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cuda::sparq_select));

@@ -100,22 +100,16 @@ __global__ void __launch_bounds__(2 * kMaxHeadSize) seal_kernel(SealArgs p) {
   }
 }
 
-// The same for the block that a decode row's tokens have just filled, if any. The block before it
-// was sealed in an earlier step, so that its mean can be read at once.
+// Seals block `index` of a context: codes by the first D threads, the mean of V by the others. The
+// block before it was sealed in an earlier launch, so that its mean can be read at once.
 template <class T>
-__global__ void __launch_bounds__(2 * kMaxHeadSize)
-    seal_rows_kernel(SealRowsArgs p, int64_t mean_offset) {
-  const int64_t row = blockIdx.x;
-  const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
-  const int length = p.seq_lens[row];
-  const int computed = length - (p.query_start_loc[row + 1] - p.query_start_loc[row]);
-  const int index = length / kBlockSize - 1;
-  if (index < 0 || index >= p.max_blocks || computed >= (index + 1) * kBlockSize) return;
-  const int32_t* table = p.block_table + row * p.block_table_stride;
+__device__ void seal_in_context(
+    const KvCache& cache, const int32_t* table, int index, int head, int64_t mean_offset) {
+  const int head_size = cache.head_size, d = threadIdx.x % head_size;
   const int32_t id = table[index], prev = index > 0 ? table[index - 1] : -1;
   // Block 0 is vLLM's null block, which pads tables and is never written.
-  if (id <= 0 || id >= p.cache.num_blocks || prev >= p.cache.num_blocks) return;
-  uint8_t* chunk = chunk_of(p.cache, id, head);
+  if (id <= 0 || id >= cache.num_blocks || prev >= cache.num_blocks) return;
+  uint8_t* chunk = chunk_of(cache, id, head);
   if (threadIdx.x < head_size) {
     quantise_channel<T>(chunk, head_size, d);
     return;
@@ -123,10 +117,44 @@ __global__ void __launch_bounds__(2 * kMaxHeadSize)
   float mean = mean_of_channel<T>(chunk, head_size, d);
   if (prev >= 0) {
     const __half* before =
-        reinterpret_cast<const __half*>(chunk_of(p.cache, prev, head) + mean_offset);
+        reinterpret_cast<const __half*>(chunk_of(cache, prev, head) + mean_offset);
     mean = extend_mean(__half2float(before[d]), mean, index);
   }
   reinterpret_cast<__half*>(chunk + mean_offset)[d] = clamped_half(mean);
+}
+
+// One thread block per (row, KV head).
+template <class T>
+__global__ void __launch_bounds__(2 * kMaxHeadSize)
+    seal_rows_kernel(SealRowsArgs p, int64_t mean_offset) {
+  const int64_t row = blockIdx.x;
+  const int length = p.seq_lens[row], index = length / kBlockSize - 1;
+  const int computed = length - (p.query_start_loc[row + 1] - p.query_start_loc[row]);
+  if (index < 0 || index >= p.max_blocks || computed >= (index + 1) * kBlockSize) return;
+  const int32_t* table = p.block_table + row * p.block_table_stride;
+  seal_in_context<T>(p.cache, table, index, blockIdx.y, mean_offset);
+}
+
+// One thread block per (row, KV head) stores the row's new token, and seals the block that ends
+// with it: all other tokens of that block were stored in earlier launches.
+template <class T>
+__global__ void __launch_bounds__(2 * kMaxHeadSize)
+    store_rows_kernel(StoreRowsArgs p, int64_t mean_offset) {
+  const int64_t row = blockIdx.x, slot = p.slot_mapping[row];
+  const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
+  if (slot < 0 || slot >= p.cache.num_blocks * kBlockSize) return;
+  const bool is_key = threadIdx.x < head_size;
+  const uint8_t* from = static_cast<const uint8_t*>(is_key ? p.key : p.value) +
+                        row * (is_key ? p.key_stride : p.value_stride) +
+                        head * (is_key ? p.key_head_stride : p.value_head_stride);
+  T* to = reinterpret_cast<T*>(chunk_of(p.cache, slot / kBlockSize, head)) +
+          slot % kBlockSize * (2 * head_size);
+  to[threadIdx.x] = reinterpret_cast<const T*>(from)[d];
+  const int length = p.seq_lens[row], index = length / kBlockSize - 1;
+  if (length <= 0 || length % kBlockSize != 0 || index >= p.max_blocks) return;
+  __syncthreads();  // the new row is read back below
+  const int32_t* table = p.block_table + row * p.block_table_stride;
+  seal_in_context<T>(p.cache, table, index, head, mean_offset);
 }
 
 // One thread per (KV head, channel) walks the jobs in order: a block's mean needs that of the
@@ -204,21 +232,42 @@ void launch_seal(const Device& device, const SealArgs& p) {
   check(cudaGetLastError());
 }
 
-void launch_seal_rows(const Device& device, const SealRowsArgs& p) {
-  if (p.num_rows == 0) return;
-  const dim3 grid(p.num_rows, p.cache.num_kv_heads);
-  const int threads = 2 * p.cache.head_size;
-  const int64_t offset = p.cache.prefix_mean_offset();
-  switch (p.cache.dtype) {
-    case Dtype::kHalf:
-      seal_rows_kernel<__half><<<grid, threads, 0, device.stream>>>(p, offset);
-      break;
-    case Dtype::kBFloat16:
-      seal_rows_kernel<__nv_bfloat16><<<grid, threads, 0, device.stream>>>(p, offset);
-      break;
-    default: seal_rows_kernel<float><<<grid, threads, 0, device.stream>>>(p, offset);
-  }
+namespace {
+
+template <class Args>
+void launch_rows(const Device& device,
+                 void (*half)(Args, int64_t),
+                 void (*bfloat16)(Args, int64_t),
+                 void (*single)(Args, int64_t),
+                 int64_t num_rows,
+                 const Args& p) {
+  if (num_rows == 0) return;
+  const auto kernel = p.cache.dtype == Dtype::kHalf       ? half
+                      : p.cache.dtype == Dtype::kBFloat16 ? bfloat16
+                                                          : single;
+  kernel<<<dim3(num_rows, p.cache.num_kv_heads), 2 * p.cache.head_size, 0, device.stream>>>(
+      p, p.cache.prefix_mean_offset());
   check(cudaGetLastError());
+}
+
+}  // namespace
+
+void launch_seal_rows(const Device& device, const SealRowsArgs& p) {
+  launch_rows(device,
+              seal_rows_kernel<__half>,
+              seal_rows_kernel<__nv_bfloat16>,
+              seal_rows_kernel<float>,
+              p.num_rows,
+              p);
+}
+
+void launch_store_rows(const Device& device, const StoreRowsArgs& p) {
+  launch_rows(device,
+              store_rows_kernel<__half>,
+              store_rows_kernel<__nv_bfloat16>,
+              store_rows_kernel<float>,
+              p.num_tokens,
+              p);
 }
 
 void launch_gather(const Device& device, const GatherArgs& p) {

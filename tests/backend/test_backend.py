@@ -298,9 +298,9 @@ class Driver:
             ),
         )
         if self.impl.kv_sharing_target_layer_name is None:
-            there = (t.to(self.device) for t in (key, value))
-            slots = slots.to(self.device)
-            self.impl.do_kv_cache_update(LAYER, *there, self.cache, slots)
+            key, value = (t.to(self.device) for t in (key, value))
+            if self.path == "cpu":
+                self.impl.do_kv_cache_update(LAYER, key, value, self.cache, slots)
         else:
             # Another layer has stored and sealed; this one has no K and V at all.
             cache = self.cache.cpu()

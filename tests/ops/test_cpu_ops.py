@@ -86,6 +86,25 @@ def test_seal_rows_equals_the_reference(new):
     assert torch.equal(bytes_of(ctx.kv_cache), bytes_of(want.kv_cache))
 
 
+def test_store_rows_equals_the_reference():
+    lens = [1, 127, 128, 129, 256, 640, 1000]
+    ctx = paged_context(lens, 2, 64, torch.bfloat16, generator())
+    want = paged_context(lens, 2, 64, torch.bfloat16, generator())
+    for c in (ctx, want):
+        for row in range(len(lens)):
+            ops.store_kv(c.keys[row], c.values[row], c.kv_cache, c.slots(row))
+        block, prev, index = c.seal_jobs()
+        before = torch.isin(block, prev)
+        ops.seal_blocks(c.kv_cache, block[before], prev[before], index[before], 64)
+    new = [torch.stack([t[-1] for t in ts]) + 1 for ts in (ctx.keys, ctx.values)]
+    slots = torch.stack([ctx.slots(row)[-1] for row in range(len(lens))])
+    slots[0] = -1
+    rest = (slots, ctx.block_table, ctx.seq_lens)
+    ops.store_rows(*new, ctx.kv_cache, *rest)
+    reference.store_rows(*new, want.kv_cache, *rest)
+    assert torch.equal(bytes_of(ctx.kv_cache), bytes_of(want.kv_cache))
+
+
 def test_store_reads_strided_tokens_and_skips_negative_slots():
     ctx = paged_context([200], 3, 64, torch.bfloat16, generator())
     qkv = torch.randn(200, 15 * 64, generator=generator(1)).bfloat16()

@@ -16,6 +16,7 @@ OPS = [
     "store_kv",
     "seal_blocks",
     "seal_rows",
+    "store_rows",
     "gather_kv",
     "sparq_select",
     "sparq_attend",
@@ -52,6 +53,10 @@ def arguments(op: str, optional: bool = True) -> tuple:
     if op == "seal_rows":
         starts = torch.tensor([0, 50, 51], dtype=torch.int32)
         return *where, starts, SIZE
+    if op == "store_rows":
+        new = (t[-1:].expand(rows, -1, -1) + 1 for t in (ctx.keys[0], ctx.values[0]))
+        slots = torch.tensor([int(ctx.slots(row)[-1]) for row in range(rows)])
+        return *new, ctx.kv_cache, slots, ctx.block_table, ctx.seq_lens
     if op == "gather_kv":
         out = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
         return *where, torch.tensor([0, 300]), *out

@@ -73,6 +73,12 @@ def test_store_reads_strided_tokens_and_skips_slots_out_of_range(kernels):
     op_checks.check_strided_store(device())
 
 
+@inputs
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_rows_that_decode_store_and_seal(kernels, shape, dtype, drafts):
+    op_checks.check_rows(device(), shape, dtype, drafts)
+
+
 def test_blocks_are_sealed_in_order(kernels):
     op_checks.check_seal_order(device())
 

@@ -27,7 +27,8 @@ HEAD_SIZES = (64, 80, 96, 128, 256)
 class SparqBackend(AttentionBackend):
     """``--attention-backend sparq``."""
 
-    forward_includes_kv_cache_update: bool = False
+    # On GPUs a decode step stores and seals in one kernel, which needs the metadata.
+    forward_includes_kv_cache_update: bool = current_platform.is_cuda()
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,

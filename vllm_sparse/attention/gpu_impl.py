@@ -69,7 +69,8 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
 
         Args:
             query: [num_tokens, num_heads, head_size].
-            key, value: already stored; not used.
+            key, value: [num_tokens, num_kv_heads, head_size], stored here; None where
+                the layer reads another layer's cache.
             kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, C].
             attn_metadata: None while vLLM measures its memory.
             output: [num_tokens, num_heads, head_size], written.
@@ -79,7 +80,7 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
             return output.fill_(0)
         meta = attn_metadata
         if self.owns_cache:
-            self._seal(kv_cache, meta)
+            self._store(key, value, kv_cache, meta)
         selector = self.selector_of(layer)
         first = 0
         for rows in meta.decode:
@@ -111,9 +112,35 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
             )
         return output
 
-    def _seal(self, kv_cache: torch.Tensor, meta: GpuMetadata) -> None:
-        if meta.requests is not None:
-            ops.seal_rows(kv_cache, *meta.requests, self.head_size)
+    def _store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: GpuMetadata,
+    ) -> None:
+        """Store the step's tokens, and seal the blocks that they fill."""
+        requests, slots, first = meta.requests, meta.slot_mapping, 0
+        if requests is not None and requests.one_token_each:
+            first = requests.seq_lens.shape[0]
+            ops.store_rows(
+                key,
+                value,
+                kv_cache,
+                slots[:first],
+                requests.block_table,
+                requests.seq_lens,
+            )
+        if first < meta.num_actual_tokens:
+            ops.store_kv(key[first:], value[first:], kv_cache, slots[first:])
+        if requests is not None and not requests.one_token_each:
+            ops.seal_rows(
+                kv_cache,
+                requests.block_table,
+                requests.seq_lens,
+                requests.query_start_loc,
+                self.head_size,
+            )
         if meta.seal is not None:
             seal = meta.seal
             ops.seal_blocks(

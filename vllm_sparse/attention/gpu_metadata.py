@@ -32,18 +32,36 @@ SCRATCH_BYTES = 512 * 2**20
 
 
 @dataclass
+class DecodeRequests:
+    """Decode requests, for storing and sealing.
+
+    Attributes:
+        block_table: [num_requests, max_blocks] int32.
+        seq_lens: [num_requests] int32.
+        query_start_loc: [num_requests + 1] int32.
+        one_token_each: no request verifies drafts.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    one_token_each: bool
+
+
+@dataclass
 class GpuMetadata(AttentionMetadata):
     """Decode tokens come first in the batch, prefill tokens after them.
 
     Attributes:
         decode: rows served one part after another, as they share their buffers.
-        requests: block_table, seq_lens and query_start_loc of the decode requests.
-        seal: blocks that prefill rows fill; decode requests are sealed by themselves.
+        slot_mapping: [num_actual_tokens] int64.
+        seal: blocks that prefill rows fill.
     """
 
     num_actual_tokens: int
+    slot_mapping: torch.Tensor
     decode: list[DecodeRows]
-    requests: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    requests: DecodeRequests | None
     prefill: GpuPrefillRows | None
     seal: SealJobs | None
 
@@ -116,13 +134,15 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         decode, requests = [], None
         if num_decode_tokens:
             decode = self._decode_rows(common, num_decodes, num_decode_tokens, count)
-            requests = (
-                common.block_table_tensor[:num_decodes],
-                common.seq_lens[:num_decodes],
-                common.query_start_loc[: num_decodes + 1],
+            requests = DecodeRequests(
+                block_table=common.block_table_tensor[:num_decodes],
+                seq_lens=common.seq_lens[:num_decodes],
+                query_start_loc=common.query_start_loc[: num_decodes + 1],
+                one_token_each=self._one_token_each(num_decodes, num_decode_tokens),
             )
         return GpuMetadata(
             num_actual_tokens=common.num_actual_tokens,
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             decode=decode,
             requests=requests,
             prefill=_prefill_rows(common, num_decodes, num_decode_tokens)
@@ -135,6 +155,10 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> GpuMetadata:
         return self.build(0, common_attn_metadata, count=False)
+
+    def _one_token_each(self, num_decodes: int, num_decode_tokens: int) -> bool:
+        """Fixed for an engine: graphs of one batch size must not differ in it."""
+        return self.reorder_batch_threshold == 1 and num_decode_tokens == num_decodes
 
     def _decode_rows(
         self,
@@ -149,7 +173,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         dense = _prefilling(common, num_decodes)
         table = common.block_table_tensor[:num_rows]
         seq_lens = common.seq_lens[:num_rows]
-        if num_rows != num_decodes or self.reorder_batch_threshold > 1:
+        if not self._one_token_each(num_decodes, num_rows):
             request, seq_lens = _rows_of_requests(common, num_decodes, num_rows)
             if dense is not None:
                 dense = dense[request]

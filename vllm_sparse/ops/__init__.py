@@ -32,6 +32,7 @@ __all__ = [
     "sparq_attend",
     "sparq_select",
     "store_kv",
+    "store_rows",
     "use",
     "workspace_bytes",
 ]
@@ -91,6 +92,23 @@ def seal_rows(
     _ops(kv_cache).seal_rows(
         kv_cache, block_table, seq_lens, query_start_loc, head_size
     )
+
+
+def store_rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """:func:`store_kv` of one new token per decode request, then :func:`seal_rows`.
+
+    Args:
+        key, value: [>= num_rows, num_kv_heads, head_size].
+        slot_mapping, block_table, seq_lens: one row per request.
+    """
+    _ops(kv_cache).store_rows(key, value, kv_cache, slot_mapping, block_table, seq_lens)
 
 
 def gather_kv(

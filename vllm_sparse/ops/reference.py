@@ -110,6 +110,13 @@ def seal_rows(kv_cache, block_table, seq_lens, query_start_loc, head_size) -> No
         seal_blocks(kv_cache, block, prev, index, head_size)
 
 
+def store_rows(key, value, kv_cache, slot_mapping, block_table, seq_lens) -> None:
+    """One new token per row: store it, and seal the block that it fills."""
+    store_kv(key, value, kv_cache, slot_mapping)
+    starts = torch.arange(len(seq_lens) + 1)
+    seal_rows(kv_cache, block_table, seq_lens, starts, key.shape[-1])
+
+
 def prefix_mean(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
     """Mean of V from the context's start to this block's end: [head_size] fp32."""
     data = _sidecar(chunk, lay.prefix_mean_offset, 2 * lay.head_size)

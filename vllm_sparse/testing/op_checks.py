@@ -178,6 +178,50 @@ def check_strided_store(device: torch.device) -> None:
         assert torch.equal(raw(cache), raw(want))
 
 
+def check_rows(
+    device: torch.device, shape: Shape, dtype: torch.dtype, drafts: int
+) -> None:
+    """What decode requests store and fill: one token each, or several with drafts."""
+    _, num_kv_heads, head_size = shape
+    lens = [1, 127, 128, 129, 256, 384, 130]
+    ctx = paged_context(lens, num_kv_heads, head_size, dtype, generator())
+    for row in range(len(lens)):
+        reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    block, prev, index = ctx.seal_jobs()
+    before = torch.isin(block, prev)  # earlier steps sealed all but the last ones
+    jobs = (block[before], prev[before], index[before])
+    reference.seal_blocks(ctx.kv_cache, *jobs, head_size)
+    # A request that only pads the batch: no tokens, and vLLM's null block.
+    seq_lens = torch.cat([ctx.seq_lens, torch.zeros(1)]).int()
+    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:1])])
+    cache, want = moved_cache(ctx.kv_cache, device), ctx.kv_cache
+    if drafts:
+        new = torch.minimum(seq_lens, torch.tensor(1 + drafts))
+        rest = (table, seq_lens, torch.cat([torch.zeros(1), new.cumsum(0)]).int())
+        ops.seal_rows(cache, *(t.to(device) for t in rest), head_size)
+        reference.seal_rows(want, *rest, head_size)
+    else:
+        key, value = (
+            torch.stack([t[-1] for t in ts] + [ts[0][-1]]) + 1
+            for ts in (ctx.keys, ctx.values)
+        )
+        slots = [int(ctx.slots(row)[-1]) for row in range(len(lens))]
+        rest = (torch.tensor([*slots, -1]), table, seq_lens)
+        there = (t.to(device) for t in (key, value))
+        ops.store_rows(*there, cache, *(t.to(device) for t in rest))
+        reference.store_rows(key, value, want, *rest)
+    end = BlockLayout(head_size, dtype.itemsize).prefix_mean_offset
+    got, expected = raw(cache), raw(want)
+    assert torch.equal(got[..., :end], expected[..., :end])
+    means = [
+        t[..., end : end + 2 * head_size].contiguous().view(torch.float16)
+        for t in (got, expected)
+    ]
+    sealed = means[1].isfinite()
+    assert torch.equal(means[0].isfinite(), sealed)
+    assert_close(*(t[sealed] for t in means))
+
+
 def check_seal_order(device: torch.device) -> None:
     """A shared prefix sealed in the same call is read after it is written, and jobs
     with a negative block id are skipped."""

@@ -10,7 +10,7 @@ graph. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
 from .attend import attend
 from .gather_kv import gather_kv
 from .seal_blocks import seal_blocks
-from .seal_rows import seal_rows
+from .seal_rows import seal_rows, store_rows
 from .sparq import sparq_attend, sparq_select
 from .store_kv import store_kv
 
@@ -22,4 +22,5 @@ __all__ = [
     "sparq_attend",
     "sparq_select",
     "store_kv",
+    "store_rows",
 ]

@@ -9,6 +9,7 @@ import triton.language as tl
 from .checks import check, check_cache, expect
 from .common import BLOCK_SIZE, cache_args, chunk_of, kernel, sidecar_args
 from .seal_chunk import extended_mean, seal_chunk, to_half
+from .store_kv import store_kv
 
 CHANNELS = 64  # of a program
 
@@ -87,3 +88,18 @@ def seal_rows(
         MEAN=lay.prefix_mean_offset // 2,
         CHANNELS=CHANNELS,
     )
+
+
+def store_rows(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """See :func:`vllm_sparse.ops.store_rows`."""
+    store_kv(key, value, kv_cache, slot_mapping)
+    rows = seq_lens.shape[0]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=seq_lens.device)
+    seal_rows(kv_cache, block_table, seq_lens, starts, key.shape[-1])
