@@ -77,7 +77,7 @@ def test_every_op_of_the_library_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if load() and name.startswith("vllm_sparse::")
     }
-    assert names == {*OPS, "cpu_isa"}
+    assert names == {*OPS, "cpu_isa", "workspace_bytes"}
 
 
 def decode_step(key, value, kv_cache, slots, jobs, query, table, lens, budgets):
