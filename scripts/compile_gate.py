@@ -41,18 +41,17 @@ HOT = (
 # (kernel, instance) -> bytes of spill stores and loads that are accepted on any
 # architecture. Shrink these; do not add to them without a measurement.
 ACCEPTED_SPILLS = {
-    ("select_kernel", "Lb0ELi2"): 116,
-    ("select_kernel", "Lb0ELi3"): 232,
-    ("select_kernel", "Lb1ELi2"): 368,
-    ("select_kernel", "Lb1ELi3"): 1028,
-    ("attend_kernel", "fLi32ELi2ELi2"): 8,
-    ("attend_kernel", "fLi32ELi2ELi4"): 488,
-    ("attend_kernel", "6__halfLi8ELi1ELi4"): 16,
-    ("attend_kernel", "6__halfLi16ELi1ELi4"): 16,
-    ("attend_kernel", "6__halfLi32ELi1ELi4"): 16,
-    ("attend_kernel", "13__nv_bfloat16Li8ELi1ELi4"): 16,
-    ("attend_kernel", "13__nv_bfloat16Li16ELi1ELi4"): 16,
-    ("attend_kernel", "13__nv_bfloat16Li32ELi1ELi4"): 16,
+    ("select_kernel", ""): 28,
+    ("score_kernel", "Lb0ELb0"): 132,
+    ("score_kernel", "Lb0ELb1"): 172,
+    ("attend_kernel", "13__nv_bfloat16Li256ELi8ELb0"): 744,
+    ("attend_kernel", "13__nv_bfloat16Li256ELi8ELb1"): 908,
+    ("attend_kernel", "13__nv_bfloat16Li256ELi16ELb0"): 1084,
+    ("attend_kernel", "6__halfLi256ELi8ELb0"): 744,
+    ("attend_kernel", "6__halfLi256ELi8ELb1"): 908,
+    ("attend_kernel", "6__halfLi256ELi16ELb0"): 1076,
+    ("attend_kernel", "Li32ELi2ELi4"): 432,
+    ("attend_kernel", "Li32ELi2ELi2"): 8,
 }
 
 
@@ -112,7 +111,7 @@ def command(nvcc: str, source: Path, arch: str, output: str) -> list[str]:
 def cache_path(nvcc: str, version: str, source: Path, arch: str) -> Path:
     """Where the result is remembered: a hash of everything that decides it."""
     digest = hashlib.sha256()
-    digest.update(repr([version, command(nvcc, source, arch, "")]).encode())
+    digest.update(repr([version, command(nvcc, Path(source.name), arch, "")]).encode())
     headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
     for path in [source, *sorted(headers)]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -182,7 +181,7 @@ def main() -> int:
     version = subprocess.run(
         [nvcc, "--version"], capture_output=True, text=True, check=True
     ).stdout
-    # The longest first: select.cu would otherwise run alone at the end.
+    # The largest first, so that none runs alone at the end.
     sources = sorted(SOURCES.glob("*.cu"), key=lambda p: -p.stat().st_size)
     work = [(source, arch) for source in sources for arch in options.archs]
     results = []
