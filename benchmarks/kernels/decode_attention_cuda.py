@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kernels.peers import PEERS, DenseCache
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.testing.compare import assert_close
 
-FA3_PAGE = 64
+DENSE_PAGE = 64
 
 
 class Layer:
-    """One layer's contexts in our cache and, unless left out, in FlashAttention's."""
+    """One layer's contexts in our cache and, unless left out, in vLLM's dense one."""
 
     workspace: torch.Tensor | None = None  # of all layers, as in an engine
 
@@ -39,12 +40,12 @@ class Layer:
         order = torch.randperm(batch * blocks, device="cuda") + 1
         self.table = order.view(batch, blocks).int()
         self.lens = torch.full((batch,), seq_len, dtype=torch.int32, device="cuda")
-        pages = -(-seq_len // FA3_PAGE)
+        pages = -(-seq_len // DENSE_PAGE)
         if dense:
-            shape = (2, batch * pages, FA3_PAGE, heads, size)
-            self.dense_cache = torch.zeros(shape, dtype=dtype, device="cuda")
+            shape = (2, batch * pages, DENSE_PAGE, heads, size)
+            dense_cache = torch.zeros(shape, dtype=dtype, device="cuda")
             order = torch.randperm(batch * pages, device="cuda")
-            self.dense_table = order.view(batch, pages).int()
+            dense_table = order.view(batch, pages).int()
         position = torch.arange(seq_len, device="cuda")
         strength = torch.rand(heads, size, device="cuda") * 2
         for row in range(batch):
@@ -59,13 +60,22 @@ class Layer:
             index = torch.arange(len(sealed), device="cuda", dtype=torch.int32)
             ops.seal_blocks(self.cache, sealed, before, index, size)
             if dense:
-                page = self.dense_table[row][position // FA3_PAGE].long()
-                self.dense_cache[0][page, position % FA3_PAGE] = key
-                self.dense_cache[1][page, position % FA3_PAGE] = value
+                page = dense_table[row][position // DENSE_PAGE].long()
+                dense_cache[0][page, position % DENSE_PAGE] = key
+                dense_cache[1][page, position % DENSE_PAGE] = value
         shape = (batch, args.num_heads, size)
         self.query = torch.randn(shape, device="cuda", dtype=dtype)
         self.out = torch.empty_like(self.query)
-        self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        if dense:
+            self.dense_cache = DenseCache(
+                query=self.query,
+                out=self.out,
+                key=dense_cache[0],
+                value=dense_cache[1],
+                block_table=dense_table,
+                seq_lens=self.lens,
+                seq_len=seq_len,
+            )
         kept = (batch, heads)
         self.counts = torch.empty(kept, dtype=torch.int32, device="cuda")
         shape = (*kept, args.top_k + BLOCK_SIZE)
@@ -74,7 +84,8 @@ class Layer:
         self.context = (self.query, self.cache, self.table, self.lens)
         self.lists = dict(indices=self.indices, counts=self.counts)
         group = args.num_heads // heads
-        size_of = ops.workspace_bytes(batch, heads, group, blocks, size)
+        device = torch.device("cuda")
+        size_of = ops.workspace_bytes(batch, heads, group, blocks, size, device)
         if Layer.workspace is None or len(Layer.workspace) < size_of:
             Layer.workspace = torch.zeros(size_of, dtype=torch.uint8, device="cuda")
         self.options = dict(
@@ -83,25 +94,6 @@ class Layer:
             sink_tokens=4,
             scale=size**-0.5,
             soft_cap=0.0,
-        )
-
-    def fa3(self) -> None:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        flash_attn_varlen_func(
-            q=self.query,
-            k=self.dense_cache[0],
-            v=self.dense_cache[1],
-            out=self.out,
-            cu_seqlens_q=self.starts,
-            max_seqlen_q=1,
-            seqused_k=self.lens,
-            max_seqlen_k=self.seq_len,
-            softmax_scale=self.options["scale"],
-            causal=True,
-            block_table=self.dense_table,
-            num_splits=self.args.num_splits,
-            fa_version=3,
         )
 
     def sparq(self) -> None:
@@ -159,22 +151,21 @@ def measure(args, batch: int, seq_len: int) -> dict:
     row_bytes = BlockLayout(args.head_size, 2).row_bytes
     layer_bytes = batch * seq_len * args.num_kv_heads * row_bytes
     layers = max(1, min(16, args.rotate_bytes // layer_bytes))
-    stack = [Layer(args, batch, seq_len, args.fa3) for _ in range(layers)]
+    stack = [Layer(args, batch, seq_len, bool(args.peers)) for _ in range(layers)]
     names = ["sparq", "select", "attend"] + (["dense"] if args.dense else [])
-    if args.fa3:
-        names.append("fa3")
-        stack[0].dense()
-        expected = stack[0].out.clone()
-        stack[0].fa3()
-        assert_close(expected, stack[0].out, 1e-2)
-    result = {
-        name: time_graph([getattr(layer, name) for layer in stack], args.repeats)
-        for name in names
-    }
+    calls = {name: [getattr(layer, name) for layer in stack] for name in names}
+    for name in args.peers:
+        calls[name] = [PEERS[name](layer.dense_cache) for layer in stack]
+        if name != "xformers":  # which attends to other contexts
+            stack[0].dense()
+            expected = stack[0].out.clone()
+            calls[name][0]()
+            assert_close(expected, stack[0].out, 1e-2)
+    result = {name: time_graph(calls[name], args.repeats) for name in calls}
     sparse, dense = stack[0].bytes_needed()
     result |= {"bytes_sparse": sparse, "bytes_dense": dense, "layers": layers}
     result["gb_per_s"] = sparse / result["sparq"] / 1e3
-    if args.fa3:
+    if "fa3" in result:
         result["ratio"] = result["fa3"] / result["sparq"]
         result["gb_per_s_fa3"] = dense / result["fa3"] / 1e3
     return result
@@ -193,10 +184,9 @@ def main() -> None:
     parser.add_argument(
         "--tail", type=int, default=64, help="tokens short of the length"
     )
-    parser.add_argument("--num-splits", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--rotate-bytes", type=int, default=2**30)
-    parser.add_argument("--no-fa3", dest="fa3", action="store_false")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["fa3"])
     parser.add_argument("--dense", action="store_true", help="time our dense path, too")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -215,31 +205,17 @@ def main() -> None:
             "commit": os.environ.get("VLLM_SPARSE_COMMIT", "unknown"),
             "conditions": {k: v for k, v in vars(args).items() if k != "output"},
         }
-        if args.fa3:
+        if args.peers:
             import vllm
 
             header["vllm"] = vllm.__version__
         args.output.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    columns = [
-        "batch",
-        "context",
-        "FA3",
-        "ours",
-        "select",
-        "attend",
-        "dense",
-        "ratio",
-        "GB/s",
-    ]
+    columns = ["batch", "context", "sparq", "select", "attend", "dense", *args.peers]
+    columns += ["ratio", "gb_per_s"]
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
     for r in rows:
-        print(
-            f"| {r['batch']} | {r['context']} | {r.get('fa3', 0):.1f} "
-            f"| {r['sparq']:.1f} | {r['select']:.1f} | {r['attend']:.1f} "
-            f"| {r.get('dense', 0):.1f} "
-            f"| {r.get('ratio', 0):.2f} | {r['gb_per_s']:.0f} |"
-        )
+        print("| " + " | ".join(f"{r.get(c, 0):.4g}" for c in columns) + " |")
 
 
 if __name__ == "__main__":
