@@ -3,7 +3,7 @@
 """Platforms that honour ``--attention-backend sparq`` as users mean it.
 
 vLLM's CPU platform logs "Cannot use ... backend on CPU" and takes CPU_ATTN whatever was
-chosen; its CUDA platform refuses a model whose every second layer is a sliding window.
+chosen; its CUDA platform refuses without saying what to change.
 Ours answer for our backends and are vLLM's in everything else.
 """
 
@@ -15,6 +15,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from .compat.vllm import init_logger, require_supported
 from .config import SparseConfig
 from .plugin import is_ours
+
+SLIDING = "sliding-window"
 
 
 class HonourOurBackends:
@@ -34,6 +36,14 @@ class HonourOurBackends:
         require_supported()
         name = selected_backend.name.lower()
         kind = _kind_left_to_vllm(attn_selector_config)
+        if kind == SLIDING and cls.device_type == "cuda":
+            # vLLM hands a block from one kind of layer to another without clearing it
+            # (KVCacheConfig.needs_kv_cache_zeroing), and FlashAttention multiplies
+            # rows that it masks by zero: our codes, read as V, can be NaN.
+            raise ValueError(
+                f"--attention-backend {name} does not serve models with sliding-window "
+                "layers on GPUs yet; leave --attention-backend out"
+            )
         if kind is not None:
             init_logger(__name__).info_once(
                 "%s: %s layers are served densely by vLLM's own backend.", name, kind
@@ -84,5 +94,5 @@ def _kind_left_to_vllm(attn_selector_config) -> str | None:
     if attn_selector_config.attn_type != AttentionType.DECODER:
         return f"{attn_selector_config.attn_type} attention"
     if attn_selector_config.has_sliding_window:
-        return "sliding-window"
+        return SLIDING
     return None

@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 import vllm  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm.v1.attention.backends.registry import (  # noqa: E402
     AttentionBackendEnum,
@@ -28,7 +29,7 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
 from vllm_sparse.compat.vllm import UnsupportedVllmError  # noqa: E402
-from vllm_sparse.platform import SparseCpuPlatform  # noqa: E402
+from vllm_sparse.platform import SparseCpuPlatform, honouring  # noqa: E402
 
 plugin.register()
 SPARQ = AttentionBackendEnum["SPARQ"]
@@ -299,6 +300,46 @@ def test_all_reasons_are_given_at_once():
 def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     answer = SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(**changes))
     assert answer == CPU_ATTN.get_path()
+
+
+class Gpu:
+    """Stands for a GPU platform of vLLM's, of any compute capability."""
+
+    device_type = "cuda"
+    capability = DeviceCapability(9, 0)
+
+    @classmethod
+    def get_device_capability(cls):
+        return cls.capability
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config):
+        return selected_backend
+
+
+def test_gpus_are_served_like_cpus():
+    platform = honouring(Gpu)
+    assert platform.__name__ == "SparseGpu" and honouring(platform) is platform
+    assert platform.get_attn_backend_cls(SPARQ, layer()) == SPARQ_PATH
+    assert platform.get_attn_backend_cls(None, layer()) is None
+    encoder = layer(attn_type=AttentionType.ENCODER)
+    assert platform.get_attn_backend_cls(SPARQ, encoder) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "reason"),
+    [
+        ({"dtype": torch.float32}, (9, 0), "--dtype bfloat16"),
+        ({}, (7, 5), "compute capability 7.5 is below 8.0"),
+        ({"has_sliding_window": True}, (9, 0), "sliding-window layers on GPUs"),
+        ({"kv_cache_dtype": "fp8"}, (9, 0), "--kv-cache-dtype must be auto"),
+    ],
+    ids=["float32", "old", "sliding", "fp8"],
+)
+def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypatch):
+    monkeypatch.setattr(Gpu, "capability", DeviceCapability(*capability))
+    with pytest.raises(ValueError, match=reason):
+        honouring(Gpu).get_attn_backend_cls(SPARQ, layer(**changes))
 
 
 @pytest.mark.parametrize(
