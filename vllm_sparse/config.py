@@ -13,6 +13,11 @@ SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
+# "auto" of dense_below, by device type: where choosing tokens has cost more time than
+# it saved (README, docs/performance.md).
+DENSE_BELOW = {"cpu": 512, "cuda": 4096}
+
+
 class SparseConfigError(ValueError):
     """An option of the ``sparse`` namespace is unknown or impossible."""
 
@@ -47,8 +52,9 @@ class SparseConfig:
     sink_tokens: int = 4
     # The first layers of the model, kept dense.
     dense_layers: int = 0
-    # Contexts shorter than this many tokens are attended densely.
-    dense_below: int = 512
+    # Contexts shorter than this many tokens are attended densely. "auto": what was
+    # measured for the device.
+    dense_below: int | str = "auto"
     # SparQ's (1 - alpha) * mean(V) term. "auto": on for MHA, off for GQA and MQA.
     mean_value: bool | str = "auto"
     # Kernels that serve the ops. "auto": what fits the device (ops/dispatch.py).
@@ -101,8 +107,10 @@ class SparseConfig:
                     f"--additional-config.{NAMESPACE}.top_k {max(256, 2 * forced)}"
                 )
 
-    def resolve(self, head_size: int, num_queries_per_kv: int) -> "SparseConfig":
-        """Fill in what depends on the layer's shape: ``rank`` and ``mean_value``.
+    def resolve(
+        self, head_size: int, num_queries_per_kv: int, device_type: str = "cpu"
+    ) -> "SparseConfig":
+        """Fill in what depends on the layer's shape and on the device.
 
         Raises:
             SparseConfigError: when ``rank`` exceeds ``head_size``.
@@ -117,7 +125,10 @@ class SparseConfig:
         mean_value = self.mean_value
         if mean_value == "auto":
             mean_value = num_queries_per_kv == 1
-        return replace(self, rank=rank, mean_value=mean_value)
+        dense_below = self.dense_below
+        if dense_below == "auto":
+            dense_below = DENSE_BELOW[device_type]
+        return replace(self, rank=rank, mean_value=mean_value, dense_below=dense_below)
 
     def budget(self, seq_len: int) -> int:
         """``top_k`` as a count for a context of ``seq_len`` tokens."""
@@ -155,7 +166,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "local_window": (lambda v: _is_int(v, 1), "an integer of at least 1", "32"),
     "sink_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "4"),
     "dense_layers": (lambda v: _is_int(v, 0), "an integer of at least 0", "2"),
-    "dense_below": (lambda v: _is_int(v, 0), "an integer of at least 0", "512"),
+    "dense_below": (
+        lambda v: _is_int(v, 0) or v == "auto",
+        'an integer of at least 0 or "auto"',
+        "512",
+    ),
     "mean_value": (
         lambda v: isinstance(v, bool) or v == "auto",
         'true, false or "auto"',

@@ -10,6 +10,7 @@ import pytest
 
 from vllm_sparse.config import (
     _RULES,
+    DENSE_BELOW,
     SELECTOR_NAMES,
     SparseConfig,
     SparseConfigError,
@@ -25,7 +26,7 @@ ACCEPTED = {
     "local_window": [1, 32, 128],
     "sink_tokens": [0, 4, 100],
     "dense_layers": [0, 2, 1000],
-    "dense_below": [0, 1, 10**9],
+    "dense_below": [0, 1, 10**9, "auto"],
     "mean_value": [True, False, "auto"],
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
@@ -47,7 +48,7 @@ ALLOWED = {
     "local_window": "an integer of at least 1",
     "sink_tokens": "an integer of at least 0",
     "dense_layers": "an integer of at least 0",
-    "dense_below": "an integer of at least 0",
+    "dense_below": 'an integer of at least 0 or "auto"',
     "mean_value": 'true, false or "auto"',
     "kernels": "one of auto, cuda, triton, cpu",
 }
@@ -248,7 +249,7 @@ def test_resolve_mean_value(option, num_queries_per_kv, on):
 def test_resolve_changes_nothing_else_and_can_be_repeated():
     config = parse(top_k=99, local_window=5, sink_tokens=1, dense_layers=2)
     once = config.resolve(64, 1)
-    assert once == replace(config, rank=24, mean_value=True)
+    assert once == replace(config, rank=24, mean_value=True, dense_below=512)
     assert once.resolve(64, 1) == once
     assert config.rank is None
 
@@ -259,3 +260,9 @@ def test_selector_names_match_the_selectors():
     assert {*SELECTORS, "dense"} == set(SELECTOR_NAMES)
     for name, cls in SELECTORS.items():
         assert cls.name == name
+
+
+def test_contexts_are_dense_below_what_was_measured_for_the_device():
+    for device, below in DENSE_BELOW.items():
+        assert parse().resolve(64, 1, device).dense_below == below
+        assert parse(dense_below=7).resolve(64, 1, device).dense_below == 7

@@ -41,7 +41,11 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
 
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation."""
-        self.config = config
+        self.config = config.resolve(
+            self.kv_cache_spec.head_size,
+            self.num_heads // self.num_kv_heads,
+            self.device.type,
+        )
 
     def budget(self, seq_len: int) -> int:
         """Tokens to keep of a context of ``seq_len``; -1: the row is dense."""

@@ -78,8 +78,8 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
 
     def configure(self, config: SparseConfig) -> None:
         spec = self.kv_cache_spec
-        config = config.resolve(spec.head_size, self.num_heads // self.num_kv_heads)
         super().configure(config)
+        config = self.config
         scheduler = self.vllm_config.scheduler_config
         compilation = self.vllm_config.compilation_config
         self.max_rows = max(

@@ -81,7 +81,11 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         Raises:
             SparseConfigError: when they do not fit the layer's shape.
         """
-        self.config = config.resolve(self.head_size, self.shape.num_queries_per_kv)
+        self.config = config.resolve(
+            self.head_size,
+            self.shape.num_queries_per_kv,
+            current_platform.device_type,
+        )
         self.selector: Selector | None = None
         if self.config.selector != "dense":
             self.selector = SELECTORS[self.config.selector](self.config, self.shape)
