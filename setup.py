@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Builds the C++ and CUDA ops against torch's stable ABI; see also pyproject.toml.
 
-``VLLM_SPARSE_CUDA`` = off (default while no backend uses them), on, or auto (build the
-CUDA ops where nvcc is found);
-``VLLM_SPARSE_CUDA_ARCHS`` = compute capabilities, for example "90a" or "80;89;90a;100".
+``VLLM_SPARSE_CUDA`` = auto (default: build the CUDA ops where torch is a CUDA build and
+nvcc is found), on or off;
+``VLLM_SPARSE_CUDA_ARCHS`` = compute capabilities, for example "80;89;90a;100"; default:
+those on which the CUDA ops are used without being asked for (ops/dispatch.py).
 """
 
 import os
@@ -13,6 +14,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import (
     BuildExtension,
@@ -23,7 +25,7 @@ from torch.utils.cpp_extension import (
 
 # Build front ends do not put the project's folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-from scripts.nvcc import CUDA_ARCHS, NVCC_FLAGS, find_nvcc, gencode  # noqa: E402
+from scripts.nvcc import NVCC_FLAGS, TUNED_ARCHS, find_nvcc, gencode  # noqa: E402
 
 # Lowest torch whose stable ABI is used; one build serves all later ones.
 TORCH_TARGET = "0x020b000000000000"
@@ -36,14 +38,16 @@ CUDA_NAME = "vllm_sparse._C_cuda"
 
 def wants_cuda() -> bool:
     """Whether to build the CUDA ops; never depends on a GPU being there."""
-    switch = os.environ.get("VLLM_SPARSE_CUDA", "off")
+    switch = os.environ.get("VLLM_SPARSE_CUDA", "auto")
     if switch not in ("auto", "on", "off"):
         raise SystemExit(f"VLLM_SPARSE_CUDA must be auto, on or off, not {switch!r}")
     if switch == "on" and find_nvcc() is None:
         raise SystemExit(
             "VLLM_SPARSE_CUDA=on, but there is no nvcc: set CUDA_HOME or put it on PATH"
         )
-    return switch != "off" and find_nvcc() is not None
+    return switch == "on" or (
+        switch == "auto" and torch.version.cuda is not None and find_nvcc() is not None
+    )
 
 
 class Build(BuildExtension):
@@ -56,12 +60,12 @@ class Build(BuildExtension):
             super().build_extension(ext)
 
     def build_cuda(self, ext) -> None:
-        asked = os.environ.get("VLLM_SPARSE_CUDA_ARCHS")
+        archs = os.environ.get("VLLM_SPARSE_CUDA_ARCHS", TUNED_ARCHS).split(";")
         flags = [
             *NVCC_FLAGS,
             "--threads=0",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-            *map(gencode, asked.split(";") if asked else CUDA_ARCHS),
+            *map(gencode, archs),
             *(f"-I{path}" for path in include_paths()),
         ]
         folder = Path(self.build_temp) / "cuda"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+#
+# Everything that needs a GPU: op, layer and engine tests, then the memory and race checkers.
+# Wants vLLM for CUDA, pytest and this project (with its CUDA ops) in the environment.
+#   scripts/test_gpu.sh            all of it
+#   scripts/test_gpu.sh ops|backend|engine|sanitize ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ $# -eq 0 ]; then set -- ops backend engine sanitize; fi
+run() { python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short "$@"; }
+
+for part in "$@"; do
+  echo "== $part"
+  case "$part" in
+    ops) run tests/ops ;;
+    backend) run tests/backend ;;
+    engine) run tests/e2e/test_gpu_engine.py ;;
+    sanitize)
+      # Small inputs: the tools slow a kernel down by up to a hundred times.
+      for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          python3 -m pytest -m gpu -q -p no:cacheprovider --tb=line \
+          tests/ops/test_triton_ops.py -k "cuda and (rows or order or strided or select or attend)"
+      done ;;
+    *) echo "unknown part: $part" >&2; exit 2 ;;
+  esac
+done
