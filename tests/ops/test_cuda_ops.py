@@ -39,6 +39,14 @@ def workspace():
     return torch.zeros(2**28, dtype=torch.uint8, device="cuda")
 
 
+@pytest.fixture(autouse=True)
+def cuda_kernels():
+    """Not what a GPU would get by itself."""
+    ops.use("cuda", torch.device("cuda", torch.cuda.current_device()))
+    yield
+    ops.use("auto")
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -375,7 +383,9 @@ def test_workspace_bytes_are_enough_and_checked(workspace):
     args = [t.cuda() for t in args]
     options = dict(rank=16, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
     lists = {name: to_gpu(t) for name, t in buffers(ctx, 8, 320).items()}
-    size = ops.workspace_bytes(2, 2, 4, ctx.block_table.shape[1], 64)
+    shape = (2, 4, ctx.block_table.shape[1], 64, args[0].device)
+    size = ops.workspace_bytes(2, *shape)
+    assert ops.workspace_bytes(1, *shape) <= size
     out = torch.empty_like(args[0])
     exact = torch.zeros(size, dtype=torch.uint8, device="cuda")
     ops.sparq_attend(*args, **options, **lists, out=out, workspace=exact)

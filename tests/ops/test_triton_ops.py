@@ -44,8 +44,8 @@ if INTERPRETED:
     CONTEXTS = [(1, 64), (128, 64), (300, -1), (700, 150)]
     LONG = (4500, 150)
 
-# Scores nearer to each other may change places: logits are kept in fp16, or in fp32.
-TOLERANCE = {"cuda": 0.02, "triton": 1e-4}
+# Scores nearer to each other may change places: the CUDA ops keep them in 8 bits.
+TOLERANCE = {"cuda": 0.09, "triton": 1e-4}
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ON_GPU)

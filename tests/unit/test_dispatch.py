@@ -27,10 +27,6 @@ def fresh(monkeypatch):
         function.cache_clear()
 
 
-def on_cpu(make):
-    return lambda *args, device, **options: make(*args, **options)
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """A made-up GPU, CUDA library and Triton; returns the probe's launches."""
@@ -38,7 +34,7 @@ def machine(monkeypatch):
     def build(capability=HOPPER, library=True, triton=True, image=True):
         launches = []
 
-        def store_kv(*_):
+        def try_ops(*_):
             launches.append(capability)
             if not image:
                 raise RuntimeError("no kernel image is available")
@@ -46,11 +42,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(dispatch, "has_cuda_library", lambda: library)
         monkeypatch.setattr(dispatch, "find_spec", lambda _: triton or None)
-        monkeypatch.setattr(
-            dispatch, "load", lambda: SimpleNamespace(store_kv=store_kv)
-        )
-        for name in ("zeros", "full"):
-            monkeypatch.setattr(torch, name, on_cpu(getattr(torch, name)))
+        monkeypatch.setattr(dispatch, "load", lambda: None)
+        monkeypatch.setattr(dispatch, "try_ops", try_ops)
         return launches
 
     return build
@@ -123,6 +116,13 @@ def test_a_choice_that_cannot_be_honoured_names_the_fix(
     use(kernels)  # found out when a tensor comes
     with pytest.raises(KernelsError, match=message):
         ops_for(SimpleNamespace(device=device))
+
+
+def test_the_probe_is_a_call_that_the_ops_take():
+    from vllm_sparse import ops
+
+    out = dispatch.try_ops(ops.load(), CPU)
+    assert out.shape == (1, 4, 64) and not out.any()
 
 
 def test_an_unknown_choice_lists_the_known_ones():

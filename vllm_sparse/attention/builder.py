@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ..config import SparseConfig
+from ..config import SparseConfig, SparseConfigError
 from ..selectors.base import tokens_kept
 
 M = TypeVar("M", bound=AttentionMetadata)
@@ -41,18 +41,37 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
 
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation."""
-        self.config = config.resolve(
+        self.config = self.resolved(config)
+
+    def check(self, config: SparseConfig) -> None:
+        """Raise if the running engine cannot take these options; change nothing.
+
+        Raises:
+            SparseConfigError: naming what is fixed.
+        """
+        if self.resolved(config).kernels != self.config.kernels:
+            raise SparseConfigError(
+                f"sparse.kernels = {config.kernels!r} cannot replace "
+                f"{self.config.kernels!r} in a running engine: start another"
+            )
+
+    def resolved(self, config: SparseConfig) -> SparseConfig:
+        return config.resolve(
             self.kv_cache_spec.head_size,
             self.num_heads // self.num_kv_heads,
             self.device.type,
         )
 
-    def budget(self, seq_len: int) -> int:
-        """Tokens to keep of a context of ``seq_len``; -1: the row is dense."""
-        config = self.config
-        if config.selector == "dense" or seq_len < config.dense_below:
-            return -1
-        kept = tokens_kept(
-            seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
-        )
-        return -1 if kept >= seq_len else kept
+
+def budget_for(seq_len: int, config: SparseConfig) -> int:
+    """Tokens to keep of a context of ``seq_len``; -1: the row is dense.
+
+    Args:
+        config: resolved.
+    """
+    if config.selector == "dense" or seq_len < config.dense_below:
+        return -1
+    kept = tokens_kept(
+        seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
+    )
+    return -1 if kept >= seq_len else kept

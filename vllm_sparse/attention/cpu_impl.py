@@ -18,6 +18,16 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
     def describe(self, kernels: str) -> str:
         return f"{kernels} kernels ({ops.cpu_isa()})"
 
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        ops.store_kv(key, value, kv_cache, slot_mapping)
+
     def forward(
         self,
         layer: torch.nn.Module,

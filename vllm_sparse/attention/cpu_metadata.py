@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
-from .builder import SparseMetadataBuilder
+from .builder import SparseMetadataBuilder, budget_for
 from .cpu_prefill import PrefillRows, plan_prefill
 from .seal import SealJobs, seal_jobs
 from .stats import recorder
@@ -75,7 +75,9 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
                 row_lens.append(seq_len)
                 # A prompt's last token is prefill even when it comes alone, or a
                 # prefix-cache hit would change the first answer token.
-                budgets.append(-1 if prefilling[req] else self.budget(seq_len))
+                budgets.append(
+                    -1 if prefilling[req] else budget_for(seq_len, self.config)
+                )
         if not rows:
             return None
         recorder.totals.decode_tokens += len(rows)

@@ -44,14 +44,14 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
             )
         return f"{kernels} kernels, prefill: FlashAttention {self.flash_attention}"
 
-    def configure(self, config: SparseConfig) -> None:
+    def check(self, config: SparseConfig) -> SparseConfig:
         if config.selector not in SELECTORS_ON_GPU:
             raise SparseConfigError(
                 f"sparse.selector = {config.selector!r} has no GPU kernels; it must be "
                 f"one of {', '.join(SELECTORS_ON_GPU)} there. Example: "
                 "--additional-config.sparse.selector sparq"
             )
-        super().configure(config)
+        return super().check(config)
 
     def forward(
         self,

@@ -7,7 +7,7 @@ FULL CUDA graph replays with the shapes of its capture. So budgets come from a t
 over context lengths, and everything that a graph reads stays at one address.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -20,9 +20,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .. import ops
 from ..cache.layout import BlockLayout
-from ..config import SparseConfig
+from ..config import SparseConfig, SparseConfigError
 from ..selectors import DecodeRows
-from .builder import SparseMetadataBuilder
+from .builder import SparseMetadataBuilder, budget_for
 from .gpu_prefill import GpuPrefillRows
 from .seal import SealJobs, seal_jobs
 from .stats import DeviceCounter, recorder
@@ -76,30 +76,48 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         self.counter: DeviceCounter | None = None
         super().__init__(*args, **kwargs)
 
-    def configure(self, config: SparseConfig) -> None:
-        spec = self.kv_cache_spec
-        super().configure(config)
-        config = self.config
-        scheduler = self.vllm_config.scheduler_config
+    def check(self, config: SparseConfig) -> None:
+        super().check(config)
         compilation = self.vllm_config.compilation_config
-        self.max_rows = max(
-            scheduler.max_num_seqs * self.reorder_batch_threshold,
-            compilation.max_cudagraph_capture_size or 0,
-        )
+        if (
+            self._buffers is None
+            or not compilation.cudagraph_mode.has_full_cudagraphs()
+        ):
+            return
+        new, old = self.resolved(config), self.config
+        if replace(new, top_k=old.top_k, dense_below=old.dense_below) != old:
+            raise SparseConfigError(
+                "CUDA graphs hold all sparse options but top_k and dense_below: start "
+                f"another engine, or this one with enforce_eager. Now: {old}"
+            )
+        kept = max(self._budgets(new))
+        if kept > self._buffers.max_kept:
+            raise SparseConfigError(
+                f"the new options keep up to {kept} tokens, but CUDA graphs were "
+                f"captured for {self._buffers.max_kept}: start the engine with the "
+                "larger top_k, or with enforce_eager"
+            )
+
+    def _budgets(self, config: SparseConfig) -> list[int]:
+        """Tokens to keep, by context length."""
         max_len = self.vllm_config.model_config.max_model_len
         # Length 0 is a padding row; drafts may stand past the last position.
         last = max_len + self.reorder_batch_threshold
-        budgets = [-1, *map(self.budget, range(1, last + 1))]
+        return [-1, *(budget_for(length, config) for length in range(1, last + 1))]
+
+    def configure(self, config: SparseConfig) -> None:
+        super().configure(config)
+        config, spec = self.config, self.kv_cache_spec
+        self.max_rows = max(
+            self.vllm_config.scheduler_config.max_num_seqs
+            * self.reorder_batch_threshold,
+            self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        budgets = self._budgets(config)
         self.max_kept = max(1, *budgets)
         self.budget_table = torch.tensor(budgets, dtype=torch.int32, device=self.device)
         if self._buffers is not None and self.max_kept > self._buffers.max_kept:
-            if compilation.cudagraph_mode.has_full_cudagraphs():
-                raise ValueError(
-                    f"the new options keep up to {self.max_kept} tokens, but CUDA "
-                    f"graphs were captured for {self._buffers.max_kept}: start the "
-                    "engine with the larger top_k, or with enforce_eager"
-                )
-            self._buffers = None
+            self._buffers = None  # no graph holds them: see check
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
         sparse = len(self.layer_names)
         if config.selector == "dense":
@@ -242,9 +260,9 @@ class _Buffers:
         self.kept_mass = empty(rows, builder.num_heads, dtype=torch.float32)
         self.workspace = empty(scratch(rows), dtype=torch.uint8)
         self.budgets = empty(builder.max_rows)
-        if builder.reorder_batch_threshold > 1:
-            self.seq_lens = empty(builder.max_rows)
-            self.block_table = empty(builder.max_rows, max_blocks)
+        # Of rows that are not one per request.
+        self.seq_lens = empty(builder.max_rows)
+        self.block_table = empty(builder.max_rows, max_blocks)
 
 
 def _prefilling(

@@ -65,8 +65,10 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         self.configure(
             SparseConfig.from_additional_config(vllm_config.additional_config)
         )
-        device = current_platform.device_type
-        kernels = ops.use(self.config.kernels, torch.device(device))
+        device = torch.device(current_platform.device_type)
+        if device.type == "cuda":  # tensors name their device by number
+            device = torch.device("cuda", torch.cuda.current_device())
+        kernels = ops.use(self.config.kernels, device)
         logger.info_once(
             "Sparse attention: %s, %s", self.config, self.describe(kernels)
         )
@@ -79,27 +81,25 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         """Take other options: at construction, or between requests in evaluation.
 
         Raises:
-            SparseConfigError: when they do not fit the layer's shape.
+            SparseConfigError: when they do not fit the layer; nothing is changed then.
         """
-        self.config = config.resolve(
-            self.head_size,
-            self.shape.num_queries_per_kv,
-            current_platform.device_type,
-        )
+        self.config = self.check(config)
         self.selector: Selector | None = None
         if self.config.selector != "dense":
             self.selector = SELECTORS[self.config.selector](self.config, self.shape)
         self._dense_layer: bool | None = None
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        ops.store_kv(key, value, kv_cache, slot_mapping)
+    def check(self, config: SparseConfig) -> SparseConfig:
+        """``config`` resolved for the layer.
+
+        Raises:
+            SparseConfigError: when it does not fit the layer's shape or device.
+        """
+        return config.resolve(
+            self.head_size,
+            self.shape.num_queries_per_kv,
+            current_platform.device_type,
+        )
 
     def selector_of(self, layer: torch.nn.Module) -> Selector | None:
         """The layer's selector; None where the layer is dense."""

@@ -4,6 +4,7 @@
 
 import time
 from dataclasses import asdict, dataclass, field
+from weakref import WeakSet
 
 import torch
 
@@ -23,7 +24,7 @@ class SparseStats:
     that our backend serves.
     """
 
-    decode_tokens: int = 0  # query positions, counted once per step
+    decode_tokens: int = 0  # query positions, once per step and group of layers
     decode_rows: int = 0  # the same, counted in every layer
     sparse_rows: int = 0  # of these, the ones that read less than everything
     kv_bytes_read: int = 0
@@ -107,7 +108,8 @@ class StatsRecorder:
     tokens_read: torch.Tensor = field(
         default_factory=lambda: torch.zeros(1, dtype=torch.int64)
     )
-    counters: list[DeviceCounter] = field(default_factory=list)
+    # Of builders that are alive: vLLM makes some to measure its memory and drops them.
+    counters: WeakSet[DeviceCounter] = field(default_factory=WeakSet)
     _last_log: float = field(default_factory=time.monotonic)
     _logged_tokens: int = 0
 
@@ -137,8 +139,8 @@ class StatsRecorder:
         """Count with ``new`` from here on; what ``old`` counted is kept."""
         if old is not None:
             self._collect(old)
-            self.counters.remove(old)
-        self.counters.append(new)
+            self.counters.discard(old)
+        self.counters.add(new)
 
     def _collect(self, counter: DeviceCounter) -> None:
         for name, count in asdict(counter.totals()).items():
@@ -157,7 +159,7 @@ class StatsRecorder:
         self._logged_tokens = 0
 
     def log_now_and_then(self) -> None:
-        """One line every LOG_INTERVAL_SECONDS of decoding."""
+        """One line every LOG_INTERVAL_SECONDS of decoding; that one waits for GPUs."""
         now = time.monotonic()
         if now - self._last_log < LOG_INTERVAL_SECONDS:
             return
@@ -194,18 +196,23 @@ class WorkerExtension:
 
         Args:
             options: as under ``additional_config["sparse"]``.
+
+        Raises:
+            SparseConfigError: when they cannot be taken; nothing is changed then.
         """
         from ..config import NAMESPACE, SparseConfig
         from .builder import SparseMetadataBuilder
         from .impl import SparseAttentionImpl
 
         config = SparseConfig.from_additional_config({NAMESPACE: options})
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for layer in layers.values():
-            if isinstance(getattr(layer, "impl", None), SparseAttentionImpl):
-                layer.impl.configure(config)
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        parts = [getattr(layer, "impl", None) for layer in layers]
         for groups in self.model_runner.attn_groups:
             for group in groups:
-                for builder in group.metadata_builders:
-                    if isinstance(builder, SparseMetadataBuilder):
-                        builder.configure(config)
+                parts += group.metadata_builders
+        ours = (SparseAttentionImpl, SparseMetadataBuilder)
+        parts = [part for part in parts if isinstance(part, ours)]
+        for part in parts:
+            part.check(config)
+        for part in parts:
+            part.configure(config)

@@ -124,16 +124,9 @@ def _require_cuda_library(device: torch.device) -> None:
 
 
 def _probe(device: torch.device) -> None:
-    """Launch a kernel that stores nothing: does the library hold code for the GPU?"""
-    size = BlockLayout(16, 2).content_bytes // 2
-    make = dict(dtype=torch.float16, device=device)
-    row, kv_cache = (
-        torch.zeros(1, 1, 16, **make),
-        torch.zeros(1, 1, BLOCK_SIZE, size, **make),
-    )
-    slot_mapping = torch.full((1,), -1, dtype=torch.int64, device=device)
+    """Run the ops on two blocks of zeros: does the library serve the GPU?"""
     try:
-        load().store_kv(row, row, kv_cache, slot_mapping)
+        try_ops(load(), device)
     except RuntimeError as error:
         major, minor = torch.cuda.get_device_capability(device)
         raise KernelsError(
@@ -141,6 +134,23 @@ def _probe(device: torch.device) -> None:
             f"({error}); build it with VLLM_SPARSE_CUDA_ARCHS={major}{minor}, or set "
             "sparse.kernels to 'triton'"
         ) from error
+
+
+def try_ops(kernels, device: torch.device) -> torch.Tensor:
+    """One decode row over a context of 300 zeros, 200 of them kept: [1, 4, 64]."""
+    content = BlockLayout(64, 2).content_bytes // 2
+    make = dict(dtype=torch.float16, device=device)
+    kv_cache = torch.zeros(4, 1, BLOCK_SIZE, content, **make)
+    query, out = torch.zeros(1, 4, 64, **make), torch.empty(1, 4, 64, **make)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    context = (kv_cache, ints(1, 2, 3)[None], ints(300))
+    lists = (torch.zeros(1, 1, 200, dtype=torch.int32, device=device), ints(0)[None])
+    options = (24, 32, 4, 0.125, 0.0)
+    kernels.sparq_attend(query, *context, ints(200), *options, *lists, None, out, None)
+    return out
 
 
 def _require_triton(device: torch.device) -> None:

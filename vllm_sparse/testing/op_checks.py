@@ -130,7 +130,9 @@ def assert_same_lists(
         if "kept_mass" in got:
             mass = probs[:, kept].sum(-1).clamp(max=1.0)
             heads = slice(head * group, (head + 1) * group)
-            assert_close(got["kept_mass"][row, heads], mass, 1e-3)
+            # As coarse as the scores it is summed from.
+            close = 1e-2 if tolerance > 1e-2 else 1e-3
+            assert_close(got["kept_mass"][row, heads], mass, close)
 
 
 def check_store_and_seal(
