@@ -59,6 +59,7 @@ def gate(monkeypatch):
 
 def test_verdicts(gate, capsys):
     clean = [Kernel(name, "", 64, 0) for name in compile_gate.HOT]
+    clean += [Kernel(*key, 64, 0) for key in compile_gate.ACCEPTED_SPILLS]
     assert gate(Result("a.cu", "90a", 1.0, "", clean)) == 0
     assert gate(Result("a.cu", "90a", 1.0, "error: expected a ;", [])) == 1
     assert "expected a ;" in capsys.readouterr().out
@@ -66,7 +67,9 @@ def test_verdicts(gate, capsys):
     assert gate(Result("a.cu", "90a", 1.0, "", [*clean, spilling])) == 1
     assert "store_kernel" in capsys.readouterr().out
     assert gate(Result("a.cu", "90a", 1.0, "", clean[1:])) == 1
-    assert f"no source has: {compile_gate.HOT[0]}" in capsys.readouterr().out
+    assert f"no source has it: {compile_gate.HOT[0]}" in capsys.readouterr().out
+    assert gate(Result("a.cu", "90a", 1.0, "", clean[:-1])) == 1
+    assert "no source has it: attend_kernel" in capsys.readouterr().out
 
 
 def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
