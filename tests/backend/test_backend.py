@@ -9,6 +9,9 @@ the history was split into prompts, chunks, decodes and drafts.
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -122,6 +125,7 @@ def model_folder(tmp_path_factory):
     params=[
         "cpu",
         "gpu-on-cpu",  # the GPU's layer and builder over the CPU's kernels
+        pytest.param("triton-on-cpu", marks=pytest.mark.interpreted),
         pytest.param("gpu", marks=pytest.mark.gpu),
     ]
 )
@@ -129,7 +133,9 @@ def drive(model_folder, request, monkeypatch):
     path = request.param
     if path == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if path == "gpu-on-cpu":
+    if path == "triton-on-cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    if path in ("gpu-on-cpu", "triton-on-cpu"):
         from vllm_sparse.attention import gpu_impl
 
         monkeypatch.setattr(gpu_impl, "flash_attention_version", lambda shape: 0)
@@ -138,6 +144,8 @@ def drive(model_folder, request, monkeypatch):
     def make(shape: Shape, options: dict, num_requests: int, **layer_arguments):
         if path == "gpu" and shape.dtype == FP32:
             shape = replace(shape, dtype=BF16)
+        if path == "triton-on-cpu":
+            options = options | {"kernels": "triton"}
         model = ModelConfig(
             model=model_folder(shape), skip_tokenizer_init=True, dtype=shape.dtype
         )
@@ -819,3 +827,14 @@ def test_warm_up_without_metadata_and_unsupported_output_scales(drive):
 def test_rank_beyond_the_head_size_stops_the_layer(drive):
     with pytest.raises(SparseConfigError, match=r"sparse\.rank = 65 exceeds"):
         drive(GQA, {"rank": 65}, 1)
+
+
+def test_gpu_layer_over_interpreted_triton_kernels():
+    """Some of the above in a process of its own: Triton decides when it is imported."""
+    chosen = "triton-on-cpu and sparse and (gqa-bf16-mixed or rejected)"
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-x", __file__]
+    command += ["-m", "interpreted", "-k", chosen]
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
