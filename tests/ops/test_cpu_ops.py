@@ -8,6 +8,7 @@ import torch
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.ops import reference
+from vllm_sparse.testing import op_checks
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import PagedContext, paged_context
 
@@ -64,45 +65,10 @@ def test_store_and_seal_equal_the_reference_bit_for_bit(shape, dtype):
     assert_close(mean, want_mean)
 
 
-@pytest.mark.parametrize("new", [1, 3, 127], ids=lambda n: f"{n}-new-tokens")
-def test_seal_rows_equals_the_reference(new):
-    lens = [1, 127, 128, 129, 130, 256, 258, 640, 1000]
-    ctx = paged_context(lens, 2, 64, torch.bfloat16, generator())
-    want = paged_context(lens, 2, 64, torch.bfloat16, generator())
-    for c in (ctx, want):
-        for row in range(len(lens)):
-            ops.store_kv(c.keys[row], c.values[row], c.kv_cache, c.slots(row))
-        block, prev, index = c.seal_jobs()
-        # What earlier steps sealed: the blocks before the last full one.
-        before = torch.isin(block, prev)
-        ops.seal_blocks(c.kv_cache, block[before], prev[before], index[before], 64)
-    # A padded request at the end: no tokens, and vLLM's null block.
-    lens = torch.cat([ctx.seq_lens, torch.zeros(1)]).int()
-    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:1])])
-    new = torch.minimum(lens, torch.tensor(new)).int()
-    starts = torch.cat([torch.zeros(1), new.cumsum(0)]).int()
-    ops.seal_rows(ctx.kv_cache, table, lens, starts, 64)
-    reference.seal_rows(want.kv_cache, table, lens, starts, 64)
-    assert torch.equal(bytes_of(ctx.kv_cache), bytes_of(want.kv_cache))
-
-
-def test_store_rows_equals_the_reference():
-    lens = [1, 127, 128, 129, 256, 640, 1000]
-    ctx = paged_context(lens, 2, 64, torch.bfloat16, generator())
-    want = paged_context(lens, 2, 64, torch.bfloat16, generator())
-    for c in (ctx, want):
-        for row in range(len(lens)):
-            ops.store_kv(c.keys[row], c.values[row], c.kv_cache, c.slots(row))
-        block, prev, index = c.seal_jobs()
-        before = torch.isin(block, prev)
-        ops.seal_blocks(c.kv_cache, block[before], prev[before], index[before], 64)
-    new = [torch.stack([t[-1] for t in ts]) + 1 for ts in (ctx.keys, ctx.values)]
-    slots = torch.stack([ctx.slots(row)[-1] for row in range(len(lens))])
-    slots[0] = -1
-    rest = (slots, ctx.block_table, ctx.seq_lens)
-    ops.store_rows(*new, ctx.kv_cache, *rest)
-    reference.store_rows(*new, want.kv_cache, *rest)
-    assert torch.equal(bytes_of(ctx.kv_cache), bytes_of(want.kv_cache))
+@pytest.mark.parametrize("drafts", [0, 3, 126])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_decode_store_and_seal(dtype, drafts):
+    op_checks.check_rows(torch.device("cpu"), (9, 3, 64), dtype, drafts)
 
 
 def test_store_reads_strided_tokens_and_skips_negative_slots():
