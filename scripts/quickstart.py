@@ -235,7 +235,8 @@ def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
         f"{sparse['kv_bytes_dense'] / sparse['kv_bytes']:.1f} of the KV cache; "
         f"{same} of {len(FACTS)} answers are the same.\n"
         "  The engines ran one after the other: where the machine has other work, "
-        "repeat before\n  comparing speeds (benchmarks.serving.decode measures in turns)."
+        "repeat\n  before comparing speeds "
+        "(benchmarks.serving.decode measures in turns)."
     )
 
 
