@@ -17,85 +17,144 @@ __device__ inline uint32_t pack(float x, float y) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
-// A warp's running result: rows are query heads lane / 4 and, with kRows 16, that plus 8.
+// The transpose of an 8 by 8 matrix whose rows lie in groups of four lanes.
+__device__ inline uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// A warp's running result, transposed so that query heads are columns, of which a tensor-core tile
+// has eight: of heads 8 n + lane % 4 * 2 and the one after it, elements 16 k + lane / 4 and 8 more.
 template <class T, int kD, int kRows>
 struct Accumulator {
-  static constexpr int kHalves = kRows / 8;
-  uint32_t q[kD / 16][4];
-  float o[kD / 8][4], m[2], l[2];
+  static constexpr int kTiles = kRows / 8;
+  uint32_t q[kD / 16][kTiles][2];
+  float o[kD / 16][kTiles][4], m[kTiles][2], l[kTiles][2];  // l: of this lane's tokens
 
   __device__ void begin(const T* query, int heads, int head_size) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int head = lane / 4 + i % 2 * 8, d = 16 * k + i / 2 * 8 + lane % 4 * 2;
-        q[k][i] = i % 2 < kHalves && head < heads && d < head_size
-                      ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
-                      : 0;
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const int head = lane / 4 + i / 2 * 8, d = 16 * k + i % 2 * 8 + lane % 4 * 2;
+        q[k][i / 2][i % 2] =
+            head < heads && d < head_size
+                ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
+                : 0;
       }
     }
 #pragma unroll
-    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0;
+    for (auto& tiles : o) {
+#pragma unroll
+      for (auto& tile : tiles) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      m[n][0] = m[n][1] = -INFINITY;
+      l[n][0] = l[n][1] = 0;
+    }
   }
 
-  // `left` tokens of the tile count.
-  __device__ void add(uint32_t slot, int pitch, int head_size, int left, float scale, float cap) {
+  // Probabilities of a tile of 16 keys, of which `left` count, as the second factor of their
+  // products with values.
+  __device__ void add_keys(uint32_t keys,
+                           int pitch,
+                           int head_size,
+                           int left,
+                           float scale,
+                           float cap,
+                           uint32_t (&p)[kTiles][2]) {
     const int lane = threadIdx.x % 32;
-    const uint32_t keys = slot + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
-    float s[2][2][4] = {};  // two sums each, for a shorter chain
+    const uint32_t from = keys + lane % 16 * pitch + lane / 16 * 16;
+    float s[2][kTiles][4] = {};  // two sums each, for a shorter chain
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       if (k * 16 < head_size) {
-        uint32_t b[4];
-        load_matrices(b, keys + k * 32);
-        mma<T>(s[k % 2][0], q[k], b[0], b[1], s[k % 2][0]);
-        mma<T>(s[k % 2][1], q[k], b[2], b[3], s[k % 2][1]);
-      }
-    }
-    uint32_t probabilities[4] = {};
+        uint32_t a[4];
+        load_matrices(a, from + k * 32);
 #pragma unroll
-    for (int r = 0; r < kHalves; ++r) {
-      float x[4];
-      float peak = m[r];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = (s[0][i / 2][2 * r + i % 2] + s[1][i / 2][2 * r + i % 2]) * scale;
-        if (cap > 0) x[i] = cap * kLog2e * tanhf(x[i] / cap);
-        if (i / 2 * 8 + lane % 4 * 2 + i % 2 >= left) x[i] = -INFINITY;
-        peak = fmaxf(peak, x[i]);
-      }
-      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, 2));
-      // Nothing yet: any finite value keeps NaN out.
-      const float shift = peak == -INFINITY ? 0 : peak;
-      const float factor = fast_exp2(m[r] - shift);
-      m[r] = peak;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = fast_exp2(x[i] - shift);
-      l[r] = l[r] * factor + (x[0] + x[1]) + (x[2] + x[3]);
-      probabilities[r] = pack<T>(x[0], x[1]);
-      probabilities[r + 2] = pack<T>(x[2], x[3]);
-      if (__any_sync(kFullMask, factor != 1)) {
-#pragma unroll
-        for (auto& tile : o) {
-          tile[2 * r] *= factor;
-          tile[2 * r + 1] *= factor;
+        for (int n = 0; n < kTiles; ++n) {
+          mma<T>(s[k % 2][n], a, q[k][n][0], q[k][n][1], s[k % 2][n]);
         }
       }
     }
-    const uint32_t values =
-        slot + 2 * head_size + (lane % 8 + lane / 8 % 2 * 8) * pitch + lane / 16 * 16;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      float x[4], factor[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = (s[0][n][i] + s[1][n][i]) * scale;
+        if (cap > 0) x[i] = cap * kLog2e * tanhf(x[i] / cap);
+        if (lane / 4 + i / 2 * 8 >= left) x[i] = -INFINITY;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float peak = fmaxf(m[n][h], fmaxf(x[h], x[h + 2]));
+#pragma unroll
+        for (int i = 4; i < 32; i *= 2) peak = fmaxf(peak, __shfl_xor_sync(kFullMask, peak, i));
+        // Nothing yet: any finite value keeps NaN out.
+        const float shift = peak == -INFINITY ? 0 : peak;
+        factor[h] = fast_exp2(m[n][h] - shift);
+        m[n][h] = peak;
+        x[h] = fast_exp2(x[h] - shift);
+        x[h + 2] = fast_exp2(x[h + 2] - shift);
+        l[n][h] = l[n][h] * factor[h] + x[h] + x[h + 2];
+      }
+      p[n][0] = transpose(pack<T>(x[0], x[1]));
+      p[n][1] = transpose(pack<T>(x[2], x[3]));
+      if (__any_sync(kFullMask, factor[0] != 1 || factor[1] != 1)) {
+#pragma unroll
+        for (auto& tiles : o) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) tiles[n][i] *= factor[i % 2];
+        }
+      }
+    }
+  }
+
+  __device__ void add_values(uint32_t values,
+                             int pitch,
+                             int head_size,
+                             const uint32_t (&p)[kTiles][2]) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t from = values + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 16;
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
       if (k * 16 < head_size) {
-        uint32_t b[4];
-        load_matrices_transposed(b, values + k * 32);
-        mma<T>(o[2 * k], probabilities, b[0], b[1], o[2 * k]);
-        mma<T>(o[2 * k + 1], probabilities, b[2], b[3], o[2 * k + 1]);
+        uint32_t a[4];
+        load_matrices_transposed(a, from + k * 32);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) mma<T>(o[k][n], a, p[n][0], p[n][1], o[k][n]);
+      }
+    }
+  }
+
+  // Elements [first, end) of the result to merge[head][pitch], with the first of them (top, total)
+  // of every head to `ends`. Both are constants once loops are unrolled.
+  __device__ void store(int first, int end, int heads, float* merge, int pitch, float2* ends) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int head = 8 * n + lane % 4 * 2 + h;
+        if (first == 0) {
+          float total = l[n][h];
+#pragma unroll
+          for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(kFullMask, total, i);
+          if (lane < 4) ends[head] = {m[n][h], total};
+        }
+        if (head < heads) {
+          float* to = merge + head * pitch + lane / 4;
+#pragma unroll
+          for (int k = 0; k < kD / 16; ++k) {
+            if (16 * k < first || 16 * k >= end) continue;
+            to[16 * k - first] = o[k][n][h];
+            to[16 * k - first + 8] = o[k][n][h + 2];
+          }
+        }
       }
     }
   }

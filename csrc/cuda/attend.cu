@@ -18,9 +18,9 @@ constexpr int kStaticShared = 2 * 1024;
 // kD: head sizes up to this; kRows: query heads up to this, 8 or 16.
 template <int kD, int kRows>
 struct Config {
-  static constexpr int kSlots = kD > 128 ? 3 : 4, kRows8 = kRows / 8;
+  static constexpr int kSlots = kD > 128 ? 3 : 4;
   static constexpr int kColumns = kD * kRows > kMergeFloats ? kMergeFloats / kRows : kD;
-  static constexpr int kMergePitch = kColumns + 8;
+  static constexpr int kMergePitch = kColumns + 4;  // no bank conflicts in Accumulator::store
   static constexpr int kMergeBytes = kRows * kMergePitch * 4;
   static __host__ __device__ int pitch(int head_size) { return 4 * head_size + 16; }
   static __host__ __device__ int warp_bytes(int head_size) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     attend_kernel(const __grid_constant__ AttendArgs p) {
   using C = Config<kD, kRows>;
   extern __shared__ __align__(128) uint8_t dynamic[];
-  __shared__ float tops[kMaxWarps][kRows], totals[kMaxWarps][kRows];
+  __shared__ float2 ends[kMaxWarps][kRows];
   __shared__ bool is_last;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head_size = kExact ? kD : p.cache.head_size, pitch = C::pitch(head_size);
@@ -173,7 +173,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
       with_block = with_token;
       with_token = look_up_tokens();
       const int left = here.tokens.count - (tile - here.first) * kTile;
-      a.add(slot, pitch, head_size, left, scale, p.soft_cap);
+      uint32_t probabilities[kRows / 8][2];
+      a.add_keys(slot, pitch, head_size, left, scale, p.soft_cap, probabilities);
+      a.add_values(slot + 2 * head_size, pitch, head_size, probabilities);
       slot = slot + slot_bytes == ring_end ? ring : slot + slot_bytes;
     }
     if (threadIdx.x == 0 && begin == here.first && first_head == 0 && p.tokens_read != nullptr) {
@@ -188,28 +190,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 #pragma unroll
     for (int column = 0; column < kD; column += C::kColumns) {
       __syncthreads();
-      if (column == 0) {
-#pragma unroll
-        for (int r = 0; r < C::kRows8; ++r) {
-          float sum = a.l[r];
-          sum += __shfl_xor_sync(kFullMask, sum, 1);
-          sum += __shfl_xor_sync(kFullMask, sum, 2);
-          if (lane % 4 == 0) {
-            tops[warp][lane / 4 + 8 * r] = a.m[r];
-            totals[warp][lane / 4 + 8 * r] = sum;
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < C::kColumns / 8; ++n) {
-#pragma unroll
-        for (int r = 0; r < C::kRows8; ++r) {
-          const int row = lane / 4 + 8 * r;
-          float* to = merge + (warp * kRows + row) * C::kMergePitch + 8 * n + lane % 4 * 2;
-          const float* from = a.o[column / 8 + n] + 2 * r;
-          if (row < heads) *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
-        }
-      }
+      a.store(column,
+              column + C::kColumns,
+              heads,
+              merge + warp * kRows * C::kMergePitch,
+              C::kMergePitch,
+              ends[warp]);
       __syncthreads();
       const int columns = min(C::kColumns, head_size - column);
       for (int i = threadIdx.x; i * 4 < heads * columns; i += blockDim.x) {
@@ -218,8 +204,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
         float4 sum = {};
         for (int w = 0; w < warps; ++w) {
           merged.add(
-              tops[w][row],
-              totals[w][row],
+              ends[w][row].x,
+              ends[w][row].y,
               *reinterpret_cast<const float4*>(merge + (w * kRows + row) * C::kMergePitch + d),
               sum);
         }

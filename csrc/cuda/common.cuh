@@ -119,6 +119,7 @@ inline int cluster_size(bool clusters, int num_sms, int64_t items) {
 struct Device {
   cudaStream_t stream;
   bool clusters;            // and dependent launches
+  bool large_clusters;      // of 16 thread blocks
   int num_sms, max_shared;  // shared memory that one thread block may have
 };
 
@@ -138,6 +139,9 @@ void launch(const Device& device,
   if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    check(cudaFuncSetAttribute(kernel,
+                               cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.x * cluster, grid.y, grid.z);

@@ -50,6 +50,19 @@ __host__ __device__ inline int64_t prepared_bytes(int rank, int group) {
   return int64_t{pad_to(rank, kStepChannels)} * (4 + 2 * pad_to(group, 4));
 }
 
+// Bytes of a block's scores with its heads' largest logits, as decode.cu keeps them.
+__host__ __device__ inline int64_t score_bytes(int pairs) {
+  return pad_to(pairs * (2 * kBlockSize + 8), 16);
+}
+
+// Selection and attention in one kernel.
+struct DecodeArgs : SelectArgs {
+  void* out;           // [num_rows, num_kv_heads * group, head_size]
+  int64_t out_stride;  // bytes between rows
+  int64_t* tokens_read;
+  int held_blocks;  // blocks whose scores fit into a thread block's shared memory
+};
+
 struct AttendArgs : AttendParams {
   int64_t max_blocks;
   int64_t* tokens_read;    // or null
@@ -91,7 +104,7 @@ inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args
   plan.stats = plan.prepared + padded(items * prepared_bytes(args.cache.head_size, args.group));
   plan.scores =
       plan.stats + padded(items * stat_blocks(args.max_blocks) * args.pairs * 2 * sizeof(float2));
-  plan.keys = plan.scores + blocks * args.pairs * 2 * kBlockSize;
+  plan.keys = plan.scores + padded(blocks * score_bytes(args.pairs));
   plan.bytes = plan.keys + (global_keys ? blocks * kBlockSize * 2 : 0);
   return plan;
 }
@@ -105,6 +118,9 @@ void launch_channels(const Device& device, const SelectArgs& args);
 void launch_score(const Device& device, const SelectArgs& args);
 void launch_select(const Device& device, const SelectArgs& args);
 void launch_attend(const Device& device, AttendArgs args);
+// Whether one kernel does what channels, score, select and attend do.
+bool decode_covers(const Device& device, const SelectArgs& args);
+void launch_decode(const Device& device, DecodeArgs args);
 void launch_attend_float(const Device& device, AttendArgs args);
 
 }  // namespace vllm_sparse::cuda

@@ -31,6 +31,7 @@ Device device_properties(int32_t index) {
   check(cudaDeviceGetAttribute(&device.num_sms, cudaDevAttrMultiProcessorCount, index));
   check(cudaDeviceGetAttribute(&device.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
   device.clusters = major >= 9;
+  device.large_clusters = major == 9 || major == 10;
   return device;
 }
 
@@ -362,6 +363,10 @@ void sparq_attend(const Tensor& query,
   const Device device = current_device(index);
   plan_select(device, s);
   const Workspace shared(device, s, true, workspace, kv_cache);
+  if (decode_covers(device, s)) {
+    shared.use(s);
+    return launch_decode(device, {s, p.out, p.out_stride, p.tokens_read});
+  }
   run_select(device, s, shared);
   shared.use(p);
   launch_attend(device, p);
@@ -409,7 +414,8 @@ void attend(const Tensor& query,
   SelectArgs shape = {};
   shape.cache = p.cache;
   shape.group = p.group;
-  Workspace(device, shape, false, workspace, kv_cache).use(p);
+  const Workspace partials(device, shape, false, workspace, kv_cache);
+  partials.use(p);
   launch_attend(device, p);
 }
 

@@ -19,13 +19,56 @@ constexpr uint32_t kForced = 0x7c00;  // key of a token that is kept in any case
 // Keys of a thread block's blocks; a block's tokens stand in the scores' order. Shared or global.
 struct Keys {
   uint16_t* data;
-  __device__ uint4* words(int block) const {
-    return reinterpret_cast<uint4*>(data + int64_t{block} * kBlockSize);
+  __device__ uint16_t* of(int block) const { return data + int64_t{block} * kBlockSize; }
+};
+
+// Of half a warp's block: probabilities of the lane's eight tokens, (t, t + 4) each, in two sums.
+struct Pooled {
+  __half2 sum[8];
+
+  __device__ Pooled() {
+#pragma unroll
+    for (auto& x : sum) x = __float2half2_rn(0);
   }
-  __device__ uint32_t at(int block, int token) const {
-    return data[int64_t{block} * kBlockSize + stored_at(token)];
+  // Two heads of their exponentials and their weights at the block's maximum.
+  __device__ void add(const uint4& words, __half2 first_weight, __half2 second_weight) {
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = __hfma2(first_head(word[k]), first_weight, sum[k]);
+      sum[k + 4] = __hfma2(second_head(word[k]), second_weight, sum[k + 4]);
+    }
+  }
+  // Stores the tokens' keys and counts them. `position`: the block's first token.
+  __device__ void store(const RowPlan& plan, int position, uint16_t* keys, uint32_t* histogram) {
+    const int part = threadIdx.x % 16;
+    uint32_t key[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      // The smaller of NaN and a number is the number: keys are always ordered.
+      key[k] = as_word(__hmin2(__hadd2(sum[k], sum[k + 4]), __float2half2_rn(65504.0f)));
+    }
+    if (position < plan.sinks || position + kBlockSize > plan.recent) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int s = 8 * part + 2 * k;  // the halves' place, stored_at's inverse
+        const int t = position + ((s & 31) << 2 | s >> 5);
+        if (t < plan.sinks || t >= plan.recent) key[k] = (key[k] & 0xffff0000u) | kForced;
+        if (t + 4 < plan.sinks || t + 4 >= plan.recent) key[k] = (key[k] & 0xffff) | kForced << 16;
+      }
+    }
+    reinterpret_cast<uint4*>(keys)[part] = make_uint4(key[0], key[1], key[2], key[3]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      atomicAdd(&histogram[key[k] >> kKeyShift & (kBins - 1)], 1);
+      atomicAdd(&histogram[key[k] >> (16 + kKeyShift)], 1);
+    }
   }
 };
+
+__device__ inline __half2 weight_of(float x) {
+  return __float2half2_rn(fminf(x, 65504.0f));
+}
 
 // The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
 __device__ inline float warp_max(float x) {
@@ -36,7 +79,7 @@ __device__ inline float warp_max(float x) {
 
 // log2 of every head's normaliser into lse[2 * pairs]; also `shift`, such that pooled
 // probabilities times 2^shift have a largest value near 2^14 and never reach fp16's end.
-__device__ void find_normalisers(
+__device__ inline void find_normalisers(
     const SelectArgs& p, const float2* stats, int entries, float* lse, float* shift) {
   __shared__ float4 partial[kSelectWarps];
   constexpr int kHeld = 4;  // entries of a lane at once
@@ -140,9 +183,7 @@ __device__ void pool(const SelectArgs& p,
     for (int i = 0; i < kHeld; ++i) words[i] = next[i];
     float top = next_top;
     load(kStep);
-    __half2 pooled[8];
-#pragma unroll
-    for (auto& x : pooled) x = __float2half2_rn(0);
+    Pooled pooled;
 #pragma unroll
     for (int i = 0; i < (kPairs ? kPairs : pairs); ++i) {
       if constexpr (kPairs == 0) {
@@ -154,44 +195,16 @@ __device__ void pool(const SelectArgs& p,
       // A lane of each half weighs a head: its share of the probability at the block's maximum.
       const int head = (i & ~7) * 2 + part;
       const float weight = head < p.group ? fast_exp2(top - lse[head] + *shift) : 0.0f;
-      const uint32_t both = as_word(__float2half2_rn(fminf(weight, 65504.0f)));
+      const uint32_t both = as_word(weight_of(weight));
       const __half2 w0 = as_half2(__shfl_sync(kFullMask, both, lane / 16 * 16 + i % 8 * 2));
       const __half2 w1 = as_half2(__shfl_sync(kFullMask, both, lane / 16 * 16 + i % 8 * 2 + 1));
-      const uint4 w = words[kPairs ? i : 0];
-      const uint32_t word[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        pooled[k] = __hfma2(first_head(word[k]), w0, pooled[k]);
-        pooled[k + 4] = __hfma2(second_head(word[k]), w1, pooled[k + 4]);
-      }
+      pooled.add(words[kPairs ? i : 0], w0, w1);
     }
     const int mine = b;
     b += kStep;
     stat += kStep * 2 * pairs;
     score += kStep * pairs * (kPairBytes / 16);
-    if (mine >= count) continue;
-    uint32_t key[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      // The smaller of NaN and a number is the number: keys are always ordered.
-      key[k] = as_word(__hmin2(__hadd2(pooled[k], pooled[k + 4]), __float2half2_rn(65504.0f)));
-    }
-    const int position = (first + mine) * kBlockSize;
-    if (position < plan.sinks || position + kBlockSize > plan.recent) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int s = 8 * part + 2 * k;  // the halves' place, stored_at's inverse
-        const int t = position + ((s & 31) << 2 | s >> 5);
-        if (t < plan.sinks || t >= plan.recent) key[k] = (key[k] & 0xffff0000u) | kForced;
-        if (t + 4 < plan.sinks || t + 4 >= plan.recent) key[k] = (key[k] & 0xffff) | kForced << 16;
-      }
-    }
-    keys.words(mine)[part] = make_uint4(key[0], key[1], key[2], key[3]);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      atomicAdd(&histogram[key[k] >> kKeyShift & (kBins - 1)], 1);
-      atomicAdd(&histogram[key[k] >> (16 + kKeyShift)], 1);
-    }
+    if (mine < count) pooled.store(plan, (first + mine) * kBlockSize, keys.of(mine), histogram);
   }
 }
 

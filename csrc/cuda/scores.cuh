@@ -37,14 +37,19 @@ __device__ inline uint32_t pack_exponentials(__half2 x, __half2 y) {
 __device__ inline __half2 first_head(uint32_t word) { return as_half2(word << 6 & 0x3fc03fc0u); }
 __device__ inline __half2 second_head(uint32_t word) { return as_half2(word >> 2 & 0x3fc03fc0u); }
 
-// What channels.cu leaves of an item.
+// What channels.cuh leaves of an item.
 struct PreparedItem {
   int padded_rank, padded_group;
   int* channel;   // [padded_rank] ascending; padding is channel 0
   __half* query;  // [padded_group, padded_rank] times scale, temperature and 2^kQueryShift (and
                   // log2 e, unless capped); 0 in padding
+  __device__ PreparedItem(const SelectArgs& p, int* channel, __half* query)
+      : padded_rank(pad_to(p.rank, kStepChannels)),
+        padded_group(pad_to(p.group, 4)),
+        channel(channel),
+        query(query) {}
   __device__ PreparedItem(const SelectArgs& p, int64_t item)
-      : padded_rank(pad_to(p.rank, kStepChannels)), padded_group(pad_to(p.group, 4)) {
+      : PreparedItem(p, nullptr, nullptr) {
     channel = reinterpret_cast<int*>(p.prepared + item * prepared_bytes(p.rank, p.group));
     query = reinterpret_cast<__half*>(channel + padded_rank);
   }

@@ -4,20 +4,13 @@
 // SparQ's choice (arXiv 2312.04985, section 3) from scored blocks. A cluster of thread blocks
 // serves one (row, KV head): it pools probabilities over the query heads, finds the threshold that
 // enough tokens reach from a histogram, and writes the list in order.
-#include "pool.cuh"
+#include "listing.cuh"
 
 namespace vllm_sparse::cuda {
 
 namespace {
 
-constexpr uint32_t kNothing = 0x7c1;      // a bin above all keys
 constexpr int kStaticShared = 12 * 1024;  // what the kernel declares, and 1 KiB of the system's
-
-// Tokens above bin `bin` are kept, and of those in it the first `need`.
-struct Threshold {
-  uint32_t bin, need;
-  uint32_t above_before, equal_before;  // in the thread blocks before this one
-};
 
 // Every thread block looks through the sum of the cluster's histograms by itself.
 __device__ Threshold find_threshold(uint32_t* histogram, uint32_t wanted, int rank, int C) {
@@ -68,79 +61,6 @@ __device__ Threshold find_threshold(uint32_t* histogram, uint32_t wanted, int ra
   }
   __syncthreads();
   return found;
-}
-
-// Writes this thread block's part of the list and returns where it begins and ends in it.
-__device__ int2 write_list(
-    const Threshold& t, const Keys& keys, int first, int count, int32_t* out, int64_t max_kept) {
-  __shared__ uint32_t sums[kSelectWarps][2];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t low = t.bin << kKeyShift, high = (t.bin + 1) << kKeyShift;
-  const int begin = count * warp / kSelectWarps, end = count * (warp + 1) / kSelectWarps;
-  // Keys are compared as numbers; beyond infinity stand NaNs, which nothing reaches.
-  const __half2 lows = as_half2(low * 0x10001), highs = as_half2(high * 0x10001);
-  __half2 reached = __float2half2_rn(0), above = __float2half2_rn(0);
-  for (int b = begin + lane / 16; b < end; b += 2) {
-    const uint4 k = keys.words(b)[lane % 16];
-    reached = __hadd2(reached,
-                      __hadd2(__hadd2(__hge2(as_half2(k.x), lows), __hge2(as_half2(k.y), lows)),
-                              __hadd2(__hge2(as_half2(k.z), lows), __hge2(as_half2(k.w), lows))));
-    above = __hadd2(above,
-                    __hadd2(__hadd2(__hge2(as_half2(k.x), highs), __hge2(as_half2(k.y), highs)),
-                            __hadd2(__hge2(as_half2(k.z), highs), __hge2(as_half2(k.w), highs))));
-  }
-  const float2 r = __half22float2(reached), a = __half22float2(above);
-  const uint32_t all_above = __reduce_add_sync(kFullMask, static_cast<uint32_t>(a.x + a.y));
-  const uint32_t all_reached = __reduce_add_sync(kFullMask, static_cast<uint32_t>(r.x + r.y));
-  if (lane == 0) sums[warp][0] = all_above, sums[warp][1] = all_reached - all_above;
-  __syncthreads();
-  uint32_t place = t.above_before, equal = t.equal_before;
-  uint32_t total = place, total_equal = equal;
-  for (int w = 0; w < kSelectWarps; ++w) {
-    if (w < warp) place += sums[w][0], equal += sums[w][1];
-    total += sums[w][0];
-    total_equal += sums[w][1];
-  }
-  const int2 mine = {static_cast<int>(t.above_before + min(t.equal_before, t.need)),
-                     static_cast<int>(total + min(total_equal, t.need))};
-  place += min(equal, t.need);
-  // Eight blocks at a time become 32 words of 32 tokens; then every lane lists one word's.
-  const uint32_t limit = static_cast<uint32_t>(max_kept);
-  for (int base = begin; base < end; base += 8) {
-    uint32_t word = 0;
-#pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      if (base + i >= end) break;
-      uint32_t key[4];
-      bool any_equal = false;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        key[j] = keys.at(base + i, 32 * j + lane);
-        any_equal |= key[j] >= low && key[j] < high;
-        const uint32_t mask = __ballot_sync(kFullMask, key[j] >= high);
-        if (lane == 4 * i + j) word = mask;
-      }
-      if (!__any_sync(kFullMask, any_equal)) continue;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t mask = __ballot_sync(kFullMask, key[j] >= low && key[j] < high), rest = mask;
-        for (; rest && equal < t.need; ++equal) rest &= rest - 1;
-        if (lane == 4 * i + j) word |= mask ^ rest;
-      }
-    }
-    uint32_t inclusive = __popc(word);
-    for (int i = 1; i < 32; i *= 2) {
-      const uint32_t y = __shfl_up_sync(kFullMask, inclusive, i);
-      if (lane >= i) inclusive += y;
-    }
-    uint32_t at = place + inclusive - __popc(word);
-    place += __shfl_sync(kFullMask, inclusive, 31);
-    const int token = (first + base) * kBlockSize + 32 * lane - 1;
-    for (; word; word &= word - 1, ++at) {
-      if (at < limit) out[at] = token + __ffs(word);
-    }
-  }
-  return mine;
 }
 
 // Probability mass of this thread block's part of the list, by head.
@@ -218,7 +138,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
   const Threshold threshold = find_threshold(histogram, listed, rank, C);
   int32_t* out = p.indices + item * p.max_kept;
   cluster_done_reading(C);  // is through with the others' histograms
-  const int2 part = write_list(threshold, keys, first, count, out, p.max_kept);
+  const int2 part = write_list<kSelectWarps>(threshold, keys, first, count, out, p.max_kept);
   if (rank == C - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
   }

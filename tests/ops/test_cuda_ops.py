@@ -52,11 +52,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def filled(seq_lens, num_kv_heads, head_size, dtype) -> PagedContext:
-    """A batch on the CPU, stored and sealed by the reference's equals there."""
+    """A batch on the CPU, stored and sealed by the reference."""
     ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
     for row in range(len(seq_lens)):
-        ops.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
-    ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
+        reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
     return ctx
 
 
@@ -168,6 +168,30 @@ def check_lists(got, want, args, options):
             assert_close(got["kept_mass"][row, heads], mass, 1e-2)
 
 
+def check_decode(args, want, options, workspace, rows=None):
+    """Both steps in one op, which may be another kernel than the two, with its own
+    lists: those are compared with the reference's, the result with its attention.
+    """
+    query = args[0]
+    lists = {
+        name: torch.full_like(want[name], -7).cuda() for name in ("indices", "counts")
+    }
+    out = torch.full_like(query, torch.nan).cuda()
+    read = torch.zeros(1, dtype=torch.int64, device="cuda")
+    given = dict(out=out, tokens_read=read, workspace=workspace)
+    ops.sparq_attend(*map(to_gpu, args), **options, **lists, **given)
+    got = {name: t.cpu() for name, t in lists.items()}
+    check_lists(got, want, args, options)
+    expected, expected_read = torch.empty_like(query), torch.zeros(1, dtype=torch.int64)
+    scales = dict(scale=options["scale"], soft_cap=options["soft_cap"])
+    reference.attend(
+        *args[:4], **got, kept_mass=None, **scales, out=expected,
+        tokens_read=expected_read,
+    )  # fmt: skip
+    assert_close(out.cpu(), expected)
+    assert read.item() == expected_read.item()
+
+
 def check_select(ctx, num_heads, budgets, options, workspace, max_kept=1200):
     """Select on the GPU, with kept_mass, and compare with the reference."""
     query = make_query(ctx, num_heads, ctx.kv_cache.dtype)
@@ -179,6 +203,7 @@ def check_select(ctx, num_heads, budgets, options, workspace, max_kept=1200):
     got = {name: t.cpu() for name, t in got.items()}
     reference.sparq_select(*args, **options, **want)
     check_lists(got, want, args, options)
+    check_decode(args, want, options, workspace)
     return got
 
 
@@ -211,11 +236,14 @@ def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap, with_mass
     check_lists(got, want, args, options)
     if with_mass:
         assert (got["kept_mass"][got["counts"][:, 0] == -1] == 1).all()
+    else:
+        check_decode(args, want, options, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [-1, 0, 1, 130, 131, 1999, 2000, 2001])
-def test_select_at_the_edges_of_a_budget(budget, workspace):
-    ctx = filled([2000, 2048, 2049], 2, 64, torch.float32)
+def test_select_at_the_edges_of_a_budget(budget, dtype, workspace):
+    ctx = filled([2000, 2048, 2049], 2, 64, dtype)
     options = dict(rank=64, local_window=40, sink_tokens=4, scale=0.125, soft_cap=0.0)
     check_select(ctx, 4, [budget] * 3, options, workspace, 2048)
 
@@ -234,8 +262,8 @@ def test_select_for_every_rank(rank, workspace):
     check_select(ctx, 8, [200, 300], options, workspace)
 
 
-# Clusters shrink from 8 thread blocks to 1 as the batch grows.
-@pytest.mark.parametrize("rows", [1, 12, 25, 50, 100, 200, 400])
+# Clusters shrink from 16 thread blocks to 1 as the batch grows.
+@pytest.mark.parametrize("rows", [1, 12, 25, 36, 50, 60, 80, 100, 200, 400])
 def test_select_for_every_batch(rows, workspace):
     lens = [(700, 130, 1111, 385, 384, 2049, 383)[i % 7] for i in range(rows)]
     ctx = filled(lens, 1, 64, torch.bfloat16)
@@ -244,13 +272,14 @@ def test_select_for_every_batch(rows, workspace):
     check_select(ctx, 4, budgets, options, workspace)
 
 
-@pytest.mark.parametrize("place", [0, 30])
-def test_select_one_long_row_beside_short_ones(place, workspace):
-    lens = [1000 + i for i in range(30)]
-    lens.insert(place, 60000)
+# Among many rows, a long one's scores do not fit into shared memory.
+@pytest.mark.parametrize(("place", "rows"), [(0, 31), (30, 31), (7, 200)])
+def test_select_one_long_row_beside_short_ones(place, rows, workspace):
+    lens = [1000 + i for i in range(rows - 1)]
+    lens.insert(place, 60000 if rows < 100 else 30000)
     ctx = filled(lens, 1, 128, torch.bfloat16)
-    budgets = [512] * 31
-    for i in range(0, 31, 2):
+    budgets = [512] * rows
+    for i in range(0, rows, 2):
         budgets[i] = -1 if lens[i] < 2000 else 512
     options = dict(rank=32, local_window=64, sink_tokens=4, scale=0.1, soft_cap=0.0)
     check_select(ctx, 4, budgets, options, workspace)
@@ -261,24 +290,35 @@ def test_sharp_and_biased_keys(workspace):
     ctx = paged_context([3000], 1, 128, torch.bfloat16, generator())
     bias = torch.randn(128, generator=generator(5)) * 8
     ctx.keys[0][:] = (ctx.keys[0].float() * 4 + bias).bfloat16()
-    ops.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
-    ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 128)
+    reference.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 128)
     options = dict(rank=32, local_window=64, sink_tokens=4, scale=0.09, soft_cap=0.0)
     check_select(ctx, 4, [400], options, workspace)
 
 
-def test_select_breaks_ties_towards_lower_positions():
-    ctx = paged_context([1024], 1, 64, torch.float32, generator())
-    ctx.keys[0][:] = 1.0  # every token scores the same
-    ops.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
-    ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
-    out = {name: t.cuda() for name, t in buffers(ctx, 1, 128).items()}
-    budgets = torch.tensor([100], dtype=torch.int32)
-    query = make_query(ctx, 1, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_go_to_lower_positions(dtype):
+    ctx = paged_context([1024, 5000], 1, 64, dtype, generator())
+    for row, keys in enumerate(ctx.keys):
+        keys[:] = 1.0  # every token scores the same
+        reference.store_kv(keys, ctx.values[row], ctx.kv_cache, ctx.slots(row))
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
+    out = {
+        name: t.cuda()
+        for name, t in buffers(ctx, 1, 128, False).items()
+        if t is not None
+    }
+    budgets = torch.tensor([100, 100], dtype=torch.int32)
+    query = make_query(ctx, 1, dtype)
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
     options = dict(rank=16, local_window=10, sink_tokens=0, scale=0.125, soft_cap=0.0)
+    expected = [[*range(90), *range(n - 10, n)] for n in (1024, 5000)]
     ops.sparq_select(*map(to_gpu, args), **options, **out)
-    assert out["indices"][0, 0, :100].tolist() == [*range(90), *range(1014, 1024)]
+    assert out["indices"][:, 0, :100].tolist() == expected
+    out["indices"].zero_()
+    result = torch.empty_like(query).cuda()
+    ops.sparq_attend(*map(to_gpu, args), **options, **out, out=result)
+    assert out["indices"][:, 0, :100].tolist() == expected
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0])
@@ -347,32 +387,40 @@ def test_attend_one_long_row_beside_short_ones(workspace):
 
 @pytest.mark.parametrize("with_workspace", [False, True])
 @pytest.mark.parametrize("with_mass", [False, True])
-def test_both_steps_in_one_op_equal_the_two_also_in_a_graph(
-    with_mass, with_workspace, workspace
-):
+def test_both_steps_in_one_op_also_in_a_graph(with_mass, with_workspace, workspace):
     ctx = filled(SEQ_LENS, 3, 64, torch.bfloat16)
     query = make_query(ctx, 9, torch.bfloat16)
     budgets = torch.tensor([-1, 64, 64, 200, -1, 300, 500], dtype=torch.int32)
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
-    *args, budgets = map(to_gpu, args)
     options = dict(rank=24, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
-    made = [buffers(ctx, 9, 640, with_mass) for _ in range(2)]
-    apart, together = ({k: to_gpu(t) for k, t in m.items()} for m in made)
-    out = [torch.full_like(args[0], torch.nan) for _ in range(2)]
-    ops.sparq_select(*args, budgets, **options, **apart)
-    ops.attend(*args, **apart, scale=0.2, out=out[0])
-    given = dict(out=out[1], workspace=workspace if with_workspace else None)
+    want = buffers(ctx, 9, 640)
+    reference.sparq_select(*args, **options, **want)
+    on_gpu = [t.cuda() for t in args]
+    lists = {k: to_gpu(t) for k, t in buffers(ctx, 9, 640, with_mass).items()}
+    out = torch.full_like(on_gpu[0], torch.nan)
+    given = dict(out=out, workspace=workspace if with_workspace else None)
+
+    def call():
+        ops.sparq_attend(*on_gpu, **options, **lists, **given)
+
+    call()
+    eager, eager_indices = out.clone(), lists["indices"].clone()
+    check_lists(
+        {k: t.cpu() for k, t in lists.items() if t is not None}, want, args, options
+    )
+    attended = torch.empty_like(out)
+    ops.attend(*on_gpu[:4], **lists, scale=0.2, out=attended)
+    assert_close(eager, attended)
     graph = torch.cuda.CUDAGraph()
-    ops.sparq_attend(*args, budgets, **options, **together, **given)
     with torch.cuda.graph(graph):
         for _ in range(2):
-            ops.sparq_attend(*args, budgets, **options, **together, **given)
+            call()
     for _ in range(3):
-        out[1].fill_(torch.nan)
+        out.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(*out)
-        assert torch.equal(apart["indices"], together["indices"])
+        assert torch.equal(out, eager)
+        assert torch.equal(lists["indices"], eager_indices)
 
 
 def test_workspace_bytes_are_enough_and_checked(workspace):
@@ -412,6 +460,11 @@ def test_a_context_beyond_shared_memory_and_a_nan_query():
     for lists in (got, want):
         lists["counts"][3] = -1
     check_lists(got, want, args, options)
+    query[3] = 1
+    want = buffers(ctx, 12, 400)
+    args = (query, *args[1:])
+    reference.sparq_select(*args, **options, **want)
+    check_decode(args, want, options, None)
 
 
 def test_values_out_of_range_harm_nothing():
