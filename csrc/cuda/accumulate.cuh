@@ -39,10 +39,9 @@ struct Accumulator {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const int head = lane / 4 + i / 2 * 8, d = 16 * k + i % 2 * 8 + lane % 4 * 2;
-        q[k][i / 2][i % 2] =
-            head < heads && d < head_size
-                ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
-                : 0;
+        q[k][i / 2][i % 2] = head < heads && d < head_size
+                                 ? *reinterpret_cast<const uint32_t*>(query + head * head_size + d)
+                                 : 0;
       }
     }
 #pragma unroll

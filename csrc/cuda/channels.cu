@@ -20,9 +20,8 @@ __global__ void __launch_bounds__(kThreads) channels_kernel(SelectArgs p) {
   const T* query =
       reinterpret_cast<const T*>(static_cast<const uint8_t*>(p.query) + row * p.query_stride);
   query += int64_t{head} * p.group * p.cache.head_size;
-  choose_channels<T, kThreads>(p, query, PreparedItem(p, item));
+  choose_channels<T, kThreads, kMaxHeadSize>(p, query, PreparedItem(p, item));
 }
-
 
 }  // namespace
 

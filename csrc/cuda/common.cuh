@@ -67,6 +67,20 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+// Off by a few units in the last place, like the one above and those below: a fraction of the
+// instructions, which matters where each runs once.
+__device__ inline float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float fast_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float warp_sum(float x) {
   for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(kFullMask, x, i);
   return x;
@@ -80,27 +94,30 @@ __device__ inline void cluster_sync(int size) {
   __syncthreads();
 }
 
-// Before a thread block ends, the others must be through with its shared memory: each says so and
-// goes on. Nothing is handed over, hence no fence.
-__device__ inline void cluster_done_reading(int size) {
+// Says that this thread block has come here, and goes on. Nothing is handed over, hence no fence:
+// for others to know that it has begun, or is through with their shared memory before they end.
+__device__ inline void cluster_arrive(int size) {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
   if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
-__device__ inline void cluster_wait_for_readers(int size) {
+// Until all have called cluster_arrive.
+__device__ inline void cluster_wait(int size) {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
   if (size > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
+// Another thread block's copy of something in shared memory.
 template <class T>
-__device__ inline const T* cluster_at(const T* shared, int rank, int size) {
+__device__ inline T* cluster_at(T* shared, int rank, int size) {
 #if __CUDA_ARCH__ >= 900
   if (size > 1) {
-    return cooperative_groups::this_cluster().map_shared_rank(const_cast<T*>(shared), rank);
+    using Plain = std::remove_const_t<T>;
+    return cooperative_groups::this_cluster().map_shared_rank(const_cast<Plain*>(shared), rank);
   }
 #endif
   return shared;
@@ -139,9 +156,8 @@ void launch(const Device& device,
   if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    check(cudaFuncSetAttribute(kernel,
-                               cudaFuncAttributePreferredSharedMemoryCarveout,
-                               cudaSharedmemCarveoutMaxShared));
+    check(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.x * cluster, grid.y, grid.z);

@@ -14,9 +14,13 @@ struct SealArgs : SealParams {
   float* block_mean;  // workspace [num_jobs, num_kv_heads, head_size]
 };
 
-struct SealRowsArgs : SealRowsParams {};
+struct SealRowsArgs : SealRowsParams {
+  int64_t mean_offset;  // of the mean of V in a chunk
+};
 
-struct StoreRowsArgs : StoreRowsParams {};
+struct StoreRowsArgs : StoreRowsParams {
+  int64_t mean_offset;
+};
 
 struct GatherArgs : GatherParams {
   int64_t max_blocks, num_out_tokens;

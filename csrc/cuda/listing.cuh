@@ -30,6 +30,7 @@ __device__ int2 write_list(
   // Keys are compared as numbers; beyond infinity stand NaNs, which nothing reaches.
   const __half2 lows = as_half2(low * 0x10001), highs = as_half2(high * 0x10001);
   __half2 reached = __float2half2_rn(0), above = __float2half2_rn(0);
+#pragma unroll 2
   for (int b = begin + lane / 16; b < end; b += 2) {
     const uint4 k = reinterpret_cast<const uint4*>(keys.of(b))[lane % 16];
     reached = __hadd2(reached,
@@ -46,6 +47,7 @@ __device__ int2 write_list(
   __syncthreads();
   uint32_t place = t.above_before, equal = t.equal_before;
   uint32_t total = place, total_equal = equal;
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     if (w < warp) place += sums[w][0], equal += sums[w][1];
     total += sums[w][0];
@@ -54,29 +56,50 @@ __device__ int2 write_list(
   const int2 mine = {static_cast<int>(t.above_before + min(t.equal_before, t.need)),
                      static_cast<int>(total + min(total_equal, t.need))};
   place += min(equal, t.need);
-  // Eight blocks at a time become 32 words of 32 tokens; then every lane lists one word's.
+  // Eight blocks at a time become 32 words of 32 tokens; then every lane lists one word's. Half a
+  // warp takes a block: its lanes n, n + 4, n + 8 and n + 12 have word n's tokens.
   const uint32_t limit = static_cast<uint32_t>(max_kept);
+  const int part = lane % 16, word_lane = lane / 4 % 2 * 16 + lane % 4;
+#pragma unroll 1
   for (int base = begin; base < end; base += 8) {
-    uint32_t word = 0;
+    uint32_t word = 0, ties = 0;
 #pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      if (base + i >= end) break;
-      uint32_t key[4];
-      bool any_equal = false;
+    for (int i = 0; i < 4; ++i) {
+      if (base + 2 * i >= end) break;
+      const int b = base + 2 * i + lane / 16;
+      const uint4 k = b < end ? reinterpret_cast<const uint4*>(keys.of(b))[part] : uint4{};
+      const uint32_t pair[4] = {k.x, k.y, k.z, k.w};
+      uint32_t over = 0, over_or_tie = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        key[j] = keys.of(base + i)[stored_at(32 * j + lane)];
-        any_equal |= key[j] >= low && key[j] < high;
-        const uint32_t mask = __ballot_sync(kFullMask, key[j] >= high);
-        if (lane == 4 * i + j) word = mask;
+        // Tokens t and t + 4 of a word; bits 0 and 16 become bits 0 and 4.
+        const uint32_t x = __hge2_mask(as_half2(pair[j]), highs) & 0x00100001u;
+        const uint32_t y = __hge2_mask(as_half2(pair[j]), lows) & 0x00100001u;
+        over |= ((x | x >> 16) & 0x11u) << 8 * j;
+        over_or_tie |= ((y | y >> 16) & 0x11u) << 8 * j;
       }
-      if (!__any_sync(kFullMask, any_equal)) continue;
+      over <<= part / 4;
+      over_or_tie = b < end ? over_or_tie << part / 4 : 0;
+      over = b < end ? over : 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t mask = __ballot_sync(kFullMask, key[j] >= low && key[j] < high), rest = mask;
-        for (; rest && equal < t.need; ++equal) rest &= rest - 1;
-        if (lane == 4 * i + j) word |= mask ^ rest;
+      for (int j = 4; j < 16; j *= 2) {
+        over |= __shfl_xor_sync(kFullMask, over, j);
+        over_or_tie |= __shfl_xor_sync(kFullMask, over_or_tie, j);
       }
+      over = __shfl_sync(kFullMask, over, word_lane);
+      over_or_tie = __shfl_sync(kFullMask, over_or_tie, word_lane);
+      if (lane / 8 == i) word = over, ties = over_or_tie & ~over;
+    }
+    if (__any_sync(kFullMask, ties != 0)) {
+      uint32_t inclusive = __popc(ties);
+      for (int i = 1; i < 32; i *= 2) {
+        const uint32_t y = __shfl_up_sync(kFullMask, inclusive, i);
+        if (lane >= i) inclusive += y;
+      }
+      uint32_t at = equal + inclusive - __popc(ties);
+      equal += __shfl_sync(kFullMask, inclusive, 31);
+#pragma unroll 1
+      for (; ties && at < t.need; ++at, ties &= ties - 1) word |= ties & -ties;
     }
     uint32_t inclusive = __popc(word);
     for (int i = 1; i < 32; i *= 2) {
@@ -86,6 +109,7 @@ __device__ int2 write_list(
     uint32_t at = place + inclusive - __popc(word);
     place += __shfl_sync(kFullMask, inclusive, 31);
     const int token = (first + base) * kBlockSize + 32 * lane - 1;
+#pragma unroll 1
     for (; word; word &= word - 1, ++at) {
       if (at < limit) out[at] = token + __ffs(word);
     }

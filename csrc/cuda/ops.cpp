@@ -241,7 +241,7 @@ void seal_rows(Tensor& kv_cache,
                const Tensor& seq_lens,
                const Tensor& query_start_loc,
                int64_t head_size) {
-  const SealRowsArgs p{
+  SealRowsArgs p{
       seal_rows_params(aligned_cache(kv_cache, head_size), block_table, seq_lens, query_start_loc)};
   same_device(block_table, "block_table", kv_cache);
   same_device(seq_lens, "seq_lens", kv_cache);

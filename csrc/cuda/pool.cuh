@@ -66,9 +66,7 @@ struct Pooled {
   }
 };
 
-__device__ inline __half2 weight_of(float x) {
-  return __float2half2_rn(fminf(x, 65504.0f));
-}
+__device__ inline __half2 weight_of(float x) { return __float2half2_rn(fminf(x, 65504.0f)); }
 
 // The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
 __device__ inline float warp_max(float x) {

@@ -3,6 +3,7 @@
 //
 // Writing and copying rows of K and V, and sealing full blocks.
 #include "kernels.h"
+#include "pipeline.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -125,21 +126,23 @@ __device__ void seal_in_context(
 
 // One thread block per (row, KV head).
 template <class T>
-__global__ void __launch_bounds__(2 * kMaxHeadSize)
-    seal_rows_kernel(SealRowsArgs p, int64_t mean_offset) {
+__global__ void __launch_bounds__(2 * kMaxHeadSize) seal_rows_kernel(SealRowsArgs p) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t row = blockIdx.x;
   const int length = p.seq_lens[row], index = length / kBlockSize - 1;
   const int computed = length - (p.query_start_loc[row + 1] - p.query_start_loc[row]);
   if (index < 0 || index >= p.max_blocks || computed >= (index + 1) * kBlockSize) return;
   const int32_t* table = p.block_table + row * p.block_table_stride;
-  seal_in_context<T>(p.cache, table, index, blockIdx.y, mean_offset);
+  seal_in_context<T>(p.cache, table, index, blockIdx.y, p.mean_offset);
 }
 
 // One thread block per (row, KV head) stores the row's new token, and seals the block that ends
 // with it: all other tokens of that block were stored in earlier launches.
 template <class T>
-__global__ void __launch_bounds__(2 * kMaxHeadSize)
-    store_rows_kernel(StoreRowsArgs p, int64_t mean_offset) {
+__global__ void __launch_bounds__(2 * kMaxHeadSize) store_rows_kernel(StoreRowsArgs p) {
+  wait_for_previous();
+  let_next_begin();
   const int64_t row = blockIdx.x, slot = p.slot_mapping[row];
   const int head = blockIdx.y, head_size = p.cache.head_size, d = threadIdx.x % head_size;
   if (slot < 0 || slot >= p.cache.num_blocks * kBlockSize) return;
@@ -154,7 +157,7 @@ __global__ void __launch_bounds__(2 * kMaxHeadSize)
   if (length <= 0 || length % kBlockSize != 0 || index >= p.max_blocks) return;
   __syncthreads();  // the new row is read back below
   const int32_t* table = p.block_table + row * p.block_table_stride;
-  seal_in_context<T>(p.cache, table, index, head, mean_offset);
+  seal_in_context<T>(p.cache, table, index, head, p.mean_offset);
 }
 
 // One thread per (KV head, channel) walks the jobs in order: a block's mean needs that of the
@@ -236,18 +239,18 @@ namespace {
 
 template <class Args>
 void launch_rows(const Device& device,
-                 void (*half)(Args, int64_t),
-                 void (*bfloat16)(Args, int64_t),
-                 void (*single)(Args, int64_t),
+                 void (*half)(Args),
+                 void (*bfloat16)(Args),
+                 void (*single)(Args),
                  int64_t num_rows,
-                 const Args& p) {
+                 Args p) {
   if (num_rows == 0) return;
   const auto kernel = p.cache.dtype == Dtype::kHalf       ? half
                       : p.cache.dtype == Dtype::kBFloat16 ? bfloat16
                                                           : single;
-  kernel<<<dim3(num_rows, p.cache.num_kv_heads), 2 * p.cache.head_size, 0, device.stream>>>(
-      p, p.cache.prefix_mean_offset());
-  check(cudaGetLastError());
+  p.mean_offset = p.cache.prefix_mean_offset();
+  const dim3 grid(num_rows, p.cache.num_kv_heads);
+  launch(device, kernel, 1, grid, 2 * p.cache.head_size, 0, p, true);
 }
 
 }  // namespace

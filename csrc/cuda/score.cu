@@ -74,7 +74,15 @@ __device__ void score_item(
     for (int unit = first_unit + pairs; unit < first_unit + count; ++unit) {
       const int group = unit - pairs_of(length);
       float2* stats = p.stats + (stat_row + sealed + group) * 2 * p.pairs;
-      score_tail(p, prepared, table, head, length, group, stats);
+      switch (p.cache.dtype) {
+        case Dtype::kHalf:
+          score_tail<__half>(p, prepared, table, head, length, group, stats);
+          break;
+        case Dtype::kBFloat16:
+          score_tail<__nv_bfloat16>(p, prepared, table, head, length, group, stats);
+          break;
+        default: score_tail<float>(p, prepared, table, head, length, group, stats);
+      }
     }
   };
   const auto emit = [&](int block, int pair, const uint32_t (&words)[8], const float4& stats) {

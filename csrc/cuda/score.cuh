@@ -61,59 +61,69 @@ struct Loader {
   }
 };
 
+// (top, sum) of a group of tokens that are not sealed, from exact keys: two lanes a token.
 template <class T>
 __device__ void score_tail(const SelectArgs& p,
                            const PreparedItem& item,
-                           const uint8_t* chunk,
-                           int first_token,
-                           int count,
+                           const int32_t* table,
+                           int head,
+                           int length,
+                           int group,
                            float2* stats) {
+  const int first_token = group * kTailTokens;
+  const int count = min(kTailTokens, length % kBlockSize - first_token);
+  const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[length / kBlockSize]), head);
   const int lane = threadIdx.x % 32, t = lane / 2, part = lane % 2;
   const T* key = reinterpret_cast<const T*>(chunk) +
                  int64_t{first_token + min(t, count - 1)} * 2 * p.cache.head_size;
+#pragma unroll 1
   for (int first = 0; first < 2 * p.pairs; first += 4) {
     float x[4] = {};
-#pragma unroll 8
-    for (int c = 2 * part; c < p.rank; c += 4) {
-      const int2 channel = *reinterpret_cast<const int2*>(item.channel + c);
-      const float k0 = to_float(key[channel.x]), k1 = to_float(key[channel.y]);
+#pragma unroll 1
+    for (int begin = 2 * part; begin < p.rank; begin += 16) {
+      float k[4][2];
 #pragma unroll
-      for (int h = 0; h < 4; ++h) {
-        const float2 q = __half22float2(
-            *reinterpret_cast<const __half2*>(item.query + (first + h) * item.padded_rank + c));
-        x[h] = fmaf(q.x, k0, fmaf(q.y, k1, x[h]));
+      for (int i = 0; i < 4; ++i) {
+        const int c = begin + 4 * i;
+        const bool inside = c < p.rank;
+        const int2 at = *reinterpret_cast<const int2*>(item.channel + (inside ? c : 0));
+        k[i][0] = inside ? to_float(key[at.x]) : 0;
+        k[i][1] = inside ? to_float(key[at.y]) : 0;
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const __half* query = item.query + (first + h) * item.padded_rank + begin + 4 * i;
+          const float2 q = __half22float2(*reinterpret_cast<const __half2*>(query));
+          x[h] = fmaf(q.x, k[i][0], fmaf(q.y, k[i][1], x[h]));
+        }
+      }
+    }
+    float top[4], sum[4];
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {
+      x[h] = (x[h] + __shfl_xor_sync(kFullMask, x[h], 1)) * (1.0f / (1 << kQueryShift));
+      if (p.soft_cap > 0) x[h] = cap_logit(x[h], p.soft_cap);
+      if (t >= count) x[h] = -INFINITY;
+      top[h] = x[h];
+    }
+#pragma unroll 1
+    for (int i = 2; i < 32; i *= 2) {
+#pragma unroll
+      for (auto& y : top) y = fmaxf(y, __shfl_xor_sync(kFullMask, y, i));
+    }
+#pragma unroll
+    for (int h = 0; h < 4; ++h) sum[h] = fast_exp2(x[h] - top[h]);
+#pragma unroll 1
+    for (int i = 2; i < 32; i *= 2) {
+#pragma unroll
+      for (auto& y : sum) y += __shfl_xor_sync(kFullMask, y, i);
     }
 #pragma unroll
     for (int h = 0; h < 4; ++h) {
-      x[h] = (x[h] + __shfl_xor_sync(kFullMask, x[h], 1)) / (1 << kQueryShift);
-      if (p.soft_cap > 0) x[h] = cap_logit(x[h], p.soft_cap);
-      if (t >= count) x[h] = -INFINITY;
-      float top = x[h];
-#pragma unroll
-      for (int i = 2; i < 32; i *= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, i));
-      float sum = fast_exp2(x[h] - top);
-#pragma unroll
-      for (int i = 2; i < 32; i *= 2) sum += __shfl_xor_sync(kFullMask, sum, i);
-      if (lane == 0 && first + h < 2 * p.pairs) stats[first + h] = {top, sum};
+      if (lane == 0 && first + h < 2 * p.pairs) stats[first + h] = {top[h], sum[h]};
     }
-  }
-}
-
-// (top, sum) of a group of tokens that are not sealed, from exact keys: two lanes a token.
-__device__ inline void score_tail(const SelectArgs& p,
-                                  const PreparedItem& item,
-                                  const int32_t* table,
-                                  int head,
-                                  int length,
-                                  int group,
-                                  float2* stats) {
-  const int first = group * kTailTokens, count = min(kTailTokens, length % kBlockSize - first);
-  const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[length / kBlockSize]), head);
-  switch (p.cache.dtype) {
-    case Dtype::kHalf: score_tail<__half>(p, item, chunk, first, count, stats); break;
-    case Dtype::kBFloat16: score_tail<__nv_bfloat16>(p, item, chunk, first, count, stats); break;
-    default: score_tail<float>(p, item, chunk, first, count, stats);
   }
 }
 

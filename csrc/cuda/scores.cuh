@@ -48,8 +48,7 @@ struct PreparedItem {
         padded_group(pad_to(p.group, 4)),
         channel(channel),
         query(query) {}
-  __device__ PreparedItem(const SelectArgs& p, int64_t item)
-      : PreparedItem(p, nullptr, nullptr) {
+  __device__ PreparedItem(const SelectArgs& p, int64_t item) : PreparedItem(p, nullptr, nullptr) {
     channel = reinterpret_cast<int*>(p.prepared + item * prepared_bytes(p.rank, p.group));
     query = reinterpret_cast<__half*>(channel + padded_rank);
   }

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
   const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
   const Threshold threshold = find_threshold(histogram, listed, rank, C);
   int32_t* out = p.indices + item * p.max_kept;
-  cluster_done_reading(C);  // is through with the others' histograms
+  cluster_arrive(C);  // is through with the others' histograms
   const int2 part = write_list<kSelectWarps>(threshold, keys, first, count, out, p.max_kept);
   if (rank == C - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
   if (rank == 0 && threadIdx.x == 0) {
     p.counts[item] = static_cast<int32_t>(min(int64_t{listed} + tail, p.max_kept));
   }
-  cluster_wait_for_readers(C);
+  cluster_wait(C);
   if (p.kept_mass != nullptr) {
     __syncthreads();
     sum_kept(p, item, part, stats, lse, mass);

@@ -32,14 +32,17 @@ __device__ inline int find_bin(const Count& mine, uint32_t wanted, Count& seen) 
   const uint32_t reached = __ballot_sync(kFullMask, seen.all + sum.all >= wanted);
   const int bin = reached ? __ffs(reached) - 1 : 32;
   const Count above = {sum.all - mine.all, sum.before - mine.before};
-  seen += {__shfl_sync(kFullMask, above.all, bin % 32),
-           __shfl_sync(kFullMask, above.before, bin % 32)};
+  seen +=
+      {__shfl_sync(kFullMask, above.all, bin % 32), __shfl_sync(kFullMask, above.before, bin % 32)};
   return bin;
 }
 
-// Sums of 32 bins each, before the cluster meets. Calls are collective, as all here.
+// Sums of 32 bins each into every thread block's coarse[rank], before the cluster meets.
 template <int kThreads>
-__device__ void sum_bins(const uint32_t* histogram, uint32_t* coarse) {
+__device__ void send_sums(const uint32_t* histogram,
+                          uint32_t (*coarse)[kCoarseBins],
+                          int rank,
+                          int C) {
   constexpr int kEach = kBins / kThreads, kLanes = kFineBins / kEach;
   const uint4* from = reinterpret_cast<const uint4*>(histogram + threadIdx.x * kEach);
   uint32_t sum = 0;
@@ -47,35 +50,29 @@ __device__ void sum_bins(const uint32_t* histogram, uint32_t* coarse) {
   for (int i = 0; i < kEach / 4; ++i) sum += from[i].x + from[i].y + from[i].z + from[i].w;
 #pragma unroll
   for (int i = 1; i < kLanes; i *= 2) sum += __shfl_xor_sync(kFullMask, sum, i);
-  if (threadIdx.x % kLanes == 0) coarse[threadIdx.x / kLanes] = sum;
+  uint32_t* to = &coarse[rank][threadIdx.x / kLanes];
+#pragma unroll 1
+  for (int r = threadIdx.x % kLanes; r < C; r += kLanes) *cluster_at(to, r, C) = sum;
 }
 
 // After the cluster has met.
 template <int kThreads>
-__device__ Threshold cluster_threshold(
-    const uint32_t* histogram, const uint32_t* coarse, uint32_t wanted, int rank, int C) {
-  constexpr int kWarps = kThreads / 32, kParts = kThreads / kCoarseBins;
-  __shared__ Count coarse_of[kParts][kCoarseBins], fine_of[kWarps][kFineBins];
+__device__ Threshold cluster_threshold(const uint32_t* histogram,
+                                       const uint32_t (*coarse)[kCoarseBins],
+                                       uint32_t wanted,
+                                       int rank,
+                                       int C) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ Count fine_of[kWarps][kFineBins];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (wanted == 0) return {kNothing, 0, 0, 0};
-  const auto add_up = [&](const uint32_t* bins, int bin, int first, int step) {
-    Count sum = {};
-#pragma unroll 4
-    for (int r = first; r < C; r += step) {
-      const uint32_t x = cluster_at(bins, r, C)[bin];
-      sum += {x, r < rank ? x : 0};
-    }
-    return sum;
-  };
-  const int part = threadIdx.x / kCoarseBins, bin = threadIdx.x % kCoarseBins;
-  coarse_of[part][bin] = add_up(coarse, bin, part, kParts);
-  __syncthreads();
   // Every warp looks for itself. A lane has two coarse bins, from the top.
   Count pair[2] = {};
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    pair[0] += coarse_of[i][kCoarseBins - 1 - 2 * lane];
-    pair[1] += coarse_of[i][kCoarseBins - 2 - 2 * lane];
+#pragma unroll 2
+  for (int r = 0; r < C; ++r) {
+    const uint2 x = reinterpret_cast<const uint2*>(coarse[r])[kCoarseBins / 2 - 1 - lane];
+    pair[0] += {x.y, r < rank ? x.y : 0};
+    pair[1] += {x.x, r < rank ? x.x : 0};
   }
   static_assert(kCoarseBins == 64);
   Count seen = {}, both = pair[0];
@@ -89,7 +86,13 @@ __device__ Threshold cluster_threshold(
     seen += upper;
     --group;
   }
-  fine_of[warp][lane] = add_up(histogram, group * kFineBins + lane, warp, kWarps);
+  Count part = {};
+#pragma unroll 1
+  for (int r = warp; r < C; r += kWarps) {
+    const uint32_t x = *cluster_at(histogram + group * kFineBins + lane, r, C);
+    part += {x, r < rank ? x : 0};
+  }
+  fine_of[warp][lane] = part;
   __syncthreads();
   Count mine = {};
 #pragma unroll
