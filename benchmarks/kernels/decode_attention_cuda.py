@@ -30,25 +30,21 @@ class Layer:
 
     workspace: torch.Tensor | None = None  # of all layers, as in an engine
 
-    def __init__(self, args, batch: int, seq_len: int, dense: bool) -> None:
-        self.args, self.batch, self.seq_len = args, batch, seq_len
+    def __init__(self, args, seq_lens: list[int], dense: bool) -> None:
+        self.args, self.seq_lens, batch = args, seq_lens, len(seq_lens)
         heads, size, dtype = args.num_kv_heads, args.head_size, torch.bfloat16
-        blocks = -(-seq_len // BLOCK_SIZE)
         content = BlockLayout(size, 2).content_bytes // 2
-        shape = (batch * blocks + 1, heads, BLOCK_SIZE, content)
+        self.table = random_table(seq_lens, BLOCK_SIZE)
+        shape = (int(self.table.max()) + 1, heads, BLOCK_SIZE, content)
         self.cache = torch.empty(shape, dtype=dtype, device="cuda")
-        order = torch.randperm(batch * blocks, device="cuda") + 1
-        self.table = order.view(batch, blocks).int()
-        self.lens = torch.full((batch,), seq_len, dtype=torch.int32, device="cuda")
-        pages = -(-seq_len // DENSE_PAGE)
+        self.lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
         if dense:
-            shape = (2, batch * pages, DENSE_PAGE, heads, size)
+            dense_table = random_table(seq_lens, DENSE_PAGE)
+            shape = (2, int(dense_table.max()) + 1, DENSE_PAGE, heads, size)
             dense_cache = torch.zeros(shape, dtype=dtype, device="cuda")
-            order = torch.randperm(batch * pages, device="cuda")
-            dense_table = order.view(batch, pages).int()
-        position = torch.arange(seq_len, device="cuda")
         strength = torch.rand(heads, size, device="cuda") * 2
-        for row in range(batch):
+        for row, seq_len in enumerate(seq_lens):
+            position = torch.arange(seq_len, device="cuda")
             key = torch.randn(seq_len, heads, size, device="cuda", dtype=dtype)
             key = (key * strength).to(dtype)
             value = torch.randn_like(key)
@@ -74,17 +70,19 @@ class Layer:
                 value=dense_cache[1],
                 block_table=dense_table,
                 seq_lens=self.lens,
-                seq_len=seq_len,
+                seq_len=max(seq_lens),
             )
         kept = (batch, heads)
         self.counts = torch.empty(kept, dtype=torch.int32, device="cuda")
         shape = (*kept, args.top_k + BLOCK_SIZE)
         self.indices = torch.zeros(shape, dtype=torch.int32, device="cuda")
         self.budgets = torch.full_like(self.lens, args.top_k)
+        self.budgets[self.lens < args.dense_below] = -1
         self.context = (self.query, self.cache, self.table, self.lens)
         self.lists = dict(indices=self.indices, counts=self.counts)
         group = args.num_heads // heads
         device = torch.device("cuda")
+        blocks = self.table.shape[1]
         size_of = ops.workspace_bytes(batch, heads, group, blocks, size, device)
         if Layer.workspace is None or len(Layer.workspace) < size_of:
             Layer.workspace = torch.zeros(size_of, dtype=torch.uint8, device="cuda")
@@ -119,10 +117,22 @@ class Layer:
     def bytes_needed(self) -> tuple[int, int]:
         """(sparse, dense) bytes of one call."""
         layout = BlockLayout(self.args.head_size, 2)
-        items = self.batch * self.args.num_kv_heads
-        scores = layout.score_bytes(self.seq_len // BLOCK_SIZE, self.args.rank) * items
-        rows = int(self.counts.sum()) * layout.row_bytes
-        return scores + rows, self.seq_len * layout.row_bytes * items
+        heads, row_bytes = self.args.num_kv_heads, layout.row_bytes
+        sparse = 0
+        for length, budget in zip(self.seq_lens, self.budgets.tolist(), strict=True):
+            if budget < 0:
+                sparse += length * row_bytes * heads
+                continue
+            scores = layout.score_bytes(length // BLOCK_SIZE, self.args.rank)
+            sparse += (scores + budget * row_bytes) * heads
+        return sparse, sum(self.seq_lens) * row_bytes * heads
+
+
+def random_table(seq_lens: list[int], page: int) -> torch.Tensor:
+    """[rows, pages] int32: every row has pages of its own, in random order; 0 pads."""
+    pages = [-(-length // page) for length in seq_lens]
+    order = torch.randperm(sum(pages), device="cuda", dtype=torch.int32) + 1
+    return torch.nn.utils.rnn.pad_sequence(order.split(pages), batch_first=True)
 
 
 def time_graph(calls, repeats: int) -> float:
@@ -146,22 +156,28 @@ def time_graph(calls, repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(args, batch: int, seq_len: int) -> dict:
+def measure(args, seq_lens: list[int]) -> dict:
     """Medians in microseconds, bytes, and the ratio of FlashAttention-3 to us."""
     row_bytes = BlockLayout(args.head_size, 2).row_bytes
-    layer_bytes = batch * seq_len * args.num_kv_heads * row_bytes
-    layers = max(1, min(16, args.rotate_bytes // layer_bytes))
-    stack = [Layer(args, batch, seq_len, bool(args.peers)) for _ in range(layers)]
+    layer_bytes = sum(seq_lens) * args.num_kv_heads * row_bytes
+    # Two at least, so that a call does not pay for the graph's start alone.
+    layers = max(2, min(16, args.rotate_bytes // layer_bytes))
+    stack = [Layer(args, seq_lens, bool(args.peers)) for _ in range(layers)]
     names = ["sparq", "select", "attend"] + (["dense"] if args.dense else [])
     calls = {name: [getattr(layer, name) for layer in stack] for name in names}
-    for name in args.peers:
-        calls[name] = [PEERS[name](layer.dense_cache) for layer in stack]
-        if name != "xformers":  # which attends to other contexts
-            stack[0].dense()
-            expected = stack[0].out.clone()
-            calls[name][0]()
-            assert_close(expected, stack[0].out, 1e-2)
     result = {name: time_graph(calls[name], args.repeats) for name in calls}
+    for name in args.peers:
+        try:
+            peer = [PEERS[name](layer.dense_cache) for layer in stack]
+            if name != "xformers":  # which attends to other contexts
+                stack[0].dense()
+                expected = stack[0].out.clone()
+                peer[0]()
+                assert_close(expected, stack[0].out, 1e-2)
+            result[name] = time_graph(peer, args.repeats)
+        except Exception as error:
+            print(f"{name} cannot be timed here: {error}", flush=True)
+            result[f"{name}_error"] = str(error)[:200]
     sparse, dense = stack[0].bytes_needed()
     result |= {"bytes_sparse": sparse, "bytes_dense": dense, "layers": layers}
     result["gb_per_s"] = sparse / result["sparq"] / 1e3
@@ -179,7 +195,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=1024)
     parser.add_argument(
-        "--cases", nargs="+", default=[], help="batch x length: 16x32768"
+        "--cases",
+        nargs="+",
+        default=[],
+        help="rows x length, joined by +: 16x32768 or 1x131072+30x1024",
+    )
+    parser.add_argument(
+        "--dense-below", type=int, default=4096, help="shorter contexts are dense"
     )
     parser.add_argument(
         "--tail", type=int, default=64, help="tokens short of the length"
@@ -193,9 +215,12 @@ def main() -> None:
     default = [f"{b}x{n}" for b in (1, 16) for n in (8192, 32768, 131072)]
     rows = []
     for case in args.cases or default:
-        batch, length = map(int, case.split("x"))
-        got = measure(args, batch, length - args.tail)
-        rows.append({"batch": batch, "context": length - args.tail, **got})
+        lens = []
+        for part in case.split("+"):
+            batch, length = map(int, part.split("x"))
+            lens += batch * [length - args.tail]
+        shape = {"batch": len(lens), "context": max(lens), "case": case}
+        rows.append(shape | measure(args, lens))
         print(rows[-1], flush=True)
         torch.cuda.empty_cache()
     if args.output:
@@ -210,12 +235,13 @@ def main() -> None:
 
             header["vllm"] = vllm.__version__
         args.output.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
-    columns = ["batch", "context", "sparq", "select", "attend", "dense", *args.peers]
+    columns = ["sparq", "select", "attend", "dense", *args.peers]
     columns += ["ratio", "gb_per_s"]
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
+    print("| case | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for r in rows:
-        print("| " + " | ".join(f"{r.get(c, 0):.4g}" for c in columns) + " |")
+        figures = " | ".join(f"{r.get(c, 0):.4g}" for c in columns)
+        print(f"| {r['case']} | {figures} |")
 
 
 if __name__ == "__main__":

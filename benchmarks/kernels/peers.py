@@ -23,7 +23,8 @@ class DenseCache:
         query, out: [batch, num_heads, head_size].
         key, value: [num_pages, page, num_kv_heads, head_size].
         block_table: [batch, pages] int32.
-        seq_lens: [batch] int32, all equal to ``seq_len``.
+        seq_lens: [batch] int32.
+        seq_len: the longest.
     """
 
     query: torch.Tensor
@@ -140,6 +141,8 @@ def xformers_decode(cache: DenseCache) -> Callable[[], None]:
 
     The same memory in larger pages, hence other contexts than the others attend to.
     """
+    if (cache.seq_lens != cache.seq_len).any():
+        raise ValueError("contexts of one length only")
     from xformers.ops import fmha
     from xformers.ops.fmha import attn_bias, triton_splitk
 
@@ -148,7 +151,8 @@ def xformers_decode(cache: DenseCache) -> Callable[[], None]:
     pages = -(-cache.seq_len // XFORMERS_PAGE)
     device = cache.query.device
     tokens = cache.key.shape[0] * cache.key.shape[1] // XFORMERS_PAGE * XFORMERS_PAGE
-    order = torch.randperm(tokens // XFORMERS_PAGE, device=device)[: batch * pages]
+    order = torch.randperm(tokens // XFORMERS_PAGE, device=device)
+    order = torch.cat([order, order])[: batch * pages]  # the last pages may be short
     bias = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * batch,
         kv_padding=pages * XFORMERS_PAGE,

@@ -7,6 +7,7 @@ python -m benchmarks.kernels.plot benchmarks/results/decode_attention_h100.json
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,12 @@ PLOTS = Path(__file__).parents[1] / "plots"
 PEERS = {"fa3": "FlashAttention-3", "triton": "TRITON_ATTN", "xformers": "xformers"}
 
 
+def label(row: dict) -> str:
+    if "+" in row["case"]:
+        return row["case"].replace("+", "\n+ ")
+    return f"batch {row['batch']}\n{row['context'] // 1000}K"
+
+
 def plot(result: dict, path: Path) -> None:
     """Per batch and context: one bar per dense peer, and ours."""
     rows = result["rows"]
@@ -26,13 +33,14 @@ def plot(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 3.5))
     for i, name in enumerate(peers):
         place = [g + i * width for g in range(len(rows))]
-        bars = axes.bar(place, [r[name] for r in rows], width, label=PEERS[name])
+        times = [r.get(name, math.nan) for r in rows]
+        bars = axes.bar(place, times, width, label=PEERS[name])
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     place = [g + len(peers) * width for g in range(len(rows))]
     bars = axes.bar(place, [r["sparq"] for r in rows], width, label="sparq")
     ratios = [f"{r['sparq']:.0f} ({r['ratio']:.1f}x)" for r in rows]
     axes.bar_label(bars, ratios, fontsize=7)
-    names = [f"batch {r['batch']}\n{r['context'] // 1000}K" for r in rows]
+    names = [label(r) for r in rows]
     axes.set_xticks([g + 0.4 - width / 2 for g in range(len(rows))], names)
     axes.set_yscale("log")  # hence whole bars: stacked ones would mislead
     axes.set_ylabel("us per layer")

@@ -20,7 +20,7 @@ constexpr int kMaxHeads = 8;  // query heads of a KV head
 constexpr int kMaxPairs = kMaxHeads / 2;
 constexpr int kMaxSize = 128;  // head size
 constexpr int kTile = 16;
-constexpr int64_t kManyBlocks = 512;
+constexpr int64_t kManyBlocks = 512;  // of a context; from here on clusters of 16 may pay
 constexpr int kRing = kWarps * kSlots * kSlotBytes;
 constexpr int kMaxPeers = 16;             // thread blocks of a cluster
 constexpr int kStaticShared = 11 * 1024;  // what the kernel declares, and 1 KiB of the system's
@@ -46,10 +46,10 @@ struct Scores {
   }
 };
 
-// What the ring's place holds once all is scored; keys follow.
-struct Counts {
-  uint32_t histogram[kBins];                // others read it
-  uint32_t coarse[kMaxPeers][kCoarseBins];  // others write it
+constexpr int kHistogramBytes = kBins * 4;  // in the ring's place once all is scored, before keys
+
+struct Coarse {
+  uint32_t of[kMaxPeers][kCoarseBins];  // sums of bins of the thread blocks; others write it
 };
 
 union Shared {
@@ -199,6 +199,7 @@ __device__ void pool_part(const DecodeArgs& p,
   uint4 next[kPairs] = {};
   float next_top = 0;
   const auto load = [&](int block) {
+    if (block > last) return;
     const uint4* from = reinterpret_cast<const uint4*>(scores.at(block)) + place;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -206,7 +207,7 @@ __device__ void pool_part(const DecodeArgs& p,
     }
     if (place < p.group) next_top = scores.tops(block)[place];
   };
-  if (2 * warp < part.count) load(min(2 * warp + lane / 16, last));
+  load(2 * warp + lane / 16);
 #pragma unroll 1
   for (int base = 2 * warp; base < part.count; base += 2 * kWarps) {
     const int b = base + lane / 16;
@@ -215,7 +216,7 @@ __device__ void pool_part(const DecodeArgs& p,
     uint4 words[kPairs];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) words[i] = next[i];
-    if (base + 2 * kWarps < part.count) load(min(b + 2 * kWarps, last));
+    load(b + 2 * kWarps);
     Pooled pooled;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
@@ -245,30 +246,31 @@ __device__ int list_tokens(const DecodeArgs& p,
   choose_channels<T, kThreads, kMaxSize>(p, query, prepared);
   const Part part = share_of(plan.sealed, rank, p.cluster);
   const int bytes = score_bytes(p.pairs);
-  const Scores scores = {dynamic + kRing,
+  Coarse& coarse = *reinterpret_cast<Coarse*>(dynamic + kRing);
+  const Scores scores = {dynamic + kRing + sizeof(Coarse),
                          p.scores + (item * p.max_blocks + part.first) * bytes,
-                         dynamic + sizeof(Counts),
+                         dynamic + kHistogramBytes,
                          p.held_blocks,
-                         (kRing - static_cast<int>(sizeof(Counts))) / (2 * kBlockSize),
+                         (kRing - kHistogramBytes) / (2 * kBlockSize),
                          bytes,
                          p.pairs};
   const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * kSlots * kSlotBytes;
   score_part<T, kFast>(p, plan, prepared, table, head, rank, part, ring, scores, shared);
   __syncthreads();
-  Counts& counts = *reinterpret_cast<Counts*>(dynamic);  // in place of the ring
+  uint32_t* histogram = reinterpret_cast<uint32_t*>(dynamic);
 #pragma unroll
   for (int i = 0; i < kBins / kThreads / 4; ++i) {
-    reinterpret_cast<uint4*>(counts.histogram)[threadIdx.x + i * kThreads] = {};
+    reinterpret_cast<uint4*>(histogram)[threadIdx.x + i * kThreads] = {};
   }
   const float weight = log_weight(p, rank, shared);
-  pool_part<kFast ? 2 : kMaxPairs>(p, plan, part, scores, weight, counts.histogram);
+  pool_part<kFast ? 2 : kMaxPairs>(p, plan, part, scores, weight, histogram);
   __syncthreads();
-  send_sums<kThreads>(counts.histogram, counts.coarse, rank, p.cluster);
+  send_sums<kThreads>(histogram, coarse.of, rank, p.cluster);
   cluster_sync(p.cluster);
   const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
   const int tail = plan.length - plan.sealed * kBlockSize;
   const Threshold threshold =
-      cluster_threshold<kThreads>(counts.histogram, counts.coarse, listed, rank, p.cluster);
+      cluster_threshold<kThreads>(histogram, coarse.of, listed, rank, p.cluster);
   int32_t* out = p.indices + item * p.max_kept;
   write_list<kWarps>(threshold, scores, part.first, part.count, out, p.max_kept);
   if (rank == p.cluster - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
@@ -480,11 +482,10 @@ auto kernel_for_type(const DecodeArgs& p) {
 }
 
 // As many thread blocks as multiprocessors hold at once, two on each, in powers of two: others
-// leave gaps between clusters. 16 pay where contexts may be long: 35 to 41 us with 128K tokens, but
-// 21 to 19 with 8K (batch 1, H100).
+// leave gaps between clusters. At least two, for a long context beside many short ones.
 int decode_cluster(const Device& device, int64_t items, int64_t max_blocks) {
   const int most = device.large_clusters && max_blocks > kManyBlocks ? kMaxPeers : kMaxCluster;
-  int size = 1;
+  int size = 2;
   while (size < most && 2 * size * items <= 2 * device.num_sms) size *= 2;
   return size;
 }
@@ -501,7 +502,8 @@ void launch_decode(const Device& device, DecodeArgs p) {
   p.cluster = decode_cluster(device, p.num_rows * p.cache.num_kv_heads, p.max_blocks);
   // Half of a multiprocessor's shared memory, of which each thread block costs 1 KiB more.
   const int bytes = (device.max_shared + 1024) / 2 - kStaticShared;
-  p.held_blocks = (bytes - kRing) / static_cast<int>(score_bytes(p.pairs));
+  p.held_blocks =
+      (bytes - kRing - static_cast<int>(sizeof(Coarse))) / static_cast<int>(score_bytes(p.pairs));
   const auto kernel = p.cache.dtype == Dtype::kHalf ? kernel_for_type<__half>(p)
                                                     : kernel_for_type<__nv_bfloat16>(p);
   if (p.cluster > kMaxCluster) {

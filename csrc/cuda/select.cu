@@ -15,7 +15,7 @@ constexpr int kStaticShared = 12 * 1024;  // what the kernel declares, and 1 KiB
 // Every thread block looks through the sum of the cluster's histograms by itself.
 __device__ Threshold find_threshold(uint32_t* histogram, uint32_t wanted, int rank, int C) {
   __shared__ uint32_t sums[kSelectWarps][2];
-  __shared__ Threshold found;
+  __shared__ __align__(16) Threshold found;
   static_assert(kBins == 4 * kSelectThreads);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) found = {kNothing, 0, 0, 0};
