@@ -481,12 +481,13 @@ auto kernel_for_type(const DecodeArgs& p) {
   return p.cache.head_size <= 64 ? kernel_for<T, 64>(p) : kernel_for<T, kMaxSize>(p);
 }
 
-// As many thread blocks as multiprocessors hold at once, two on each, in powers of two: others
-// leave gaps between clusters. At least two, for a long context beside many short ones.
+// As many thread blocks as there are multiprocessors, in powers of two; or two, for a long context
+// beside many short ones. Each multiprocessor holds two thread blocks, but large clusters that need
+// nearly all places leave gaps, and the last ones wait for a second round.
 int decode_cluster(const Device& device, int64_t items, int64_t max_blocks) {
   const int most = device.large_clusters && max_blocks > kManyBlocks ? kMaxPeers : kMaxCluster;
   int size = 2;
-  while (size < most && 2 * size * items <= 2 * device.num_sms) size *= 2;
+  while (size < most && 2 * size * items <= device.num_sms) size *= 2;
   return size;
 }
 
