@@ -19,6 +19,9 @@ from .generate import PagedContext, paged_context
 
 # num_heads, num_kv_heads, head_size
 Shape = tuple[int, int, int]
+# Scores nearer to each other may change places: the CUDA ops keep them in 8 bits, 3 %
+# off at most, and count them in bins of 1.5 %.
+SCORE_TOLERANCE = {"cuda": 0.09, "triton": 1e-4}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -30,9 +33,14 @@ def filled(
 ) -> PagedContext:
     """A batch on the CPU, stored and sealed by the reference."""
     ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
-    for row in range(len(seq_lens)):
+    return store_and_seal(ctx)
+
+
+def store_and_seal(ctx: PagedContext) -> PagedContext:
+    """By the reference, in place."""
+    for row in range(len(ctx.keys)):
         reference.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
-    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), head_size)
+    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), ctx.keys[0].shape[-1])
     return ctx
 
 
@@ -40,8 +48,14 @@ def moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def moved_cache(kv_cache: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The cache with its heads apart: blocks are nearer to each other than heads."""
+def moved_cache(
+    kv_cache: torch.Tensor, device: torch.device, heads_apart: bool = True
+) -> torch.Tensor:
+    """The cache on ``device``; ``heads_apart``: blocks are nearer to each other than
+    heads, else it is contiguous.
+    """
+    if not heads_apart:
+        return kv_cache.to(device)
     apart = kv_cache.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     apart = apart.to(device)
     return apart.transpose(0, 1)
@@ -77,6 +91,8 @@ def select_both(
     device: torch.device,
     max_kept: int,
     with_mass: bool = True,
+    heads_apart: bool = True,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Lists of the ops on ``device`` and of the reference, both on the CPU."""
     num_heads = query.shape[1]
@@ -86,10 +102,11 @@ def select_both(
     rest = (ctx.block_table, ctx.seq_lens, budgets)
     ops.sparq_select(
         query.to(device),
-        moved_cache(ctx.kv_cache, device),
+        moved_cache(ctx.kv_cache, device, heads_apart),
         *(t.to(device) for t in rest),
         **options,
         **got,
+        workspace=workspace,
     )
     reference.sparq_select(query, ctx.kv_cache, *rest, **options, **want)
     return {name: t.cpu() for name, t in got.items() if t is not None}, want
@@ -102,18 +119,27 @@ def assert_same_lists(
     query: torch.Tensor,
     options: dict[str, Any],
     tolerance: float,
+    lost: float | None = None,
 ) -> None:
-    """Lists may differ in tokens whose scores differ by less than ``tolerance``."""
+    """Lists may differ in tokens whose scores differ by less than ``tolerance``.
+
+    Args:
+        lost: share of the best tokens' scores that they may cost, however many they
+            are; None: they must be few.
+    """
     assert torch.equal(got["counts"], want["counts"])
     num_kv_heads = ctx.kv_cache.shape[1]
     group = query.shape[1] // num_kv_heads
     for row, head in (want["counts"] >= 0).nonzero().tolist():
         n = int(want["counts"][row, head])
         kept = got["indices"][row, head, :n].tolist()
-        swapped = sorted(set(kept) ^ set(want["indices"][row, head, :n].tolist()))
+        best = want["indices"][row, head, :n].tolist()
+        swapped = sorted(set(kept) ^ set(best))
         assert kept == sorted(set(kept))
         assert (got["indices"][row, head, n:] == -7).all()
-        assert len(swapped) <= max(4, n // 16), (row, head, swapped)
+        assert lost is not None or len(swapped) <= max(4, n // 16), (row, head, swapped)
+        if not swapped and "kept_mass" not in got:
+            continue
         probs = reference.sparq_probabilities(
             query[row].float().unflatten(0, (num_kv_heads, group))[head],
             ctx.kv_cache,
@@ -125,8 +151,11 @@ def assert_same_lists(
             options["soft_cap"],
         )
         if swapped:
-            scores = probs.sum(0)[swapped]
-            assert scores.max() <= scores.min() * (1 + tolerance), (row, head)
+            scores = probs.sum(0)
+            low, high = scores[swapped].aminmax()
+            assert high <= low * (1 + tolerance), (row, head)
+            if lost is not None:
+                assert scores[kept].sum() >= scores[best].sum() * (1 - lost)
         if "kept_mass" in got:
             mass = probs[:, kept].sum(-1).clamp(max=1.0)
             heads = slice(head * group, (head + 1) * group)
@@ -136,13 +165,17 @@ def assert_same_lists(
 
 
 def check_store_and_seal(
-    device: torch.device, shape: Shape, dtype: torch.dtype, seq_lens: list[int]
+    device: torch.device,
+    shape: Shape,
+    dtype: torch.dtype,
+    seq_lens: list[int],
+    heads_apart: bool = True,
 ) -> None:
     """Rows, codes and parameters to the bit, means of V as close as fp16 allows."""
     _, num_kv_heads, head_size = shape
     want = filled(seq_lens, num_kv_heads, head_size, dtype)
     ctx = paged_context(seq_lens, num_kv_heads, head_size, dtype, generator())
-    cache = moved_cache(ctx.kv_cache, device)
+    cache = moved_cache(ctx.kv_cache, device, heads_apart)
     for row in range(len(seq_lens)):
         given = (ctx.keys[row], ctx.values[row], cache, ctx.slots(row))
         ops.store_kv(*(t.to(device) for t in given[:2]), cache, given[3].to(device))
@@ -341,19 +374,27 @@ def check_budget_edges(
     assert_same_lists(got, want, ctx, query, options, tolerance)
 
 
-def check_ties(device: torch.device, length: int) -> None:
+def check_ties(device: torch.device, lengths: list[int], dtype: torch.dtype) -> None:
     """Where every token scores the same, the lower positions win."""
-    ctx = paged_context([length], 1, 64, torch.float32, generator())
-    ctx.keys[0][:] = 1.0
-    reference.store_kv(ctx.keys[0], ctx.values[0], ctx.kv_cache, ctx.slots(0))
-    reference.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
-    query = random_query(ctx, 1, torch.float32)
-    budgets = torch.tensor([100], dtype=torch.int32)
+    ctx = paged_context(lengths, 1, 64, dtype, generator())
+    for keys in ctx.keys:
+        keys[:] = 1.0
+    store_and_seal(ctx)
+    query = random_query(ctx, 1, dtype)
+    budgets = torch.full((len(lengths),), 100, dtype=torch.int32)
     options = dict(rank=16, local_window=10, sink_tokens=0, scale=0.125, soft_cap=0.0)
-    got, _ = select_both(ctx, query, budgets, options, device, 228)
-    tail = length % BLOCK_SIZE or 10
-    expected = [*range(100 - tail), *range(length - tail, length)]
-    assert got["indices"][0, 0, :100].tolist() == expected
+    given = (ctx, query, budgets, options, device, 228)
+    results = [select_both(*given, with_mass)[0] for with_mass in (True, False)]
+    lists = list_buffers(ctx, 1, 228, with_mass=False)
+    lists = {name: moved(t, device) for name, t in lists.items()}
+    inputs = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
+    inputs = [t.to(device) for t in inputs]
+    ops.sparq_attend(*inputs, **options, **lists, out=torch.empty_like(inputs[0]))
+    for got in (*results, lists):
+        for row, length in enumerate(lengths):
+            tail = max(10, length % BLOCK_SIZE)
+            expected = [*range(100 - tail), *range(length - tail, length)]
+            assert got["indices"][row, 0, :100].tolist() == expected
 
 
 def check_attend(
@@ -364,6 +405,8 @@ def check_attend(
     soft_cap: float,
     listed: bool,
     with_mass: bool,
+    heads_apart: bool = True,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """``contexts`` are (length, listed tokens) pairs; -1: the whole context."""
     num_heads, num_kv_heads, head_size = shape
@@ -391,12 +434,13 @@ def check_attend(
     got, got_read = (t.clone().to(device) for t in (want, want_read))
     ops.attend(
         query.to(device),
-        moved_cache(ctx.kv_cache, device),
+        moved_cache(ctx.kv_cache, device, heads_apart),
         *(t.to(device) for t in rest),
         **{name: moved(t, device) for name, t in given.items()},
         **options,
         out=got,
         tokens_read=got_read,
+        workspace=workspace,
     )
     reference.attend(
         query,
