@@ -336,6 +336,27 @@ def test_steps_that_are_padded_to_a_cuda_graph(drive, spec_tokens):
     assert totals["decode_tokens"] == 4 and totals["sparse_rows"] == 4
 
 
+def test_the_rows_of_vllms_warm_up_are_forgotten(drive):
+    """It decodes made-up requests, with real slots, before it captures graphs."""
+    driver = drive(GQA, SPARSE, 1)
+    if driver.path == "cpu":
+        pytest.skip("no graphs on the CPU")
+    driver.step(Part(0, 300))
+    driver.step(decode(0))
+    assert driver.recorder.snapshot()["sparse_rows"] == 1
+    driver.step(decode(0))
+    dummy = padded_batch(driver, [302], 3)
+    dummy.slot_mapping.fill_(-1)
+    for _ in range(2):
+        driver.builder.build_for_cudagraph_capture(dummy)
+        assert not any(driver.recorder.snapshot().values())
+    driver.step(decode(0))
+    # As vLLM does for an idle rank, now and then.
+    driver.builder.build_for_cudagraph_capture(dummy)
+    totals = driver.recorder.snapshot()
+    assert totals["decode_tokens"] == totals["sparse_rows"] == 1
+
+
 def test_graphs_hold_options_that_a_running_engine_cannot_change(drive, monkeypatch):
     driver = drive(GQA, SPARSE, 1)
     if driver.path == "cpu":

@@ -209,7 +209,6 @@ def test_drafted_tokens_are_verified_by_sparse_rows(repeating):
             "prompt_lookup_min": 1,
         },
     ) as drafting:
-        configure(drafting, SPARSE)  # forgets the rows of vLLM's warm-up
         assert_same_but_for_ties(generate(drafting, chosen, greedy()), expected)
         totals = stats(drafting)
     assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)

@@ -73,6 +73,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
 
     def __init__(self, *args, **kwargs) -> None:
         self._buffers: _Buffers | None = None
+        self._captured = False
         self.counter: DeviceCounter | None = None
         super().__init__(*args, **kwargs)
 
@@ -142,7 +143,6 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        count: bool = True,
     ) -> GpuMetadata:
         common = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
@@ -151,7 +151,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         recorder.log_now_and_then()
         decode, requests = [], None
         if num_decode_tokens:
-            decode = self._decode_rows(common, num_decodes, num_decode_tokens, count)
+            decode = self._decode_rows(common, num_decodes, num_decode_tokens)
             requests = DecodeRequests(
                 block_table=common.block_table_tensor[:num_decodes],
                 seq_lens=common.seq_lens[:num_decodes],
@@ -172,7 +172,15 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> GpuMetadata:
-        return self.build(0, common_attn_metadata, count=False)
+        metadata = self.build(0, common_attn_metadata)
+        # Nothing was served yet, but vLLM's warm-up has decoded made-up requests: it
+        # comes first, as graphs hold the workspaces that it makes grow. Later calls are
+        # idle steps of data parallelism. Without FULL graphs there is no call, and the
+        # warm-up stays counted (enforce_eager skips it).
+        if not self._captured:
+            self._captured = True
+            recorder.reset()
+        return metadata
 
     def _one_token_each(self, num_decodes: int, num_decode_tokens: int) -> bool:
         """Fixed for an engine: graphs of one batch size must not differ in it."""
@@ -183,7 +191,6 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         common: CommonAttentionMetadata,
         num_decodes: int,
         num_rows: int,
-        count: bool,
     ) -> list[DecodeRows]:
         buffers = self._buffers
         if buffers is None:
@@ -206,8 +213,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             # A prompt's last token is prefill even when it comes alone, or a
             # prefix-cache hit would change the first answer token.
             budgets.masked_fill_(dense, -1)
-        if count:
-            self.counter.add(seq_lens, budgets, common.slot_mapping[:num_rows])
+        self.counter.add(seq_lens, budgets, common.slot_mapping[:num_rows])
         parts = []
         for first in range(0, num_rows, buffers.rows_at_once):
             rows = slice(first, min(first + buffers.rows_at_once, num_rows))

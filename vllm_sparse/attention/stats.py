@@ -20,6 +20,8 @@ LOG_INTERVAL_SECONDS = 30.0
 class SparseStats:
     """Totals of this process since the last reset, decode rows only.
 
+    An engine that captures FULL CUDA graphs resets them before it serves.
+
     Bytes cover K and V rows, codes, parameters and means, over all layers and KV heads
     that our backend serves.
     """
@@ -68,7 +70,7 @@ class DeviceCounter:
     def add(
         self, seq_lens: torch.Tensor, budgets: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Count one step's rows; rows without a slot are padding or warm-up."""
+        """Count one step's rows; rows without a slot are padding."""
         real = slots >= 0
         sparse = (budgets >= 0) & real
         kept = torch.where(sparse, budgets, seq_lens)
