@@ -13,9 +13,9 @@ SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
-# "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,000
-# tokens one request lost 10 % of a step and sixteen gained 18 % (README).
-DENSE_BELOW = {"cpu": 512, "cuda": 4096}
+# "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,200
+# tokens one request lost 4 % of a step and sixteen gained 13 % (README).
+DENSE_BELOW = {"cpu": 512, "cuda": 6144}
 
 
 class SparseConfigError(ValueError):

@@ -22,7 +22,7 @@ PEERS = {"fa3": "FlashAttention-3", "triton": "TRITON_ATTN", "xformers": "xforme
 def label(row: dict) -> str:
     if "+" in row["case"]:
         return row["case"].replace("+", "\n+ ")
-    return f"batch {row['batch']}\n{row['context'] // 1000}K"
+    return f"batch {row['batch']}\n{round(row['context'] / 1024)}K"
 
 
 def plot(result: dict, path: Path) -> None:
