@@ -57,7 +57,10 @@ def measure(args: argparse.Namespace) -> dict:
         engine.seconds(prompts, 1)
         engine.decode_step(prompts, 4)
         engine.kv_share()
-        times = [engine.decode_step(prompts, args.tokens) for _ in range(args.repeats)]
+        times = [
+            engine.decode_step(prompts, args.tokens, args.before)
+            for _ in range(args.repeats)
+        ]
         rows.append(row("decode", batch, length, times))
         rows[-1]["kv_share"] = engine.kv_share()
     config = engine.llm.llm_engine.vllm_config.cache_config
@@ -102,6 +105,7 @@ def main() -> None:
     add("--cases", nargs="+", default=["1x32768", "10x40000"], help="batch x context")
     add("--ttft-lengths", type=int, nargs="*", default=[32768])
     add("--tokens", type=int, default=64, help="decode steps timed")
+    add("--before", type=int, default=16, help="decode steps ahead of those")
     add("--repeats", type=int, default=3)
     add("--max-model-len", type=int, default=131072)
     add("--gpu-memory-utilization", type=float, default=0.95)

@@ -86,6 +86,13 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
+__device__ inline float warp_max(float x) {
+  const int bits = __float_as_int(x), sign = bits >> 31 & 0x7fffffff;
+  const int top = __reduce_max_sync(kFullMask, bits ^ sign);
+  return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
+}
+
 // `size` thread blocks that read each other's shared memory; 1 where there are no clusters.
 __device__ inline void cluster_sync(int size) {
 #if __CUDA_ARCH__ >= 900

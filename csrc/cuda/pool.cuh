@@ -68,13 +68,6 @@ struct Pooled {
 
 __device__ inline __half2 weight_of(float x) { return __float2half2_rn(fminf(x, 65504.0f)); }
 
-// The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
-__device__ inline float warp_max(float x) {
-  const int bits = __float_as_int(x), sign = bits >> 31 & 0x7fffffff;
-  const int top = __reduce_max_sync(kFullMask, bits ^ sign);
-  return __int_as_float(top ^ (top >> 31 & 0x7fffffff));
-}
-
 // log2 of every head's normaliser into lse[2 * pairs]; also `shift`, such that pooled
 // probabilities times 2^shift have a largest value near 2^14 and never reach fp16's end.
 __device__ inline void find_normalisers(
