@@ -86,6 +86,16 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// The sum over this lane and those before it.
+__device__ inline uint32_t warp_scan(uint32_t x) {
+  const int lane = threadIdx.x % 32;
+  for (int i = 1; i < 32; i *= 2) {
+    const uint32_t y = __shfl_up_sync(kFullMask, x, i);
+    if (lane >= i) x += y;
+  }
+  return x;
+}
+
 // The largest of a warp's numbers: integers that sort like them are reduced by one instruction.
 __device__ inline float warp_max(float x) {
   const int bits = __float_as_int(x), sign = bits >> 31 & 0x7fffffff;

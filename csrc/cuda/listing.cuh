@@ -91,21 +91,13 @@ __device__ int2 write_list(
       if (lane / 8 == i) word = over, ties = over_or_tie & ~over;
     }
     if (__any_sync(kFullMask, ties != 0)) {
-      uint32_t inclusive = __popc(ties);
-      for (int i = 1; i < 32; i *= 2) {
-        const uint32_t y = __shfl_up_sync(kFullMask, inclusive, i);
-        if (lane >= i) inclusive += y;
-      }
+      const uint32_t inclusive = warp_scan(__popc(ties));
       uint32_t at = equal + inclusive - __popc(ties);
       equal += __shfl_sync(kFullMask, inclusive, 31);
 #pragma unroll 1
       for (; ties && at < t.need; ++at, ties &= ties - 1) word |= ties & -ties;
     }
-    uint32_t inclusive = __popc(word);
-    for (int i = 1; i < 32; i *= 2) {
-      const uint32_t y = __shfl_up_sync(kFullMask, inclusive, i);
-      if (lane >= i) inclusive += y;
-    }
+    const uint32_t inclusive = warp_scan(__popc(word));
     uint32_t at = place + inclusive - __popc(word);
     place += __shfl_sync(kFullMask, inclusive, 31);
     const int token = (first + base) * kBlockSize + 32 * lane - 1;

@@ -44,11 +44,7 @@ __device__ Share find_share(const SelectArgs& p) {
   int before = 0;
   for (int first = 0; count > 0; first += 32) {
     const int units = first + lane < rows ? row_units(p, first + lane) : 0;
-    int end = units;
-    for (int i = 1; i < 32; i *= 2) {
-      const int y = __shfl_up_sync(kFullMask, end, i);
-      if (lane >= i) end += y;
-    }
+    const int end = warp_scan(units);
     const uint32_t beyond = __ballot_sync(kFullMask, before + end > begin);
     if (beyond) {
       const int found = __ffs(beyond) - 1;

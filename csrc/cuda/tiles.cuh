@@ -58,11 +58,7 @@ __device__ Share find_share(const AttendArgs& p, int subs, int items) {
     c.load(p, subs);
     sum += c.tiles;
   }
-  int inclusive = sum;
-  for (int i = 1; i < 32; i *= 2) {
-    const int y = __shfl_up_sync(kFullMask, inclusive, i);
-    if (lane >= i) inclusive += y;
-  }
+  const int inclusive = warp_scan(sum);
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
   int before = inclusive - sum, total = 0;
