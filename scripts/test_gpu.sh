@@ -23,7 +23,8 @@ for part in "$@"; do
       for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
           python3 -m pytest -m gpu -q -p no:cacheprovider --tb=line \
-          tests/ops/test_triton_ops.py -k "cuda and (rows or order or strided or select or attend)"
+          tests/ops -k "every_rank or every_group or \
+            test_triton_ops and cuda and (rows or order or strided or select or attend or ties or range)"
       done ;;
     *) echo "unknown part: $part" >&2; exit 2 ;;
   esac

@@ -20,6 +20,7 @@ import torch
 from benchmarks.kernels.peers import PEERS, DenseCache
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
+from vllm_sparse.config import DENSE_BELOW
 from vllm_sparse.testing.compare import assert_close
 
 DENSE_PAGE = 64
@@ -165,6 +166,10 @@ def measure(args, seq_lens: list[int]) -> dict:
     stack = [Layer(args, seq_lens, bool(args.peers)) for _ in range(layers)]
     names = ["sparq", "select", "attend"] + (["dense"] if args.dense else [])
     calls = {name: [getattr(layer, name) for layer in stack] for name in names}
+    stack[0].sparq()
+    ours = stack[0].out.clone()
+    stack[0].attend()  # over the lists that sparq has written
+    assert_close(ours, stack[0].out, 1e-2)
     result = {name: time_graph(calls[name], args.repeats) for name in calls}
     for name in args.peers:
         try:
@@ -201,7 +206,10 @@ def main() -> None:
         help="rows x length, joined by +: 16x32768 or 1x131072+30x1024",
     )
     parser.add_argument(
-        "--dense-below", type=int, default=4096, help="shorter contexts are dense"
+        "--dense-below",
+        type=int,
+        default=DENSE_BELOW["cuda"],
+        help="shorter contexts are dense",
     )
     parser.add_argument(
         "--tail", type=int, default=64, help="tokens short of the length"

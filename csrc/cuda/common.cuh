@@ -35,22 +35,6 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ inline float load_float(const void* data, int64_t i, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kHalf: return to_float(static_cast<const __half*>(data)[i]);
-    case Dtype::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
-  }
-}
-
-__device__ inline void store_float(void* data, int64_t i, Dtype dtype, float x) {
-  switch (dtype) {
-    case Dtype::kHalf: static_cast<__half*>(data)[i] = __float2half_rn(x); break;
-    case Dtype::kBFloat16: static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x); break;
-    default: static_cast<float*>(data)[i] = x;
-  }
-}
-
 __device__ inline uint8_t* chunk_of(const KvCache& cache, int64_t block, int head) {
   return cache.data + block * cache.block_stride + head * cache.head_stride;
 }
@@ -173,6 +157,7 @@ void launch(const Device& device,
   if (shared_bytes > 16 * 1024) {  // with what the kernel declares, perhaps beyond 48 KiB
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    // Or two thread blocks of a multiprocessor may not get what both of them need.
     check(cudaFuncSetAttribute(
         kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   }

@@ -84,11 +84,16 @@ int decode_cluster(const Device& device, int64_t items, int64_t max_blocks) {
   return size;
 }
 
+// Half of a multiprocessor's shared memory, of which each thread block costs 1 KiB more.
+int dynamic_bytes(const Device& device) { return (device.max_shared + 1024) / 2 - kStaticShared; }
+
 }  // namespace
 
 bool decode_covers(const Device& device, const SelectArgs& p) {
-  // Attention counts in 64 bytes, in 32 bits: all but odd strides and caches beyond 256 GiB a
-  // layer.
+  const int attend = kWarps * 3 * kTile * (2 * p.cache.head_size + 16);
+  const int list = kRing + static_cast<int>(sizeof(Coarse) + score_bytes((p.group + 1) / 2));
+  if (dynamic_bytes(device) < (attend > list ? attend : list)) return false;
+  // Attention addresses rows in units of 64 bytes with 32 bits.
   const int64_t units = p.cache.block_stride / 64;
   if (p.cache.block_stride % 64 != 0 || units * p.cache.num_blocks > UINT32_MAX) return false;
   return device.clusters && p.cache.dtype != Dtype::kFloat && p.cache.head_size <= kMaxSize &&
@@ -96,10 +101,8 @@ bool decode_covers(const Device& device, const SelectArgs& p) {
 }
 
 void launch_decode(const Device& device, DecodeArgs p) {
-  p.pairs = (p.group + 1) / 2;
   p.cluster = decode_cluster(device, p.num_rows * p.cache.num_kv_heads, p.max_blocks);
-  // Half of a multiprocessor's shared memory, of which each thread block costs 1 KiB more.
-  const int bytes = (device.max_shared + 1024) / 2 - kStaticShared;
+  const int bytes = dynamic_bytes(device);
   p.held_blocks =
       (bytes - kRing - static_cast<int>(sizeof(Coarse))) / static_cast<int>(score_bytes(p.pairs));
   const auto kernel = p.cache.dtype == Dtype::kHalf ? kernel_for_type<__half>(p)

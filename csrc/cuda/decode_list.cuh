@@ -40,7 +40,7 @@ struct Coarse {
   uint32_t of[kMaxPeers][kCoarseBins];  // sums of bins of the thread blocks; others write it
 };
 
-// One warp's running (top, sum) of two heads; lanes differ in blocks and heads.
+// A lane's running (top, sum) of two heads; lanes differ in blocks and heads.
 struct RunningSum {
   float4 s = {-INFINITY, 0, -INFINITY, 0};
   __device__ void add(const float4& x) {

@@ -54,7 +54,7 @@ __host__ __device__ inline int64_t prepared_bytes(int rank, int group) {
   return int64_t{pad_to(rank, kStepChannels)} * (4 + 2 * pad_to(group, 4));
 }
 
-// Bytes of a block's scores with its heads' largest logits, as decode.cu keeps them.
+// Bytes of a block's scores with its heads' largest logits, as decode_list.cuh keeps them.
 __host__ __device__ inline int64_t score_bytes(int pairs) {
   return pad_to(pairs * (2 * kBlockSize + 8), 16);
 }

@@ -127,6 +127,7 @@ def _probe(device: torch.device) -> None:
     """Run the ops on two blocks of zeros: does the library serve the GPU?"""
     try:
         try_ops(load(), device)
+        torch.cuda.synchronize(device)  # launches alone may succeed
     except RuntimeError as error:
         major, minor = torch.cuda.get_device_capability(device)
         raise KernelsError(
