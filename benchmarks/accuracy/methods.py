@@ -104,7 +104,9 @@ def options_for(
     may still exceed a small top_k, so the measured share is the one to report.
     None: not even sinks and window fit.
     """
-    options = {**asdict(SparseConfig()), **method.options, "selector": method.selector}
+    # A budget is kept at every length, also where the device's default is dense.
+    options = asdict(SparseConfig(dense_below=0)) | method.options
+    options["selector"] = method.selector
     if not method.takes_budget:
         return options
     dense_layers = min(options["dense_layers"], shape.num_layers)
