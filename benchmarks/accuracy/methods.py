@@ -6,11 +6,10 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_sparse.config import SparseConfig, default_rank
+import torch
 
-SELECTORS = ("dense", "sparq", "exact", "quest", "window")
-BLOCK_TOKENS = 128
-QUEST_PAGE_TOKENS = 16
+from vllm_sparse.config import SELECTOR_NAMES, SparseConfig
+from vllm_sparse.selectors import SELECTORS, LayerShape
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,9 @@ def parse_method(text: str) -> Method:
         ValueError: unknown selector, or not ``option=value``.
     """
     selector, *pairs = re.split(r"[:,]", text)
-    if selector not in SELECTORS:
-        raise ValueError(f"unknown method {selector!r}; one of {', '.join(SELECTORS)}")
+    if selector not in SELECTOR_NAMES:
+        names = ", ".join(SELECTOR_NAMES)
+        raise ValueError(f"unknown method {selector!r}; one of {names}")
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -78,19 +78,16 @@ def _parse_value(text: str) -> Any:
 
 
 def estimate_bytes(method: Method, shape: ModelShape, context: int) -> float:
-    """Bytes per KV head read to *choose* among ``context`` tokens.
-
-    sparq: rank channels of 4-bit codes, and their scale and minimum (2 x 16 bit), of
-    every full 128-token block. quest: a minimum and a maximum per channel and page.
-    exact: nothing is charged although it reads every key: an oracle, no method.
-    """
-    if method.selector == "sparq":
-        rank = method.options.get("rank") or default_rank(shape.head_size)
-        return context // BLOCK_TOKENS * (BLOCK_TOKENS * rank / 2 + 4 * rank)
-    if method.selector == "quest":
-        # Decoding opens a page at once, hence one more than fills the context.
-        return (context // QUEST_PAGE_TOKENS + 1) * shape.row_bytes
-    return 0.0
+    """Bytes per KV head read to *choose* among ``context`` tokens."""
+    if method.selector == "dense":
+        return 0.0
+    dtype = torch.float32 if shape.itemsize == 4 else torch.bfloat16
+    layer = LayerShape(2, 1, shape.head_size, dtype, 1.0)
+    options = {**method.options, "selector": method.selector}
+    config = SparseConfig(**options).resolve(shape.head_size, layer.num_queries_per_kv)
+    read = SELECTORS[method.selector](config, layer).score_bytes(context)
+    # Decoding opens a page of Quest's at once.
+    return read + (shape.row_bytes if method.selector == "quest" else 0)
 
 
 def options_for(

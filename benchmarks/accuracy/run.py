@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from benchmarks.accuracy import metrics
-from benchmarks.accuracy.methods import SELECTORS, Method, options_for, parse_method
+from benchmarks.accuracy.methods import Method, options_for, parse_method
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.tasks import TASKS, Sample, make_samples
 from benchmarks.accuracy.text import TextSources
+from vllm_sparse.config import SELECTOR_NAMES
 
 if TYPE_CHECKING:  # imports vLLM, which only main() needs
     from benchmarks.accuracy.engine import Engine, EngineOptions
@@ -169,7 +170,7 @@ def main() -> None:
         "--methods",
         nargs="+",
         default=Plan.methods,
-        help=f"selector[:option=value]..., selector one of {', '.join(SELECTORS)}",
+        help=f"selector[:option=value]..., selector one of {', '.join(SELECTOR_NAMES)}",
     )
     add("--budgets", nargs="+", type=float, default=Plan.budgets)
     add("--samples", type=int, default=10)

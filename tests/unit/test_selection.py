@@ -3,11 +3,13 @@
 """Which tokens survive: forced ones, budgets, and the best scores of each selector."""
 
 import math
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
+from vllm_sparse import config as config_module
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.config import SparseConfig
@@ -232,6 +234,22 @@ def test_exact_is_the_oracle_no_selector_keeps_more_mass():
     }
     assert max(mass, key=mass.get) == "exact"
     assert mass["exact"] > mass["sparq"] > mass["window"]
+
+
+def test_the_selector_of_the_documentation_works_as_written(monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "selectors.md"
+    code = page.read_text().split("```python\n")[1].split("```")[0]
+    namespace: dict = {}
+    exec(code, namespace)
+    selector = namespace["KeyNormSelector"]
+    monkeypatch.setitem(SELECTORS, selector.name, selector)
+    names = (*config_module.SELECTOR_NAMES, selector.name)
+    monkeypatch.setattr(config_module, "SELECTOR_NAMES", names)
+    batch = Batch(selector.name)
+    check_best_survive(
+        batch, lambda b, row, head: 1 / b.ctx.keys[row][:, head].norm(dim=-1)
+    )
+    assert batch.selector.score_bytes(1000) == 2000
 
 
 def test_sparq_with_all_channels_is_nearly_the_oracle():
