@@ -9,10 +9,10 @@ import torch
 
 from vllm_sparse import ops
 from vllm_sparse.ops import reference
-from vllm_sparse.testing import op_checks
+from vllm_sparse.testing import op_checks, op_inputs
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import paged_context
-from vllm_sparse.testing.op_checks import filled, generator, list_buffers, random_query
+from vllm_sparse.testing.op_inputs import filled, generator, list_buffers, random_query
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ SHAPES = [
 SEQ_LENS = [1, 127, 128, 129, 700, 2175, 9000]
 MAX_KEPT = 2048
 # Lists as good as the reference's: token by token, and by the mass that they lose.
-AS_GOOD = dict(tolerance=op_checks.SCORE_TOLERANCE["cuda"], lost=0.002)
+AS_GOOD = dict(tolerance=op_inputs.SCORE_TOLERANCE["cuda"], lost=0.002)
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -61,7 +61,7 @@ def on_gpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def lists_on_gpu(ctx, num_heads, max_kept=MAX_KEPT, with_mass=True):
     lists = list_buffers(ctx, num_heads, max_kept, with_mass)
-    return {name: op_checks.moved(t, CUDA) for name, t in lists.items()}
+    return {name: op_inputs.moved(t, CUDA) for name, t in lists.items()}
 
 
 def on_cpu(lists) -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ def check_decode(ctx, query, budgets, options, want, workspace):
     given = dict(out=out, tokens_read=read, workspace=workspace)
     ops.sparq_attend(*on_gpu(*args, budgets), **options, **lists, **given)
     got = on_cpu(lists)
-    op_checks.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
+    op_inputs.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
     expected, expected_read = torch.empty_like(query), torch.zeros(1, dtype=torch.int64)
     scales = dict(scale=options["scale"], soft_cap=options["soft_cap"])
     reference.attend(
@@ -100,8 +100,8 @@ def check_select(ctx, num_heads, budgets, options, workspace=None, with_mass=Tru
     query = random_query(ctx, num_heads, ctx.kv_cache.dtype)
     budgets = torch.tensor(budgets, dtype=torch.int32)
     given = (ctx, query, budgets, options, CUDA, MAX_KEPT, with_mass)
-    got, want = op_checks.select_both(*given, heads_apart=False, workspace=workspace)
-    op_checks.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
+    got, want = op_inputs.select_both(*given, heads_apart=False, workspace=workspace)
+    op_inputs.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
     if with_mass:
         assert (got["kept_mass"][got["counts"][:, 0] == -1] == 1).all()
     check_decode(ctx, query, budgets, options, want, workspace)
@@ -183,7 +183,7 @@ def test_sharp_and_biased_keys(workspace):
     bias = torch.randn(128, generator=generator(5)) * 8
     ctx.keys[0][:] = (ctx.keys[0].float() * 4 + bias).bfloat16()
     options = dict(rank=32, local_window=64, sink_tokens=4, scale=0.09, soft_cap=0.0)
-    check_select(op_checks.store_and_seal(ctx), 4, [400], options, workspace)
+    check_select(op_inputs.store_and_seal(ctx), 4, [400], options, workspace)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_both_steps_in_one_op_also_in_a_graph(with_mass, with_workspace, workspa
     call()
     eager, eager_indices = out.clone(), lists["indices"].clone()
     got = on_cpu(lists)
-    op_checks.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
+    op_inputs.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
     attended = torch.empty_like(out)
     ops.attend(*args[:4], **lists, scale=0.2, out=attended)
     assert_close(eager, attended)
@@ -284,12 +284,12 @@ def test_a_context_beyond_shared_memory_and_a_nan_query():
     budgets = torch.full((18,), 256, dtype=torch.int32)
     options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
     given = (ctx, query, budgets, options, CUDA, MAX_KEPT)
-    got, want = op_checks.select_both(*given, heads_apart=False)
+    got, want = op_inputs.select_both(*given, heads_apart=False)
     kept = got["indices"][3, 0, : int(got["counts"][3, 0])]
     assert len(kept) > 0 and (kept >= 0).all() and (kept < 2000).all()
     for lists in (got, want):
         lists["counts"][3] = -1  # what a NaN query keeps is not compared
-    op_checks.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
+    op_inputs.assert_same_lists(got, want, ctx, query, options, **AS_GOOD)
     query[3] = 1
     want = list_buffers(ctx, 12, MAX_KEPT)
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)

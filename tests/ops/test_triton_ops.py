@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllm_sparse.ops import dispatch
-from vllm_sparse.testing import op_checks
+from vllm_sparse.testing import op_checks, op_inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -44,7 +44,7 @@ if INTERPRETED:
     CONTEXTS = [(1, 64), (128, 64), (300, -1), (700, 150)]
     LONG = (4500, 150)
 
-TOLERANCE = op_checks.SCORE_TOLERANCE
+TOLERANCE = op_inputs.SCORE_TOLERANCE
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ON_GPU)

@@ -117,4 +117,7 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
 
     def refuse_output_scales(self, *scales: torch.Tensor | None) -> None:
         if any(scale is not None for scale in scales):
-            raise NotImplementedError("fused output quantisation is not supported")
+            raise NotImplementedError(
+                "--attention-backend sparq does not support fused output quantisation; "
+                "turn it off with -cc.pass_config.fuse_attn_quant=false"
+            )
