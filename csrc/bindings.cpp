@@ -24,13 +24,14 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
   m.def(
       "sparq_select(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
-      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
-      "Tensor(d!)? workspace=None) -> ()");
+      "float soft_cap, float top_p, int min_tokens, Tensor(a!) indices, Tensor(b!) counts, "
+      "Tensor(c!)? kept_mass, Tensor(d!)? workspace=None) -> ()");
   m.def(
       "sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int rank, int local_window, int sink_tokens, float scale, "
-      "float soft_cap, Tensor(a!) indices, Tensor(b!) counts, Tensor(c!)? kept_mass, "
-      "Tensor(d!) out, Tensor(e!)? tokens_read, Tensor(f!)? workspace=None) -> ()");
+      "float soft_cap, float top_p, int min_tokens, Tensor(a!) indices, Tensor(b!) counts, "
+      "Tensor(c!)? kept_mass, Tensor(d!) out, Tensor(e!)? tokens_read, "
+      "Tensor(f!)? kept_histogram=None, Tensor(g!)? workspace=None) -> ()");
   m.def(
       "attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "

@@ -172,6 +172,17 @@ inline float* check_mass(const std::optional<Tensor>& t, const Tensor& query) {
   return static_cast<float*>(t->data_ptr());
 }
 
+// kept_histogram: [num_kv_heads, kKeptBins] int64, or nothing.
+inline int64_t* check_histogram(const std::optional<Tensor>& t, const KvCache& cache) {
+  if (!t) return nullptr;
+  check_tensor(*t, "kept_histogram", 2);
+  check_dtype(*t, "kept_histogram", ScalarType::Long, "int64");
+  STD_TORCH_CHECK(t->is_contiguous(), "kept_histogram must be contiguous");
+  check_size(*t, "kept_histogram", 0, cache.num_kv_heads, "num_kv_heads");
+  check_size(*t, "kept_histogram", 1, kKeptBins, "bins");
+  return static_cast<int64_t*>(t->data_ptr());
+}
+
 // The query's part of SelectParams and AttendParams; the cache is known.
 template <class Params>
 inline void set_query(const Tensor& query, double scale, double soft_cap, Params& p) {
@@ -186,6 +197,8 @@ inline void set_query(const Tensor& query, double scale, double soft_cap, Params
 inline void set_sparq_options(int64_t rank,
                               int64_t local_window,
                               int64_t sink_tokens,
+                              double top_p,
+                              int64_t min_tokens,
                               SelectParams& p) {
   STD_TORCH_CHECK(rank >= 1 && rank <= p.cache.head_size,
                   "rank must lie between 1 and head_size = ",
@@ -194,6 +207,10 @@ inline void set_sparq_options(int64_t rank,
                   rank);
   STD_TORCH_CHECK(local_window >= 1, "local_window must be at least 1, got ", local_window);
   STD_TORCH_CHECK(sink_tokens >= 0, "sink_tokens must not be negative, got ", sink_tokens);
+  STD_TORCH_CHECK(top_p > 0 && top_p <= 1, "top_p must lie in (0, 1], got ", top_p);
+  STD_TORCH_CHECK(min_tokens >= 0, "min_tokens must not be negative, got ", min_tokens);
+  p.top_p = static_cast<float>(top_p);
+  p.min_tokens = static_cast<int>(min_tokens);
   p.rank = static_cast<int>(rank);
   p.local_window = static_cast<int>(local_window);
   p.sink_tokens = static_cast<int>(sink_tokens);

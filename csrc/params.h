@@ -16,6 +16,28 @@ constexpr int kLanes = 16;       // 32-bit code words of a channel
 constexpr int kCodeBytes = kBlockSize / 2;
 constexpr int kMaxHeadSize = 256;
 
+// Kept tokens are counted in bins of eight to an octave; the last entry is their sum
+// (vllm_sparse/ops/kept.py).
+constexpr int kKeptBins = 176;
+
+#ifdef __CUDACC__
+#define VLLM_SPARSE_HOST_DEVICE __host__ __device__
+#else
+#define VLLM_SPARSE_HOST_DEVICE
+#endif
+
+// The bin of a count of at least 1: its exponent, and the three bits after its first.
+VLLM_SPARSE_HOST_DEVICE inline int kept_bin(int32_t count) {
+#ifdef __CUDA_ARCH__
+  const int exponent = 31 - __clz(count);
+#else
+  const int exponent = 31 - __builtin_clz(static_cast<unsigned>(count));
+#endif
+  const int next = exponent >= 3 ? count >> (exponent - 3) : count << (3 - exponent);
+  const int bin = 8 * exponent + (next & 7);
+  return bin < kKeptBins - 2 ? bin : kKeptBins - 2;
+}
+
 struct KvCache {
   uint8_t* data;                      // [num_blocks, num_kv_heads] chunks of rows, then sidecar
   int64_t block_stride, head_stride;  // bytes
@@ -92,6 +114,8 @@ struct SelectParams {
   int group;  // query heads of a KV head
   int rank, local_window, sink_tokens;
   float scale, soft_cap;  // soft_cap 0: none
+  float top_p;            // 1: budgets are met; below: as many tokens as leave 1 - top_p outside
+  int min_tokens;         // with top_p below 1; budgets are the most
   int32_t* indices;       // [num_rows, num_kv_heads, max_kept] ascending positions
   int64_t max_kept;
   int32_t* counts;   // [num_rows, num_kv_heads]; -1: attend to everything

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 NAMESPACE = "sparse"
@@ -16,6 +17,12 @@ KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 # "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,200
 # tokens one request lost 4 % of a step and sixteen gained 13 % (README).
 DENSE_BELOW = {"cpu": 512, "cuda": 6144}
+
+# Options of a backend that differ from SparseConfig's defaults.
+BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "SPARQ": {},
+    "TWILIGHT": {"top_p": 0.9},
+}
 
 
 class SparseConfigError(ValueError):
@@ -46,6 +53,14 @@ class SparseConfig:
     # Tokens attended exactly, with sinks, window and unsealed tail counted in.
     # An int is a count; a float in (0, 1] is that fraction of the context.
     top_k: int | float = 0.125
+    # Adaptive budgets (Twilight): keep the fewest tokens that leave at most 1 - top_p
+    # of the estimated attention mass outside, summed over the query heads of a KV head.
+    # None: what top_k says. With top_p, top_k does not count, but the next two do; like
+    # top_k they include sinks, window and tail.
+    top_p: float | None = None
+    min_tokens: int = 128
+    # An int is a count; a float in (0, 1] is that fraction of the context.
+    max_tokens: int | float = 1.0
     # The most recent tokens, always attended.
     local_window: int = 32
     # The first tokens of the context, always attended.
@@ -61,14 +76,19 @@ class SparseConfig:
     kernels: str = "auto"
 
     @classmethod
-    def from_additional_config(cls, additional_config: Any) -> "SparseConfig":
+    def from_additional_config(
+        cls, additional_config: Any, defaults: Mapping[str, Any] = MappingProxyType({})
+    ) -> "SparseConfig":
         """Parse vLLM's ``additional_config``; other namespaces are left alone.
+
+        Args:
+            defaults: options of the chosen backend that differ from this class's.
 
         Raises:
             SparseConfigError: naming the key, what is allowed, and an example.
         """
         if not isinstance(additional_config, Mapping):
-            return cls()
+            return cls(**defaults)
         options = additional_config.get(NAMESPACE, {})
         if not isinstance(options, Mapping):
             raise SparseConfigError(
@@ -85,8 +105,16 @@ class SparseConfig:
                     f"unknown option {NAMESPACE}.{key}.{hint} "
                     f"Options: {', '.join(known)}."
                 )
-        config = cls(**options)
+        config = cls(**{**defaults, **options})
         config._validate()
+        if config.top_p is not None and options.get("top_k") is not None:
+            raise SparseConfigError(
+                f"{NAMESPACE}.top_k is a fixed budget, and {NAMESPACE}.top_p = "
+                f"{config.top_p} adapts it: leave top_k out, bound the adaptive budget "
+                "with min_tokens and max_tokens, or choose --attention-backend sparq "
+                f"without top_p. Example: --additional-config.{NAMESPACE}.max_tokens "
+                "2048"
+            )
         return config
 
     def _validate(self) -> None:
@@ -98,14 +126,29 @@ class SparseConfig:
                     f"{allowed}. Example: --additional-config.{NAMESPACE}.{name} "
                     f"{example}"
                 )
-        if isinstance(self.top_k, int):
-            forced = self.local_window + self.sink_tokens
-            if self.top_k < forced:
-                raise SparseConfigError(
-                    f"{NAMESPACE}.top_k = {self.top_k} is smaller than local_window + "
-                    f"sink_tokens = {forced}, which are always attended. Example: "
-                    f"--additional-config.{NAMESPACE}.top_k {max(256, 2 * forced)}"
-                )
+        name = "top_k" if self.top_p is None else "max_tokens"
+        most = getattr(self, name)
+        forced = self.local_window + self.sink_tokens
+        if isinstance(most, int) and most < forced:
+            raise SparseConfigError(
+                f"{NAMESPACE}.{name} = {most} is smaller than local_window + "
+                f"sink_tokens = {forced}, which are always attended. Example: "
+                f"--additional-config.{NAMESPACE}.{name} {max(256, 2 * forced)}"
+            )
+        if self.top_p is None:
+            return
+        if self.selector in ("window", "dense"):
+            raise SparseConfigError(
+                f"{NAMESPACE}.top_p needs an estimate of attention, which selector = "
+                f"{self.selector!r} does not make. Example: "
+                f"--additional-config.{NAMESPACE}.selector sparq"
+            )
+        if isinstance(most, int) and most < self.min_tokens:
+            raise SparseConfigError(
+                f"{NAMESPACE}.max_tokens = {most} is smaller than "
+                f"{NAMESPACE}.min_tokens = {self.min_tokens}. Example: "
+                f"--additional-config.{NAMESPACE}.max_tokens {2 * self.min_tokens}"
+            )
 
     def resolve(
         self, head_size: int, num_queries_per_kv: int, device_type: str = "cpu"
@@ -131,11 +174,13 @@ class SparseConfig:
         return replace(self, rank=rank, mean_value=mean_value, dense_below=dense_below)
 
     def budget(self, seq_len: int) -> int:
-        """``top_k`` as a count for a context of ``seq_len`` tokens."""
-        if isinstance(self.top_k, int):
-            return self.top_k
-        floor = self.local_window + self.sink_tokens
-        return max(math.ceil(self.top_k * seq_len), floor)
+        """Tokens to keep of ``seq_len``; with ``top_p``, the most to keep."""
+        most = self.top_k if self.top_p is None else self.max_tokens
+        if isinstance(most, float):
+            floor = self.local_window + self.sink_tokens
+            most = max(math.ceil(most * seq_len), floor)
+        # A row that may keep everything is not one that has to.
+        return most if self.top_p is None else min(most, seq_len - 1)
 
 
 def _is_int(value: Any, low: int) -> bool:
@@ -144,6 +189,10 @@ def _is_int(value: Any, low: int) -> bool:
 
 def _is_top_k(value: Any) -> bool:
     return _is_int(value, 1) or (isinstance(value, float) and 0.0 < value <= 1.0)
+
+
+def _is_top_p(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and 0.0 < value < 1.0)
 
 
 # option -> (check, what is allowed, an example)
@@ -162,6 +211,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         _is_top_k,
         "a positive integer (tokens) or a fraction of the context in (0, 1]",
         "0.125",
+    ),
+    "top_p": (_is_top_p, "a share of the attention mass in (0, 1)", "0.95"),
+    "min_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "128"),
+    "max_tokens": (
+        _is_top_k,
+        "a positive integer (tokens) or a fraction of the context in (0, 1]",
+        "0.25",
     ),
     "local_window": (lambda v: _is_int(v, 1), "an integer of at least 1", "32"),
     "sink_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "4"),

@@ -13,7 +13,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .compat.vllm import init_logger, require_supported
-from .config import SparseConfig
+from .config import BACKEND_DEFAULTS, SparseConfig
 from .plugin import is_ours
 
 SLIDING = "sliding-window"
@@ -66,9 +66,11 @@ class HonourOurBackends:
         """vLLM's own, after our options: their errors reach the user's process."""
         attention = vllm_config.attention_config
         chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-        if any(is_ours(backend) for backend in chosen):
+        for backend in filter(is_ours, chosen):
             require_supported()
-            SparseConfig.from_additional_config(vllm_config.additional_config)
+            SparseConfig.from_additional_config(
+                vllm_config.additional_config, BACKEND_DEFAULTS[backend.name]
+            )
         super().check_and_update_config(vllm_config)
 
 

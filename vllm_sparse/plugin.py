@@ -8,7 +8,10 @@ vLLM version is refused when a backend is chosen.
 """
 
 # Name on the command line (any case) -> class.
-BACKENDS = {"SPARQ": "vllm_sparse.attention.backend.SparqBackend"}
+BACKENDS = {
+    "SPARQ": "vllm_sparse.attention.backend.SparqBackend",
+    "TWILIGHT": "vllm_sparse.attention.backend.TwilightBackend",
+}
 PLATFORM = "vllm_sparse.platform.SparseCpuPlatform"
 
 

@@ -42,13 +42,14 @@ class Method:
 
     @property
     def takes_budget(self) -> bool:
-        return self.selector != "dense" and "top_k" not in self.options
+        fixed = {"top_k", "top_p"} & self.options.keys()
+        return self.selector != "dense" and not fixed
 
 
 def parse_method(text: str) -> Method:
     """``selector[:option=value]...``; options as in ``vllm_sparse.config``.
 
-    A method with its own ``top_k`` runs once, whatever the budgets.
+    A method with its own ``top_k`` or ``top_p`` runs once, whatever the budgets.
 
     Raises:
         ValueError: unknown selector, or not ``option=value``.
@@ -104,6 +105,8 @@ def options_for(
     # A budget is kept at every length, also where the device's default is dense.
     options = asdict(SparseConfig(dense_below=0)) | method.options
     options["selector"] = method.selector
+    if "top_p" in method.options:
+        del options["top_k"]
     if not method.takes_budget:
         return options
     dense_layers = min(options["dense_layers"], shape.num_layers)

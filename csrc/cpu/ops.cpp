@@ -168,6 +168,8 @@ SelectParams select_params(const Tensor& query,
                            int64_t sink_tokens,
                            double scale,
                            double soft_cap,
+                           double top_p,
+                           int64_t min_tokens,
                            Tensor& indices,
                            Tensor& counts,
                            std::optional<Tensor>& kept_mass) {
@@ -179,7 +181,7 @@ SelectParams select_params(const Tensor& query,
   p.budgets = int_vector(budgets, "budgets", p.num_rows, "rows");
   p.block_table = check_block_table(block_table, p.num_rows, p.seq_lens, p.cache);
   p.block_table_stride = block_table.stride(0);
-  set_sparq_options(rank, local_window, sink_tokens, p);
+  set_sparq_options(rank, local_window, sink_tokens, top_p, min_tokens, p);
   p.indices = check_lists(indices, "indices", 3, p.num_rows, p.cache);
   p.max_kept = indices.size(2);
   for (int64_t row = 0; row < p.num_rows; ++row) {
@@ -208,6 +210,16 @@ void count_tokens(const AttendParams& p, int64_t* total) {
   }
 }
 
+// Adds the lengths of the rows' lists to every KV head's histogram.
+void count_kept(const SelectParams& p, int64_t* histogram) {
+  for (int64_t i = 0; histogram != nullptr && i < p.num_rows * p.cache.num_kv_heads; ++i) {
+    if (p.counts[i] <= 0) continue;
+    int64_t* of_head = histogram + i % p.cache.num_kv_heads * kKeptBins;
+    ++of_head[kept_bin(p.counts[i])];
+    of_head[kKeptBins - 1] += p.counts[i];
+  }
+}
+
 }  // namespace
 
 void sparq_select(const Tensor& query,
@@ -220,6 +232,8 @@ void sparq_select(const Tensor& query,
                   int64_t sink_tokens,
                   double scale,
                   double soft_cap,
+                  double top_p,
+                  int64_t min_tokens,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
@@ -234,6 +248,8 @@ void sparq_select(const Tensor& query,
                                        sink_tokens,
                                        scale,
                                        soft_cap,
+                                       top_p,
+                                       min_tokens,
                                        indices,
                                        counts,
                                        kept_mass);
@@ -250,11 +266,14 @@ void sparq_attend(const Tensor& query,
                   int64_t sink_tokens,
                   double scale,
                   double soft_cap,
+                  double top_p,
+                  int64_t min_tokens,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
                   std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> kept_histogram,
                   std::optional<Tensor> /*workspace*/) {
   const SelectParams s = select_params(query,
                                        kv_cache,
@@ -266,14 +285,18 @@ void sparq_attend(const Tensor& query,
                                        sink_tokens,
                                        scale,
                                        soft_cap,
+                                       top_p,
+                                       min_tokens,
                                        indices,
                                        counts,
                                        kept_mass);
   AttendParams p;
   attend_after(s, p);
   int64_t* total = set_outputs(query, out, tokens_read, p);
+  int64_t* histogram = check_histogram(kept_histogram, p.cache);
   if (p.num_rows > 0) kernels().select_attend(s, p);
   count_tokens(p, total);
+  count_kept(s, histogram);
 }
 
 void attend(const Tensor& query,

@@ -82,7 +82,9 @@ __device__ void choose_channels(const SelectArgs& p, const T* query, const Prepa
     }
     const float total = warp_sum(all);
     read = warp_sum(read);
-    const float factor = read > 0 ? scale * p.scale * fast_sqrt(__fdividef(total, read)) : 0;
+    // Where mass decides, without the paper's temperature.
+    const float temperature = p.top_p < 1 ? 1 : fast_sqrt(__fdividef(total, read));
+    const float factor = read > 0 ? scale * p.scale * temperature : 0;
     __half* to = out.query + g * out.padded_rank;
     int at = place_of_mine;
 #pragma unroll

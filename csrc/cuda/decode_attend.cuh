@@ -103,11 +103,15 @@ __device__ void attend_tiles(
 // Joins what the warps have of an item and sends it to those thread blocks that store it: words of
 // four elements go round.
 template <class T, int kD>
-__device__ void merge_warps(
-    const DecodeArgs& p, Accumulator<T, kD, 8>& a, float* merge, int rank, Shared& shared) {
+__device__ void merge_warps(const DecodeArgs& p,
+                            Accumulator<T, kD, 8>& a,
+                            float* merge,
+                            unsigned rank,
+                            unsigned C,
+                            Shared& shared) {
   constexpr int kPitch = kD + 4;
   const unsigned h = threadIdx.x / 32, lane = threadIdx.x % 32, words = p.cache.head_size / 4;
-  const unsigned C = p.cluster, most = p.group * words / C + 1;
+  const unsigned most = p.group * words / C + 1;
   __syncthreads();
   a.store(0, kD, p.group, merge + h * kMaxHeads * kPitch, kPitch, shared.merge.ends[h]);
   __syncthreads();
@@ -132,25 +136,36 @@ __device__ void merge_warps(
   }
 }
 
-// This thread block's words of the result, from all.
-template <class T>
-__device__ void merge_cluster(const DecodeArgs& p, int rank, T* out, const Shared& shared) {
-  const unsigned C = p.cluster, words = p.cache.head_size / 4, most = p.group * words / C + 1;
-  const unsigned i = rank + threadIdx.x * C, h = i / words;
-  if (h >= p.group) return;
+// This thread's word of head h, from the `C` thread blocks that have sent it.
+__device__ inline Merged merge_words(
+    const DecodeArgs& p, unsigned rank, unsigned C, unsigned h, const Shared& shared, float4& sum) {
+  const unsigned most = p.group * (p.cache.head_size / 4) / C + 1;
   Merged m;
-  float4 sum = {};
 #pragma unroll 2
   for (int r = 0; r < C; ++r) {
     const float2 ends = shared.merge.totals[r][h];
     m.add(ends.x, ends.y, shared.merge.sums[r * most + threadIdx.x], sum);
   }
+  return m;
+}
+
+template <class T>
+__device__ inline void store_words(const Merged& m, const float4& sum, T* out) {
   const float inverse = m.total > 0 ? __fdividef(1, m.total) : 0;
   const float x[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    out[i * 4 + k] = from_float(m.total > 0 ? x[k] * inverse : 0, T());
-  }
+  for (int k = 0; k < 4; ++k) out[k] = from_float(m.total > 0 ? x[k] * inverse : 0, T());
+}
+
+// This thread block's words of the result, from all.
+template <class T>
+__device__ void merge_cluster(
+    const DecodeArgs& p, unsigned rank, unsigned C, T* out, const Shared& shared) {
+  const unsigned i = rank + threadIdx.x * C, h = i / (p.cache.head_size / 4);
+  if (h >= p.group) return;
+  float4 sum = {};
+  const Merged m = merge_words(p, rank, C, h, shared, sum);
+  store_words(m, sum, out + i * 4);
 }
 
 #endif  // __CUDACC__

@@ -36,10 +36,6 @@ struct Scores {
 
 constexpr int kHistogramBytes = kBins * 4;  // in the ring's place once all is scored, before keys
 
-struct Coarse {
-  uint32_t of[kMaxPeers][kCoarseBins];  // sums of bins of the thread blocks; others write it
-};
-
 // A lane's running (top, sum) of two heads; lanes differ in blocks and heads.
 struct RunningSum {
   float4 s = {-INFINITY, 0, -INFINITY, 0};
@@ -120,9 +116,9 @@ __device__ inline float2 combine(float2 x) {
 }
 
 // What weighs a head's probabilities before they are pooled: a lane has head lane % 8. The shift is
-// such that pooled probabilities have a largest value near 2^14 and never reach fp16's end. The
-// cluster meets.
-__device__ inline float log_weight(const DecodeArgs& p, int rank, Shared& shared) {
+// such that pooled probabilities have a largest value near 2^14 and never reach fp16's end; `unit`
+// is what a head's are together then. The cluster meets.
+__device__ inline float log_weight(const DecodeArgs& p, int rank, Shared& shared, float& unit) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = p.cluster;
   const float2 mine =
       combine(lane < 2 * kWarps ? shared.select.stats[lane][warp] : float2{-INFINITY, 0});
@@ -146,6 +142,7 @@ __device__ inline float log_weight(const DecodeArgs& p, int rank, Shared& shared
   for (int i = kMaxHeads; i < 32; i *= 2) sum += __shfl_xor_sync(kFullMask, sum, i);
   float peaks = head < p.group ? __fdividef(1, sum) : 0;
   for (int i = 1; i < kMaxHeads; i *= 2) peaks += __shfl_xor_sync(kFullMask, peaks, i);
+  unit = __fdividef(1 << 14, peaks);
   return 14 - fast_log2(peaks) - (top + fast_log2(sum));
 }
 
@@ -210,8 +207,9 @@ __device__ int list_tokens(const DecodeArgs& p,
   choose_channels<T, kThreads, kMaxSize>(p, query, prepared);
   const Part part = share_of(plan.sealed, rank, p.cluster);
   const int bytes = score_bytes(p.pairs);
-  Coarse& coarse = *reinterpret_cast<Coarse*>(dynamic + kRing);
-  const Scores scores = {dynamic + kRing + sizeof(Coarse),
+  // Of the cluster's thread blocks; others write it.
+  auto* sums = reinterpret_cast<Sums(*)[kCoarseBins]>(dynamic + kRing);
+  const Scores scores = {dynamic + kRing + p.cluster * kSumsBytes,
                          p.scores + (item * p.max_blocks + part.first) * bytes,
                          dynamic + kHistogramBytes,
                          p.held_blocks,
@@ -226,21 +224,22 @@ __device__ int list_tokens(const DecodeArgs& p,
   for (int i = 0; i < kBins / kThreads / 4; ++i) {
     reinterpret_cast<uint4*>(histogram)[threadIdx.x + i * kThreads] = {};
   }
-  const float weight = log_weight(p, rank, shared);
+  float unit;
+  const float weight = log_weight(p, rank, shared, unit);
   pool_part<kFast ? 2 : kMaxPairs>(p, plan, part, scores, weight, histogram);
   __syncthreads();
-  send_sums<kThreads>(histogram, coarse.of, rank, p.cluster);
+  send_sums<kThreads>(histogram, sums, p.top_p < 1, rank, p.cluster);
   cluster_sync(p.cluster);
-  const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
   const int tail = plan.length - plan.sealed * kBlockSize;
-  const Threshold threshold =
-      cluster_threshold<kThreads>(histogram, coarse.of, listed, rank, p.cluster);
+  const Target target = target_of(p, plan, unit);
+  const Threshold threshold = cluster_threshold<kThreads>(histogram, sums, target, rank, p.cluster);
+  const int64_t listed = threshold.listed;
   int32_t* out = p.indices + item * p.max_kept;
   write_list<kWarps>(threshold, scores, part.first, part.count, out, p.max_kept);
   if (rank == p.cluster - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
   }
-  return static_cast<int>(min(int64_t{listed} + tail, p.max_kept));
+  return static_cast<int>(min(listed + tail, p.max_kept));
 }
 
 #endif  // __CUDACC__

@@ -37,6 +37,7 @@ struct SelectArgs : SelectParams {
   uint16_t* keys;      // [items, max_blocks, kBlockSize], or null: keys fit into shared memory
   int key_blocks;      // blocks whose keys fit into a thread block's shared memory
   int cluster;         // thread blocks of an item
+  int64_t* kept_histogram;  // [num_kv_heads, kKeptBins], or null
 };
 
 // Tokens that are not sealed are scored in groups of this many; each has its own entry in `stats`.
@@ -59,12 +60,28 @@ __host__ __device__ inline int64_t score_bytes(int pairs) {
   return pad_to(pairs * (2 * kBlockSize + 8), 16);
 }
 
+// Parts of long lists that any thread block may take (decode_parts.cuh). Zero at first.
+constexpr int kMaxParts = 31;          // of an item, beside what its cluster does itself
+constexpr int kMaxSharedItems = 4096;  // of a call; larger ones share nothing
+struct SharedParts {
+  uint32_t arrivals[kMaxSharedItems];  // thread blocks through with a part of an item
+  uint32_t offers[kMaxSharedItems];    // parts of an item << 16 | how many came for one
+};
+
+// Floats of a part's result.
+__host__ __device__ inline int64_t partial_size(int64_t group, int64_t head_size) {
+  return group * head_size + pad_to(static_cast<int>(2 * group), 4);
+}
+
 // Selection and attention in one kernel.
 struct DecodeArgs : SelectArgs {
   void* out;           // [num_rows, num_kv_heads * group, head_size]
   int64_t out_stride;  // bytes between rows
   int64_t* tokens_read;
   int held_blocks;  // blocks whose scores fit into a thread block's shared memory
+  SharedParts* shared;
+  float* part_results;  // [items, kMaxParts + 1, partial_size]
+  int max_parts;        // of an item; 0: lists are not shared
 };
 
 struct AttendArgs : AttendParams {
@@ -85,11 +102,12 @@ __host__ __device__ inline int64_t partial_floats(int64_t group, int64_t head_si
 // Memory that the kernels of a call share. Arrivals come first, where no other shape of call
 // writes anything else: they are zeroed once, and every launch leaves them zero.
 struct WorkspacePlan {
-  int64_t partials, prepared, stats, scores, keys, bytes;  // offsets, and the size of all
+  int64_t partials, part_results, prepared, stats, scores, keys, bytes;  // offsets; size of all
 };
 
 constexpr int kMaxGrid = 1024;
-constexpr int64_t kArrivalBytes = kMaxGrid * 4;
+constexpr int64_t kArrivalBytes = kMaxGrid * 4 + sizeof(SharedParts);
+static_assert(kArrivalBytes % 16 == 0);
 
 // Fills in what selection decides before a launch: cluster, pairs, key_blocks.
 void plan_select(const Device& device, SelectArgs& args);
@@ -102,8 +120,12 @@ inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args
   const int64_t items = selects ? args.num_rows * args.cache.num_kv_heads : 0;
   const int64_t blocks = items * args.max_blocks;
   const int grid = device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid;
-  plan.prepared =
+  plan.part_results =
       plan.partials + padded(8ll * grid * partial_floats(args.group, args.cache.head_size));
+  // Sharing is for lists that adapt, but the size is asked for without knowing.
+  const int64_t shared_items = items <= kMaxSharedItems ? items : 0;
+  plan.prepared = plan.part_results + padded(4 * shared_items * (kMaxParts + 1) *
+                                             partial_size(args.group, args.cache.head_size));
   // As for the largest rank: the size is asked for without one.
   plan.stats = plan.prepared + padded(items * prepared_bytes(args.cache.head_size, args.group));
   plan.scores =

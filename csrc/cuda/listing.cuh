@@ -16,6 +16,7 @@ constexpr uint32_t kNothing = 0x7c1;  // a bin above all keys
 struct Threshold {
   uint32_t bin, need;
   uint32_t above_before, equal_before;  // in the thread blocks before this one
+  uint32_t listed;                      // how many are kept
 };
 
 // Writes this thread block's part of the list and returns where it begins and ends in it.

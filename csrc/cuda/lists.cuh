@@ -32,6 +32,14 @@ __device__ inline RowPlan plan_row(const Args& p, int64_t row) {
   return r;
 }
 
+// Counts the length of an item's list.
+__device__ inline void count_kept(const SelectArgs& p, int head, int count) {
+  if (p.kept_histogram == nullptr || count <= 0) return;
+  auto* bins = reinterpret_cast<unsigned long long*>(p.kept_histogram) + head * kKeptBins;
+  atomicAdd(bins + kept_bin(count), 1);
+  atomicAdd(bins + kKeptBins - 1, count);
+}
+
 // Tokens of one (row, KV head): listed ones, or with `all` the first `count` of its context.
 struct TokenList {
   int length, count;

@@ -93,6 +93,8 @@ SelectArgs select_args(const Tensor& query,
                        int64_t sink_tokens,
                        double scale,
                        double soft_cap,
+                       double top_p,
+                       int64_t min_tokens,
                        const Tensor& indices,
                        const Tensor& counts,
                        const std::optional<Tensor>& kept_mass) {
@@ -106,12 +108,13 @@ SelectArgs select_args(const Tensor& query,
   p.block_table = block_table_of(block_table, p.num_rows, kv_cache);
   p.block_table_stride = block_table.stride(0);
   p.max_blocks = block_table.size(1);
-  set_sparq_options(rank, local_window, sink_tokens, p);
+  set_sparq_options(rank, local_window, sink_tokens, top_p, min_tokens, p);
   p.indices = check_lists(indices, "indices", 3, p.num_rows, p.cache);
   p.max_kept = indices.size(2);
   p.counts = check_lists(counts, "counts", 2, p.num_rows, p.cache);
   p.kept_mass = check_mass(kept_mass, query);
   lists_on_device(indices, counts, kept_mass, kv_cache);
+  p.kept_histogram = nullptr;
   return p;
 }
 
@@ -154,6 +157,10 @@ struct Workspace {
   void use(AttendArgs& p) const {
     p.arrivals = reinterpret_cast<uint32_t*>(data);
     p.partials = reinterpret_cast<float*>(data + plan.partials);
+  }
+  void use(DecodeArgs& p) const {
+    p.shared = reinterpret_cast<SharedParts*>(data + kMaxGrid * 4);
+    p.part_results = reinterpret_cast<float*>(data + plan.part_results);
   }
 };
 
@@ -296,6 +303,8 @@ void sparq_select(const Tensor& query,
                   int64_t sink_tokens,
                   double scale,
                   double soft_cap,
+                  double top_p,
+                  int64_t min_tokens,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
@@ -310,6 +319,8 @@ void sparq_select(const Tensor& query,
                              sink_tokens,
                              scale,
                              soft_cap,
+                             top_p,
+                             min_tokens,
                              indices,
                              counts,
                              kept_mass);
@@ -331,11 +342,14 @@ void sparq_attend(const Tensor& query,
                   int64_t sink_tokens,
                   double scale,
                   double soft_cap,
+                  double top_p,
+                  int64_t min_tokens,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
                   Tensor& out,
                   std::optional<Tensor> tokens_read,
+                  std::optional<Tensor> kept_histogram,
                   std::optional<Tensor> workspace) {
   SelectArgs s = select_args(query,
                              kv_cache,
@@ -347,16 +361,21 @@ void sparq_attend(const Tensor& query,
                              sink_tokens,
                              scale,
                              soft_cap,
+                             top_p,
+                             min_tokens,
                              indices,
                              counts,
                              kept_mass);
   AttendArgs p;
   attend_after(s, p);
   p.max_blocks = s.max_blocks;
-  p.budgets = s.budgets;
+  // Lists that adapt have the lengths that selection writes.
+  p.budgets = s.top_p < 1 ? nullptr : s.budgets;
   p.local_window = s.local_window;
   p.sink_tokens = s.sink_tokens;
   outputs_on_device(query, kv_cache, out, tokens_read, p);
+  s.kept_histogram = check_histogram(kept_histogram, s.cache);
+  if (kept_histogram) same_device(*kept_histogram, "kept_histogram", kv_cache);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
@@ -365,7 +384,9 @@ void sparq_attend(const Tensor& query,
   const Workspace shared(device, s, true, workspace, kv_cache);
   if (decode_covers(device, s)) {
     shared.use(s);
-    return launch_decode(device, {s, p.out, p.out_stride, p.tokens_read});
+    DecodeArgs d = {s, p.out, p.out_stride, p.tokens_read};
+    shared.use(d);
+    return launch_decode(device, d);
   }
   run_select(device, s, shared);
   shared.use(p);

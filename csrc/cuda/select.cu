@@ -4,64 +4,13 @@
 // SparQ's choice (arXiv 2312.04985, section 3) from scored blocks. A cluster of thread blocks
 // serves one (row, KV head): it pools probabilities over the query heads, finds the threshold that
 // enough tokens reach from a histogram, and writes the list in order.
-#include "listing.cuh"
+#include "threshold.cuh"
 
 namespace vllm_sparse::cuda {
 
 namespace {
 
-constexpr int kStaticShared = 12 * 1024;  // what the kernel declares, and 1 KiB of the system's
-
-// Every thread block looks through the sum of the cluster's histograms by itself.
-__device__ Threshold find_threshold(uint32_t* histogram, uint32_t wanted, int rank, int C) {
-  __shared__ uint32_t sums[kSelectWarps][2];
-  __shared__ __align__(16) Threshold found;
-  static_assert(kBins == 4 * kSelectThreads);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) found = {kNothing, 0, 0, 0};
-  cluster_sync(C);
-  // Threads go from the top: the largest keys come first.
-  const int group = kSelectThreads - 1 - threadIdx.x;
-  uint4 all = {}, before = {};
-#pragma unroll 8
-  for (int r = 0; r < C; ++r) {
-    const uint4 h = reinterpret_cast<const uint4*>(cluster_at(histogram, r, C))[group];
-    all = make_uint4(all.x + h.x, all.y + h.y, all.z + h.z, all.w + h.w);
-    if (r < rank) {
-      before = make_uint4(before.x + h.x, before.y + h.y, before.z + h.z, before.w + h.w);
-    }
-  }
-  const uint32_t bins[4] = {all.w, all.z, all.y, all.x};
-  const uint32_t earlier[4] = {before.w, before.z, before.y, before.x};
-  const uint32_t sum = all.x + all.y + all.z + all.w;
-  const uint32_t sum_before = before.x + before.y + before.z + before.w;
-  uint32_t seen = sum, seen_before = sum_before;
-  for (int i = 1; i < 32; i *= 2) {
-    const uint32_t x = __shfl_up_sync(kFullMask, seen, i);
-    const uint32_t y = __shfl_up_sync(kFullMask, seen_before, i);
-    if (lane >= i) seen += x, seen_before += y;
-  }
-  if (lane == 31) sums[warp][0] = seen, sums[warp][1] = seen_before;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) seen += sums[w][0], seen_before += sums[w][1];
-  seen -= sum;
-  seen_before -= sum_before;
-  if (seen < wanted && seen + sum >= wanted) {
-    uint32_t bin = 4 * group + 3;
-    bool below = true;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (below && seen + bins[i] >= wanted) {
-        found = {bin - i, wanted - seen, seen_before, earlier[i]};
-        below = false;
-      }
-      seen += bins[i];
-      seen_before += earlier[i];
-    }
-  }
-  __syncthreads();
-  return found;
-}
+constexpr int kStaticShared = 20 * 1024;  // what the kernel declares, and 1 KiB of the system's
 
 // Probability mass of this thread block's part of the list, by head.
 __device__ void sum_kept(const SelectArgs& p,
@@ -100,6 +49,7 @@ __device__ void sum_kept(const SelectArgs& p,
 
 __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p) {
   __shared__ __align__(16) uint32_t histogram[kBins];
+  __shared__ __align__(16) Sums sums[kMaxCluster][kCoarseBins];  // others write it
   __shared__ float shift;
   extern __shared__ __align__(16) uint8_t dynamic[];
   let_next_begin();
@@ -116,6 +66,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
     }
     return;
   }
+  cluster_arrive(C);
   float* lse = reinterpret_cast<float*>(dynamic);  // [2 * pairs]
   float* mass = lse + 2 * p.pairs;                 // [2 * pairs]
   uint16_t* own = reinterpret_cast<uint16_t*>(mass + 2 * p.pairs);
@@ -134,8 +85,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
   } else {
     pool<0>(p, plan, stats, entries, scores, first, count, lse, &shift, keys, histogram);
   }
-  const int listed = plan.sinks + plan.wanted + plan.sealed * kBlockSize - plan.recent;
-  const Threshold threshold = find_threshold(histogram, listed, rank, C);
+  cluster_wait(C);  // all have begun
+  __syncthreads();
+  send_sums<kSelectThreads>(histogram, sums, p.top_p < 1, rank, C);
+  cluster_sync(C);
+  const Target target = target_of(p, plan, fast_exp2(shift));
+  const Threshold threshold = cluster_threshold<kSelectThreads>(histogram, sums, target, rank, C);
+  const int64_t listed = threshold.listed;
   int32_t* out = p.indices + item * p.max_kept;
   cluster_arrive(C);  // is through with the others' histograms
   const int2 part = write_list<kSelectWarps>(threshold, keys, first, count, out, p.max_kept);
@@ -143,7 +99,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(SelectArgs p)
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
   }
   if (rank == 0 && threadIdx.x == 0) {
-    p.counts[item] = static_cast<int32_t>(min(int64_t{listed} + tail, p.max_kept));
+    const int count = static_cast<int>(min(listed + tail, p.max_kept));
+    p.counts[item] = count;
+    count_kept(p, static_cast<int>(item - row * p.cache.num_kv_heads), count);
   }
   cluster_wait(C);
   if (p.kept_mass != nullptr) {

@@ -313,6 +313,8 @@ class Driver:
             config.local_window,
             config.sink_tokens,
             *scaling,
+            1.0 if config.top_p is None else config.top_p,
+            config.min_tokens,
             indices,
             counts,
             mass,

@@ -367,8 +367,8 @@ def test_graphs_hold_options_that_a_running_engine_cannot_change(drive, monkeypa
     monkeypatch.setattr(compilation, "cudagraph_mode", CUDAGraphMode.FULL)
     before = driver.builder.config
     for change, message in (
-        ({"rank": 8}, "top_k and dense_below"),
-        ({"selector": "dense"}, "top_k and dense_below"),
+        ({"rank": 8}, "top_k, max_tokens, dense_below"),
+        ({"selector": "dense"}, "top_k, max_tokens, dense_below"),
         ({"top_k": 200}, "captured for"),
         ({"kernels": "cpu"}, "sparse.kernels"),
     ):

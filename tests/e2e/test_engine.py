@@ -380,6 +380,46 @@ def test_comparison_selectors(sparse, prompts, dense_tokens, selector):
     assert totals["kv_bytes_read"] < 0.7 * totals["kv_bytes_dense"]
 
 
+ADAPTIVE = {"top_p": 0.8, "min_tokens": 40, "dense_below": 64}
+
+
+def test_adaptive_budgets_that_keep_all_the_mass_give_dense_tokens(
+    sparse, prompts, dense_tokens
+):
+    configure(sparse, ADAPTIVE | {"top_p": 0.99999, "rank": HEAD_SIZE})
+    assert tokens(generate(sparse, prompts, greedy(**COLD))) == dense_tokens
+    totals = stats(sparse)
+    assert totals["sparse_rows"] > 2 * NEW_TOKENS * NUM_LAYERS
+    assert totals["kv_bytes_read"] < 1.3 * totals["kv_bytes_dense"]
+
+
+def test_adaptive_budgets_do_not_depend_on_company_or_cache(sparse, prompts):
+    configure(sparse, ADAPTIVE)
+    together = tokens(generate(sparse, prompts, greedy(**COLD)))
+    totals = stats(sparse)
+    assert totals["kv_bytes_read"] < 0.7 * totals["kv_bytes_dense"]
+    for i in (2, 5):
+        assert tokens(generate(sparse, [prompts[i]], greedy(**COLD))) == [together[i]]
+    assert sparse.reset_prefix_cache()
+    for _ in range(2):
+        assert tokens(generate(sparse, prompts, greedy())) == together
+
+
+def test_the_report_of_kept_tokens_is_what_was_read(sparse, prompts):
+    configure(sparse, ADAPTIVE)
+    generate(sparse, prompts[4:], greedy(8, **COLD))
+    (report,) = sparse.collective_rpc("sparse_kept_tokens")
+    assert len(report) == NUM_LAYERS
+    heads = [head for layer in report.values() for head in layer]
+    assert {head["rows"] for head in heads} == {2 * 7}
+    assert min(h["mean"] for h in heads) < 0.4 * max(h["mean"] for h in heads)
+    kept = sum(head["rows"] * head["mean"] for head in heads)
+    codes = KV_HEADS * NUM_LAYERS * default_rank(HEAD_SIZE) * (128 // 2 + 2 * 2)
+    blocks = 7 * sum(len(prompt) // 128 for prompt in prompts[4:])
+    read = kept * 2 * HEAD_SIZE * 4 + blocks * codes
+    assert stats(sparse)["kv_bytes_read"] == pytest.approx(read, rel=1e-9)
+
+
 def test_dense_layers_are_served_densely(sparse, prompts):
     configure(sparse, SPARSE | {"dense_layers": 28})
     generate(sparse, prompts[4:], greedy(8))
@@ -436,6 +476,19 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     # More positions were decoded than tokens came out: drafts were among them.
     assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
     assert totals["sparse_rows"] == totals["decode_rows"]
+
+
+def test_twilight_is_sparq_with_adaptive_budgets(prompts):
+    with running(
+        attention_backend="twilight",
+        worker_extension_cls=EXTENSION,
+        additional_config={"sparse": {"dense_below": 64}},
+    ) as llm:
+        llm.collective_rpc("reset_sparse_stats")  # what engines before it counted
+        generate(llm, prompts[4:], greedy(4))
+        (report,) = llm.collective_rpc("sparse_kept_tokens")
+    kept = [head["mean"] for layer in report.values() for head in layer]
+    assert 128 <= min(kept) < max(kept) < 460  # min_tokens, and not all
 
 
 def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):

@@ -221,3 +221,36 @@ def test_graphs_off_gives_the_same_tokens(prompts, sparse, repeating):
         totals = stats(llm)
     assert tokens(got) == tokens(sparse)
     assert totals["sparse_rows"] > 0
+
+
+ADAPTIVE = {"top_p": 0.9, "rank": 24, "min_tokens": 64, "dense_below": 0}
+
+
+def adaptive(**changes):
+    options = dict(attention_backend="twilight")
+    sparse = ADAPTIVE | changes.pop("sparse", {})
+    return ours(**options, additional_config={"sparse": sparse}, **changes)
+
+
+def test_adaptive_budgets_that_keep_nearly_all_mass_give_dense_tokens(prompts, dense):
+    with adaptive(sparse={"top_p": 0.9999, "rank": 64}) as llm:
+        got = generate(llm, prompts, greedy(**COLD))
+        totals = stats(llm)
+    assert_same_but_for_ties(got, dense)
+    assert totals["sparse_rows"] > 4 * (NEW_TOKENS - 1) * NUM_LAYERS
+    assert totals["kv_bytes_read"] < totals["kv_bytes_dense"]
+
+
+def test_adaptive_budgets_with_graphs_and_without(prompts):
+    results = []
+    eager = dict(enforce_eager=True, compilation_config={"mode": 0})
+    for changes in ({}, eager):
+        with adaptive(**changes) as llm:
+            llm.collective_rpc("reset_sparse_stats")
+            outputs = generate(llm, prompts, greedy(**COLD))
+            report = llm.collective_rpc("sparse_kept_tokens")[0]
+            results.append((tokens(outputs), stats(llm), report))
+    assert results[0] == results[1]
+    assert len(report) == NUM_LAYERS
+    kept = [head["mean"] for layer in report.values() for head in layer]
+    assert min(kept) < 0.2 * max(kept)  # heads differ, so do their budgets

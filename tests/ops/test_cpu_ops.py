@@ -8,7 +8,7 @@ import torch
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.ops import reference
-from vllm_sparse.testing import op_checks
+from vllm_sparse.testing import op_checks, op_inputs
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import PagedContext, paged_context
 
@@ -150,7 +150,7 @@ def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap):
     ctx = filled(SEQ_LENS, num_kv_heads, head_size, dtype)
     query = make_query(ctx, num_heads, dtype)
     budgets = torch.tensor([64, 64, 64, -1, 200, 300], dtype=torch.int32)
-    options = dict(
+    options = op_inputs.sparq_options(
         rank=head_size // 4,
         local_window=16,
         sink_tokens=4,
@@ -177,13 +177,44 @@ def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap):
             assert len(missed) <= 2, missed
 
 
+TOP_P_CONTEXTS = [(100, 64), (300, 299), (700, 699), (2175, 600), (2176, 2175)]
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(shape, dtype, top_p):
+    soft_cap = 20.0 if top_p == 0.9 else 0.0
+    args = (shape, dtype, TOP_P_CONTEXTS, shape[2] // 4, soft_cap, top_p)
+    op_checks.check_top_p(torch.device("cpu"), *args, tolerance=1e-4)
+
+
+def test_kept_tokens_are_counted():
+    op_checks.check_kept_histogram(torch.device("cpu"), [(700, 150), (2175, 2174)])
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
+def test_top_p_of_flat_and_sharp_heads_has_floors_and_ceilings(sharpness):
+    args = ((9, 3, 64), torch.bfloat16, [(9000, 8999), (6001, 1500), (5000, 4999)])
+    op_checks.check_top_p(
+        torch.device("cpu"),
+        *args,
+        rank=24,
+        soft_cap=0.0,
+        top_p=0.95,
+        tolerance=1e-4,
+        min_tokens=200,
+        sharpness=sharpness,
+    )
+
+
 @pytest.mark.parametrize("lens", [[9000], [6001, 5000, 140, 4300]], ids=["few", "many"])
 def test_select_of_long_contexts(lens):
     """Long enough that a sample is looked at first; one row is cut between threads."""
     ctx = filled(lens, 3, 64, torch.bfloat16)
     query = make_query(ctx, 9, torch.bfloat16)
     budgets = torch.full((len(lens),), 600, dtype=torch.int32)
-    options = dict(rank=24, local_window=32, sink_tokens=4, scale=0.3, soft_cap=0.0)
+    options = op_inputs.sparq_options(rank=24, local_window=32, scale=0.3)
     got, want = (selection_buffers(ctx, 9, 640) for _ in range(2))
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
     ops.sparq_select(*args, **options, **got)
@@ -263,7 +294,7 @@ def test_both_steps_in_one_op_equal_the_two(dtype, with_mass, rows):
     query = make_query(ctx, 9, dtype)[rows]
     args = (query, ctx.kv_cache, ctx.block_table[rows], ctx.seq_lens[rows])
     budgets = torch.tensor([-1, 64, 64, 200, -1, 300], dtype=torch.int32)[rows]
-    options = dict(rank=20, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
+    options = op_inputs.sparq_options(rank=20, scale=0.2)
     results = []
     for fused in (False, True):
         lists = dict(
@@ -288,7 +319,7 @@ def test_results_do_not_depend_on_the_batch():
     ctx = filled(lens, 3, 64, torch.float32)
     query = make_query(ctx, 9, torch.float32)
     budgets = torch.full((4,), 256, dtype=torch.int32)
-    options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    options = op_inputs.sparq_options(rank=16, local_window=32, scale=0.125)
 
     def run(rows):
         part = PagedContext(
@@ -314,7 +345,7 @@ def test_a_nan_query_keeps_valid_positions_and_harms_no_other_row():
     ctx = filled([1500, 1500], 2, 64, torch.float32)
     query = make_query(ctx, 4, torch.float32)
     budgets = torch.full((2,), 200, dtype=torch.int32)
-    options = dict(rank=16, local_window=32, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    options = op_inputs.sparq_options(rank=16, local_window=32, scale=0.125)
     args = (ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
     want = selection_buffers(ctx, 4, 400)
     ops.sparq_select(query, *args, **options, **want)

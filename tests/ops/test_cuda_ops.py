@@ -177,6 +177,30 @@ def test_select_one_long_row_beside_short_ones(place, rows, length, workspace):
     check_select(ctx, 4, budgets, options, workspace)
 
 
+# The same clusters, of one kernel and of the chain.
+@pytest.mark.parametrize(
+    ("rows", "length"), [(1, 2000), (9, 1300), (20, 900), (70, 600), (200, 400)]
+)
+@pytest.mark.parametrize("soft_cap", [0.0, 30.0], ids=["one kernel", "chain"])
+def test_top_p_for_every_batch(rows, length, soft_cap, workspace):
+    contexts = [(length - 37 * (i % 7), length - 40) for i in range(rows)]
+    contexts[-1] = (length, -1) if rows > 1 else contexts[-1]
+    args = ((4, 1, 64), BF16, contexts, 24, soft_cap, 0.8, AS_GOOD["tolerance"])
+    op_checks.check_top_p(CUDA, *args, workspace=workspace)
+
+
+# Flat heads have long lists, which thread blocks of other rows share.
+@pytest.mark.parametrize("sharpness", [0.3, 3.0])
+@pytest.mark.parametrize(
+    ("rows", "length"), [(1, 70000), (3, 30000), (70, 9000), (300, 6000)]
+)
+def test_top_p_of_long_contexts(rows, length, sharpness, workspace):
+    contexts = [(length, length - 1)] + [(700, 699)] * (rows - 1)
+    contexts[rows // 2] = (length // 2, length // 2 - 1)
+    args = ((4, 1, 128), BF16, contexts, 32, 0.0, 0.95, AS_GOOD["tolerance"])
+    op_checks.check_top_p(CUDA, *args, sharpness=sharpness, workspace=workspace)
+
+
 def test_sharp_and_biased_keys(workspace):
     """Channels with large means and logits over a wide range."""
     ctx = paged_context([3000], 1, 128, BF16, generator())
@@ -231,7 +255,7 @@ def test_both_steps_in_one_op_also_in_a_graph(with_mass, with_workspace, workspa
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
     options = dict(rank=24, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
     want = list_buffers(ctx, 9, MAX_KEPT)
-    reference.sparq_select(*args, **options, **want)
+    reference.sparq_select(*args, **op_inputs.sparq_options(**options), **want)
     args = on_gpu(*args)
     lists = lists_on_gpu(ctx, 9, with_mass=with_mass)
     out = torch.full_like(args[0], torch.nan)
@@ -293,5 +317,5 @@ def test_a_context_beyond_shared_memory_and_a_nan_query():
     query[3] = 1
     want = list_buffers(ctx, 12, MAX_KEPT)
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
-    reference.sparq_select(*args, **options, **want)
+    reference.sparq_select(*args, **op_inputs.sparq_options(**options), **want)
     check_decode(ctx, query, budgets, options, want, None)

@@ -61,11 +61,11 @@ def arguments(op: str, optional: bool = True) -> tuple:
         out = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
         return *where, torch.tensor([0, 300]), *out
     if op == "sparq_select":
-        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, *lists, mass
+        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, 1.0, 0, *lists, mass
     read = torch.zeros(1, dtype=torch.int64) if optional else None
     if op == "sparq_attend":
         chosen = (*lists, mass, torch.zeros_like(query), read)
-        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, *chosen
+        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, 0.9, 20, *chosen
     chosen = (*lists, mass) if optional else (None, None, None)
     return query, *where, *chosen, 0.125, 0.0, torch.zeros_like(query), read
 
@@ -109,6 +109,8 @@ def decode_step(key, value, kv_cache, slots, jobs, query, table, lens, budgets):
         4,
         0.125,
         0.0,
+        1.0,
+        0,
         indices,
         counts,
         mass,

@@ -116,6 +116,29 @@ def test_select_of_a_long_context(kernels):
     )
 
 
+@pytest.mark.parametrize(("top_p", "soft_cap"), [(0.5, 0.0), (0.95, 20.0), (0.95, 0.0)])
+@inputs
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(
+    kernels, shape, dtype, top_p, soft_cap
+):
+    contexts = [(n, -1 if most < 0 else n - 1) for n, most in CONTEXTS]
+    args = (shape, dtype, contexts, shape[2] // 4, soft_cap, top_p, TOLERANCE[kernels])
+    op_checks.check_top_p(device(), *args)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
+def test_top_p_of_flat_and_sharp_heads_has_floors_and_ceilings(kernels, sharpness):
+    shape, dtype = INPUTS[0]
+    args = (shape, dtype, [(LONG[0], LONG[0] - 1), (LONG[0] - 300, LONG[0] // 6)])
+    op_checks.check_top_p(
+        device(), *args, 24, 0.0, 0.95, TOLERANCE[kernels], 200, sharpness
+    )
+
+
+def test_kept_tokens_are_counted(kernels):
+    op_checks.check_kept_histogram(device(), CONTEXTS[-2:])
+
+
 def test_select_at_the_edges_of_a_budget(kernels):
     if INTERPRETED:
         budgets, num_blocks = [0, 130, 511, 512], 4

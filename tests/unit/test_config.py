@@ -10,6 +10,7 @@ import pytest
 
 from vllm_sparse.config import (
     _RULES,
+    BACKEND_DEFAULTS,
     DENSE_BELOW,
     SELECTOR_NAMES,
     SparseConfig,
@@ -23,6 +24,9 @@ ACCEPTED = {
     "selector": ["sparq", "exact", "quest", "window", "dense"],
     "rank": [None, 1, 16, 256],
     "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
+    "top_p": [None, 0.5, 0.95, 0.999],
+    "min_tokens": [0, 1, 128, 5000],
+    "max_tokens": [1, 36, 4096, 1.0, 0.25],
     "local_window": [1, 32, 128],
     "sink_tokens": [0, 4, 100],
     "dense_layers": [0, 2, 1000],
@@ -34,6 +38,9 @@ REFUSED = {
     "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
     "rank": [0, -1, 16.0, "16", True, False, [16]],
     "top_k": [0, -1, 0.0, -0.25, 1.0000001, 2.0, NAN, INF, "0.25", None, True, False],
+    "top_p": [0.0, 1.0, -0.5, 1.5, 1, 0, NAN, INF, "0.95", True, False],
+    "min_tokens": [-1, 128.0, "128", None, True],
+    "max_tokens": [0, -1, 0.0, -0.25, 2.0, NAN, INF, "0.25", None, True, False],
     "local_window": [0, -1, 32.0, "32", None, True],
     "sink_tokens": [-1, 4.0, "4", None, True, False],
     "dense_layers": [-1, 2.0, "2", None, True],
@@ -45,6 +52,9 @@ ALLOWED = {
     "selector": "one of sparq, exact, quest, window, dense",
     "rank": "an integer from 1 to the head size",
     "top_k": "a positive integer (tokens) or a fraction of the context in (0, 1]",
+    "top_p": "a share of the attention mass in (0, 1)",
+    "min_tokens": "an integer of at least 0",
+    "max_tokens": "a positive integer (tokens) or a fraction of the context in (0, 1]",
     "local_window": "an integer of at least 1",
     "sink_tokens": "an integer of at least 0",
     "dense_layers": "an integer of at least 0",
@@ -103,6 +113,44 @@ def test_refused_naming_key_value_range_and_a_working_example(name, value):
     key, example = example_in(message)
     assert key == name
     assert getattr(parse(**{name: example}), name) == example
+
+
+def test_a_budget_is_fixed_or_adaptive_but_not_both():
+    assert parse(top_p=0.9).budget(1000) == 999
+    assert parse(top_p=0.9, max_tokens=0.25).budget(1000) == 250
+    assert parse(top_p=0.9, max_tokens=300).budget(1000) == 300
+    assert parse(max_tokens=300).budget(1000) == 125  # does not count
+    with pytest.raises(SparseConfigError, match="leave top_k out") as error:
+        parse(top_p=0.9, top_k=100)
+    key, example = example_in(str(error.value))
+    assert parse(top_p=0.9, **{key: example}).budget(10**6) == example
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(max_tokens=30), "max_tokens = 30 is smaller than local_window"),
+        (dict(max_tokens=100), "max_tokens = 100 is smaller than sparse.min_tokens"),
+        (dict(selector="window"), "top_p needs an estimate of attention"),
+        (dict(selector="dense"), "top_p needs an estimate of attention"),
+    ],
+)
+def test_adaptive_budgets_that_make_no_sense(options, said):
+    with pytest.raises(SparseConfigError, match=said) as error:
+        parse(top_p=0.9, **options)
+    key, example = example_in(str(error.value))
+    parse(top_p=0.9, **(options | {key: example}))
+
+
+def test_a_backend_may_have_defaults_of_its_own():
+    given = SparseConfig.from_additional_config
+    assert given({}, BACKEND_DEFAULTS["TWILIGHT"]).top_p == 0.9
+    assert given(None, BACKEND_DEFAULTS["TWILIGHT"]).top_p == 0.9
+    options = {"sparse": {"top_p": 0.8}}
+    assert given(options, BACKEND_DEFAULTS["TWILIGHT"]).top_p == 0.8
+    with pytest.raises(SparseConfigError, match="leave top_k out"):
+        given({"sparse": {"top_k": 512}}, BACKEND_DEFAULTS["TWILIGHT"])
+    assert given({}, BACKEND_DEFAULTS["SPARQ"]) == SparseConfig()
 
 
 def test_options_are_value_errors_for_callers_that_know_nothing_of_us():

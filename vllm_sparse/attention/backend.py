@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What the backends can do, as vLLM asks it, and the KV bytes they need."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,8 +22,18 @@ from vllm.v1.attention.backend import (  # noqa: E402
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
 
 from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
+from ..config import BACKEND_DEFAULTS  # noqa: E402
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
+
+
+@cache
+def _with_defaults(backend: type, part: type) -> type:
+    """``part`` (implementation or builder) with a backend's own options, if any."""
+    if not backend.defaults:
+        return part
+    name = f"{backend.__name__}{part.__name__}"
+    return type(name, (part,), {"defaults": backend.defaults})
 
 
 class SparqBackend(AttentionBackend):
@@ -41,25 +53,24 @@ class SparqBackend(AttentionBackend):
     def get_name() -> str:
         return "SPARQ"
 
-    @staticmethod
-    def get_impl_cls():
+    # Options that differ from SparseConfig's defaults.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def get_impl_cls(cls):
         if current_platform.is_cuda():
-            from .gpu_impl import GpuSparseAttentionImpl
+            from .gpu_impl import GpuSparseAttentionImpl as Impl
+        else:
+            from .cpu_impl import CpuSparseAttentionImpl as Impl
+        return _with_defaults(cls, Impl)
 
-            return GpuSparseAttentionImpl
-        from .cpu_impl import CpuSparseAttentionImpl
-
-        return CpuSparseAttentionImpl
-
-    @staticmethod
-    def get_builder_cls():
+    @classmethod
+    def get_builder_cls(cls):
         if current_platform.is_cuda():
-            from .gpu_metadata import GpuSparseMetadataBuilder
-
-            return GpuSparseMetadataBuilder
-        from .cpu_metadata import CpuSparseMetadataBuilder
-
-        return CpuSparseMetadataBuilder
+            from .gpu_metadata import GpuSparseMetadataBuilder as Builder
+        else:
+            from .cpu_metadata import CpuSparseMetadataBuilder as Builder
+        return _with_defaults(cls, Builder)
 
     @staticmethod
     def get_supported_kernel_block_sizes(
@@ -125,3 +136,13 @@ class SparqBackend(AttentionBackend):
             return spec
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
         return replace(spec, state_content_bytes=layout.content_bytes)
+
+
+class TwilightBackend(SparqBackend):
+    """``--attention-backend twilight``: sparq with budgets that adapt to every head."""
+
+    defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["TWILIGHT"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "TWILIGHT"

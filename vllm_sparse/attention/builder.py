@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What the metadata builders of all devices share: options and budgets."""
 
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.config import VllmConfig
@@ -12,12 +13,16 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ..config import SparseConfig, SparseConfigError
 from ..selectors.base import tokens_kept
+from .stats import KeptHistograms, recorder
 
 M = TypeVar("M", bound=AttentionMetadata)
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
     """Runs once per step and group of layers."""
+
+    # Options of the backend that differ from SparseConfig's defaults.
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -35,8 +40,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         ) or vllm_config.model_config.get_num_attention_heads(
             vllm_config.parallel_config
         )
+        self.kept = KeptHistograms(layer_names, self.num_kv_heads, device)
+        recorder.histograms.add(self.kept)
         self.configure(
-            SparseConfig.from_additional_config(vllm_config.additional_config)
+            SparseConfig.from_additional_config(
+                vllm_config.additional_config, self.defaults
+            )
         )
 
     def configure(self, config: SparseConfig) -> None:

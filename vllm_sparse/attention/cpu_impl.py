@@ -88,7 +88,14 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
     ) -> None:
         selector = self.selector_of(layer)
         if selector is not None and rows.indices is not None:
-            selector.attend(query, kv_cache, rows, out, recorder.tokens_read)
+            selector.attend(
+                query,
+                kv_cache,
+                rows,
+                out,
+                recorder.tokens_read,
+                rows.kept_histograms.get(layer.layer_name),
+            )
         else:
             ops.attend(
                 query,

@@ -105,6 +105,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
             counts=counts,
             seq_lens_list=row_lens,
             budgets_list=budgets,
+            kept_histograms=self.kept.by_layer,
         )
 
     def _prefill_rows(

@@ -87,7 +87,8 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
             last = first + rows.num_rows
             part, out = query[first:last], output[first:last]
             if selector is not None:
-                selector.attend(part, kv_cache, rows, out, None)
+                histogram = rows.kept_histograms.get(layer.layer_name)
+                selector.attend(part, kv_cache, rows, out, None, histogram)
             else:
                 ops.attend(
                     part,

@@ -86,9 +86,10 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         ):
             return
         new, old = self.resolved(config), self.config
-        if replace(new, top_k=old.top_k, dense_below=old.dense_below) != old:
+        free = ("top_k", "max_tokens", "dense_below")
+        if replace(new, **{name: getattr(old, name) for name in free}) != old:
             raise SparseConfigError(
-                "CUDA graphs hold all sparse options but top_k and dense_below: start "
+                f"CUDA graphs hold all sparse options but {', '.join(free)}: start "
                 f"another engine, or this one with enforce_eager. Now: {old}"
             )
         kept = max(self._budgets(new))
@@ -134,6 +135,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             row_bytes=layout.row_bytes,
             block_score_bytes=layout.score_bytes(1, config.rank),
             row_score_bytes=2 * spec.head_size if config.mean_value else 0,
+            kept=self.kept,
         )
         recorder.replace_counter(self.counter, counter)
         self.counter = counter
@@ -227,6 +229,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
                     counts=buffers.counts[:size],
                     kept_mass=buffers.kept_mass[:size],
                     workspace=buffers.workspace,
+                    kept_histograms=self.kept.by_layer,
                 )
             )
         return parts

@@ -3,7 +3,8 @@
 """One attention layer, whatever the device: options, shapes, storing, sealing."""
 
 from abc import abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -22,6 +23,9 @@ M = TypeVar("M", bound=AttentionMetadata)
 
 class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
     """Serves one decoder layer with full attention."""
+
+    # Options of the backend that differ from SparseConfig's defaults.
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -63,7 +67,9 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             soft_cap=float(logits_soft_cap or 0.0),
         )
         self.configure(
-            SparseConfig.from_additional_config(vllm_config.additional_config)
+            SparseConfig.from_additional_config(
+                vllm_config.additional_config, self.defaults
+            )
         )
         device = torch.device(current_platform.device_type)
         if device.type == "cuda":  # tensors name their device by number

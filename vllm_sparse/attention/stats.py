@@ -10,6 +10,7 @@ import torch
 
 from ..cache.layout import BLOCK_SIZE
 from ..compat.vllm import init_logger
+from ..ops.kept import KEPT_BINS, summary
 
 logger = init_logger(__name__)
 
@@ -33,11 +34,35 @@ class SparseStats:
     kv_bytes_dense: int = 0  # what dense attention would have read
 
 
+class KeptHistograms:
+    """Tokens that sparse rows keep, by layer and KV head; kernels add to them.
+
+    Attributes:
+        by_layer: [num_kv_heads, KEPT_BINS] int64 of every layer, at fixed addresses.
+    """
+
+    def __init__(
+        self, layer_names: list[str], num_kv_heads: int, device: torch.device
+    ) -> None:
+        shape = (len(layer_names), num_kv_heads, KEPT_BINS)
+        with torch.inference_mode():
+            self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.by_layer = dict(zip(layer_names, self.counts))
+
+    def total(self) -> int:
+        """Tokens of all layers and KV heads; waits for the device."""
+        return int(self.counts[..., -1].sum())
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        self.counts.zero_()
+
+
 class DeviceCounter:
     """Counts decode rows on a GPU without waiting for it.
 
-    Fixed budgets are known before the kernels run, so one step's rows are counted once,
-    for all layers of a group.
+    Which rows are sparse is known before the kernels run, so one step's rows are
+    counted once, for all layers of a group; kernels count what sparse rows keep.
     """
 
     def __init__(
@@ -49,6 +74,7 @@ class DeviceCounter:
         row_bytes: int,
         block_score_bytes: int,
         row_score_bytes: int,
+        kept: "KeptHistograms",
     ) -> None:
         """
         Args:
@@ -61,7 +87,8 @@ class DeviceCounter:
         self.num_kv_heads, self.row_bytes = num_kv_heads, row_bytes
         self.block_score_bytes = block_score_bytes
         self.row_score_bytes = row_score_bytes
-        # Rows, sparse rows, tokens attended in sparse layers, tokens of the contexts,
+        self.kept, self.kept_before = kept, kept.total()
+        # Rows, sparse rows, tokens that dense rows attend, tokens of all contexts,
         # sealed blocks of sparse rows.
         with torch.inference_mode():
             self.counts = torch.zeros(5, dtype=torch.int64, device=device)
@@ -73,26 +100,30 @@ class DeviceCounter:
         """Count one step's rows; rows without a slot are padding."""
         real = slots >= 0
         sparse = (budgets >= 0) & real
-        kept = torch.where(sparse, budgets, seq_lens)
+        lens = seq_lens * real
+        dense = torch.where(sparse, 0, lens)
         blocks = torch.where(sparse, seq_lens // BLOCK_SIZE, 0)
-        rows = torch.stack((real, sparse, kept * real, seq_lens * real, blocks))
+        rows = torch.stack((real, sparse, dense, lens, blocks))
         self.counts += rows.sum(1)
 
     @torch.inference_mode()  # as the engine's steps, which share the tensor
     def reset(self) -> None:
         self.counts.zero_()
+        self.kept_before = self.kept.total()
 
     def totals(self) -> SparseStats:
         """Waits for the device."""
-        rows, sparse, attended, context, blocks = self.counts.tolist()
+        rows, sparse, dense, context, blocks = self.counts.tolist()
         dense_layers = self.num_layers - self.sparse_layers
-        tokens = self.sparse_layers * attended + dense_layers * context
+        tokens = self.sparse_layers * dense + dense_layers * context
+        kept = self.kept.total() - self.kept_before  # of all layers and KV heads
         scores = blocks * self.block_score_bytes + sparse * self.row_score_bytes
         return SparseStats(
             decode_tokens=rows,
             decode_rows=rows * self.num_layers,
             sparse_rows=sparse * self.sparse_layers,
-            kv_bytes_read=self.num_kv_heads
+            kv_bytes_read=kept * self.row_bytes
+            + self.num_kv_heads
             * (tokens * self.row_bytes + self.sparse_layers * scores),
             kv_bytes_dense=self.num_kv_heads
             * self.num_layers
@@ -112,6 +143,7 @@ class StatsRecorder:
     )
     # Of builders that are alive: vLLM makes some to measure its memory and drops them.
     counters: WeakSet[DeviceCounter] = field(default_factory=WeakSet)
+    histograms: WeakSet[KeptHistograms] = field(default_factory=WeakSet)
     _last_log: float = field(default_factory=time.monotonic)
     _logged_tokens: int = 0
 
@@ -154,7 +186,17 @@ class StatsRecorder:
             self._collect(counter)
         return asdict(self.totals)
 
+    def kept_tokens(self) -> dict[str, torch.Tensor]:
+        """[num_kv_heads, KEPT_BINS] int64 on the CPU, by layer."""
+        result: dict[str, torch.Tensor] = {}
+        for group in self.histograms:
+            for name, counts in zip(group.by_layer, group.counts.cpu()):
+                result[name] = result.get(name, 0) + counts
+        return result
+
     def reset(self) -> None:
+        for group in self.histograms:
+            group.reset()
         for counter in self.counters:
             counter.reset()
         self.totals = SparseStats()
@@ -171,12 +213,17 @@ class StatsRecorder:
         if totals.decode_tokens == self._logged_tokens or not totals.kv_bytes_dense:
             return
         self._logged_tokens = totals.decode_tokens
+        kept = summary(sum(self.kept_tokens().values(), torch.zeros(1, KEPT_BINS)))
         logger.info(
             "Sparse attention: %d decode tokens, %.1f %% of decode rows sparse, "
-            "%.1f %% of the KV bytes read",
+            "%.1f %% of the KV bytes read; sparse rows keep %.0f tokens per KV head in "
+            "the mean (p50 %.0f, p99 %.0f)",
             totals.decode_tokens,
             100 * totals.sparse_rows / totals.decode_rows,
             100 * totals.kv_bytes_read / totals.kv_bytes_dense,
+            kept.mean,
+            kept.p50,
+            kept.p99,
         )
 
 
@@ -189,6 +236,18 @@ class WorkerExtension:
     def sparse_stats(self) -> dict[str, int]:
         """Totals of this worker: the fields of :class:`SparseStats`."""
         return recorder.snapshot()
+
+    def sparse_kept_tokens(self) -> dict[str, list[dict[str, float]]]:
+        """Tokens that sparse rows kept since the last reset, per KV head, by layer:
+        the fields of :class:`vllm_sparse.ops.kept.KeptTokens`."""
+        return {
+            name: [asdict(summary(head)) for head in heads]
+            for name, heads in recorder.kept_tokens().items()
+        }
+
+    def sparse_kept_histograms(self) -> dict[str, list[list[int]]]:
+        """The same as counts: [num_kv_heads][KEPT_BINS], by layer."""
+        return {name: heads.tolist() for name, heads in recorder.kept_tokens().items()}
 
     def reset_sparse_stats(self) -> None:
         recorder.reset()

@@ -140,6 +140,8 @@ def sparq_select(
     sink_tokens: int,
     scale: float,
     soft_cap: float,
+    top_p: float = 1.0,
+    min_tokens: int = 0,
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
@@ -147,8 +149,17 @@ def sparq_select(
 ) -> None:
     """SparQ's choice of tokens per row and KV head.
 
+    With ``top_p`` below 1 a (row, KV head) keeps the fewest tokens that leave at most
+    1 - top_p of the estimated probability mass outside, summed over its query heads, so
+    that each of them keeps at least top_p of its own (Twilight, arXiv 2502.02770,
+    section 3, with the mass of the whole context). Estimates then go without SparQ's
+    temperature, which would make them sharper than the truth.
+
     Args:
         budgets: [num_rows] int32 tokens to keep, forced ones included; negative: all.
+            With ``top_p`` below 1, the most to keep.
+        top_p: in (0, 1]; 1: keep what ``budgets`` says.
+        min_tokens: the fewest to keep with ``top_p`` below 1, forced ones included.
         indices: [num_rows, num_kv_heads, max_kept] int32, written: ascending positions.
         counts: [num_rows, num_kv_heads] int32, written: valid entries of ``indices``,
             or -1 where everything is kept.
@@ -166,6 +177,8 @@ def sparq_select(
         sink_tokens,
         scale,
         soft_cap,
+        top_p,
+        min_tokens,
         indices,
         counts,
         kept_mass,
@@ -185,14 +198,22 @@ def sparq_attend(
     sink_tokens: int,
     scale: float,
     soft_cap: float,
+    top_p: float = 1.0,
+    min_tokens: int = 0,
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
-    """:func:`sparq_select`, then :func:`attend` over what it chose, in one call."""
+    """:func:`sparq_select`, then :func:`attend` over what it chose, in one call.
+
+    Args:
+        kept_histogram: [num_kv_heads, KEPT_BINS] int64, added to: how many tokens
+            sparse rows keep (:mod:`vllm_sparse.ops.kept`).
+    """
     _ops(kv_cache).sparq_attend(
         query,
         kv_cache,
@@ -204,11 +225,14 @@ def sparq_attend(
         sink_tokens,
         scale,
         soft_cap,
+        top_p,
+        min_tokens,
         indices,
         counts,
         kept_mass,
         out,
         tokens_read,
+        kept_histogram,
         workspace,
     )
 

@@ -148,7 +148,7 @@ def try_ops(kernels, device: torch.device) -> torch.Tensor:
 
     context = (kv_cache, ints(1, 2, 3)[None], ints(300))
     lists = (torch.zeros(1, 1, 200, dtype=torch.int32, device=device), ints(0)[None])
-    options = (24, 32, 4, 0.125, 0.0)
+    options = (24, 32, 4, 0.125, 0.0, 1.0, 0)
     kernels.sparq_attend(query, *context, ints(200), *options, *lists, None, out, None)
     return out.cpu()  # waits: a launch alone may succeed
 

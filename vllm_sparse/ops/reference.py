@@ -11,6 +11,7 @@ import math
 import torch
 
 from ..cache.layout import BLOCK_SIZE, CODE_MAX, LANES, BlockLayout
+from .kept import add_counts
 
 
 def _layout(kv_cache: torch.Tensor, head_size: int) -> BlockLayout:
@@ -155,13 +156,15 @@ def _context(kv_cache, blocks, length, head, head_size):
 
 
 def sparq_probabilities(
-    query, kv_cache, blocks, length, head, rank, scale, soft_cap
+    query, kv_cache, blocks, length, head, rank, scale, soft_cap, top_p=1.0
 ) -> torch.Tensor:
     """SparQ's step 1 for one row and KV head (arXiv 2312.04985, section 3.1).
 
     The ``rank`` channels with the largest sum of |q| over the group are read: from the
     codes in sealed blocks, exactly in the tail. The temperature makes
-    ``scale * sqrt(|q|_1 / |q[r]|_1)`` of the usual ``scale``.
+    ``scale * sqrt(|q|_1 / |q[r]|_1)`` of the usual ``scale``; it is left out where mass
+    decides (``top_p`` below 1), as the sum over some channels is what one expects of
+    the sum over all.
 
     Args:
         query: [group, head_size] fp32 query heads of the KV head.
@@ -183,7 +186,8 @@ def sparq_probabilities(
         )
     read = query[:, channels].abs().sum(-1, keepdim=True)
     whole = query.abs().sum(-1, keepdim=True)
-    factor = torch.where(read > 0, scale * (whole / read).sqrt(), 0.0)
+    temperature = (whole / read).sqrt() if top_p >= 1 else torch.ones_like(read)
+    factor = torch.where(read > 0, scale * temperature, 0.0)
     logits = (query[:, channels] * factor) @ k[:, channels].T
     if soft_cap > 0:
         logits = soft_cap * (logits / soft_cap).tanh()
@@ -202,6 +206,17 @@ def top_k_positions(scores: torch.Tensor, k: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:k].sort().values
 
 
+def top_p_count(scores: torch.Tensor, top_p: float) -> int:
+    """The fewest tokens that leave at most ``1 - top_p`` outside.
+
+    Args:
+        scores: [tokens] estimated probabilities summed over the query heads; tokens
+            that are kept in any case are not among them.
+    """
+    outside = scores.sort().values.cumsum(0) <= 1 - top_p
+    return len(scores) - int(outside.sum())
+
+
 def sparq_select(
     query,
     kv_cache,
@@ -213,6 +228,8 @@ def sparq_select(
     sink_tokens,
     scale,
     soft_cap,
+    top_p,
+    min_tokens,
     indices,
     counts,
     kept_mass,
@@ -221,7 +238,8 @@ def sparq_select(
     """Choose the tokens that each row and KV head attends to.
 
     Probabilities are pooled over the group after the softmax, then the best tokens join
-    the sinks, the window and the unsealed tail until ``budgets`` is reached.
+    the sinks, the window and the unsealed tail until ``budgets`` is reached, or with
+    ``top_p`` below 1 until enough mass is kept (Twilight, arXiv 2502.02770, section 3).
     """
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads
@@ -233,13 +251,18 @@ def sparq_select(
             if kept_mass is not None:
                 kept_mass[row] = 1.0
             continue
-        wanted = max(0, budget - sinks - (length - recent))
+        forced = sinks + length - recent
+        most = max(0, budget - forced)
         for head in range(num_kv_heads):
             q = query[row].float().view(num_kv_heads, group, head_size)[head]
-            probs = sparq_probabilities(
-                q, kv_cache, block_table[row], length, head, rank, scale, soft_cap
-            )
-            best = top_k_positions(probs.sum(0)[sinks:recent], wanted) + sinks
+            context = (kv_cache, block_table[row], length, head)
+            probs = sparq_probabilities(q, *context, rank, scale, soft_cap, top_p=top_p)
+            scores = probs.sum(0)[sinks:recent]
+            wanted = most
+            if top_p < 1:
+                enough = max(top_p_count(scores, top_p), min_tokens - forced)
+                wanted = min(enough, most)
+            best = top_k_positions(scores, wanted) + sinks
             kept = torch.cat([torch.arange(sinks), best, torch.arange(recent, length)])
             indices[row, head, : len(kept)] = kept.to(indices.dtype)
             counts[row, head] = len(kept)
@@ -306,16 +329,21 @@ def sparq_attend(
     sink_tokens,
     scale,
     soft_cap,
+    top_p,
+    min_tokens,
     indices,
     counts,
     kept_mass,
     out,
     tokens_read=None,
+    kept_histogram=None,
     workspace=None,
 ) -> None:
-    """Both steps of SparQ."""
+    """Both steps of SparQ, and a count of the lists' lengths."""
     context = (query, kv_cache, block_table, seq_lens)
     lists = (indices, counts, kept_mass)
-    options = (rank, local_window, sink_tokens, scale, soft_cap)
+    options = (rank, local_window, sink_tokens, scale, soft_cap, top_p, min_tokens)
     sparq_select(*context, budgets, *options, *lists)
     attend(*context, *lists, scale, soft_cap, out, tokens_read)
+    if kept_histogram is not None:
+        add_counts(counts, kept_histogram)

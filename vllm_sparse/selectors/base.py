@@ -3,6 +3,7 @@
 """What a selector is: it names the tokens each decode row attends to."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from .. import ops
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig
+from ..ops.kept import add_counts
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class DecodeRows:
     Attributes:
         block_table: [num_rows, max_blocks] int32.
         seq_lens: [num_rows] int32.
-        budgets: [num_rows] int32 tokens to keep; -1: the row is dense.
+        budgets: [num_rows] int32 tokens to keep (the most, if budgets adapt); -1: the
+            row is dense.
         indices: [num_rows, num_kv_heads, max_kept] int32, None when all rows are dense.
         counts: [num_rows, num_kv_heads] int32, likewise.
         kept_mass: [num_rows, num_heads] fp32, None where ops should allocate it.
         workspace: scratch memory of the ops, None where they should allocate it.
         seq_lens_list, budgets_list: the same as Python numbers, if the host has them.
+        kept_histograms: of every layer by its name, see :meth:`Selector.attend`.
     """
 
     block_table: torch.Tensor
@@ -57,6 +61,7 @@ class DecodeRows:
     workspace: torch.Tensor | None = None
     seq_lens_list: list[int] = field(default_factory=list)
     budgets_list: list[int] = field(default_factory=list)
+    kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +97,7 @@ class Selector(ABC):
         rows: DecodeRows,
         out: torch.Tensor,
         tokens_read: torch.Tensor | None,
+        kept_histogram: torch.Tensor | None = None,
     ) -> None:
         """:meth:`select`, then exact attention over what it chose.
 
@@ -99,6 +105,8 @@ class Selector(ABC):
             out: [num_rows, num_heads, head_size], written.
             tokens_read: [1] int64, the tokens attended per KV head are added to it;
                 None: not counted.
+            kept_histogram: [num_kv_heads, KEPT_BINS] int64, lengths of the lists are
+                added to it (:mod:`vllm_sparse.ops.kept`).
         """
         kept_mass = self.select(query, kv_cache, rows)
         ops.attend(
@@ -115,6 +123,8 @@ class Selector(ABC):
             tokens_read=tokens_read,
             workspace=rows.workspace,
         )
+        if kept_histogram is not None:
+            add_counts(rows.counts, kept_histogram)
 
     @abstractmethod
     def score_bytes(self, seq_len: int) -> int:

@@ -11,7 +11,12 @@ from abc import abstractmethod
 import torch
 
 from ..cache.layout import BLOCK_SIZE
-from ..ops.reference import forced_ranges, kv_rows, top_k_positions
+from ..ops.reference import (
+    forced_ranges,
+    kv_rows,
+    top_k_positions,
+    top_p_count,
+)
 from .base import DecodeRows, Selector, keeps_all
 
 
@@ -21,6 +26,8 @@ class ScoredSelector(Selector):
     @abstractmethod
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Score tokens for all KV heads of one row.
+
+        With ``top_p`` a token's share of all scores stands for its share of the mass.
 
         Args:
             query: [num_kv_heads, group, head_size] fp32.
@@ -46,14 +53,22 @@ class ScoredSelector(Selector):
             sinks, recent = forced_ranges(
                 length, config.local_window, config.sink_tokens
             )
-            wanted = max(0, budget - sinks - (length - recent))
+            forced = sinks + length - recent
+            most = max(0, budget - forced)
             num_blocks = -(-length // BLOCK_SIZE)
             blocks = rows.block_table[row, :num_blocks].long()
             # [blocks, heads, BLOCK_SIZE, head_size] -> [heads, seq_len, head_size]
             key = kv_rows(kv_cache, shape.head_size)[blocks][..., : shape.head_size]
             key = key.transpose(0, 1).flatten(1, 2)[:, :length].float()
-            scores = self.scores(grouped[row], key)[:, sinks:recent]
+            scores = self.scores(grouped[row], key)
+            if config.top_p is not None:
+                scores *= shape.num_queries_per_kv / scores.sum(-1, keepdim=True)
+            scores = scores[:, sinks:recent]
             for head in range(shape.num_kv_heads):
+                wanted = most
+                if config.top_p is not None:
+                    enough = top_p_count(scores[head], config.top_p)
+                    wanted = min(max(enough, config.min_tokens - forced), most)
                 best = top_k_positions(scores[head], wanted) + sinks
                 kept = torch.cat(
                     [torch.arange(sinks), best, torch.arange(recent, length)]

@@ -30,6 +30,7 @@ class SparqSelector(Selector):
         rows: DecodeRows,
         out: torch.Tensor,
         tokens_read: torch.Tensor | None,
+        kept_histogram: torch.Tensor | None = None,
     ) -> None:
         # One op: chosen rows are attended while another core still scores.
         ops.sparq_attend(
@@ -41,6 +42,7 @@ class SparqSelector(Selector):
             **self._options(query, rows),
             out=out,
             tokens_read=tokens_read,
+            kept_histogram=kept_histogram,
         )
 
     def _options(self, query: torch.Tensor, rows: DecodeRows) -> dict:
@@ -54,6 +56,8 @@ class SparqSelector(Selector):
             "sink_tokens": config.sink_tokens,
             "scale": shape.scale,
             "soft_cap": shape.soft_cap,
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+            "min_tokens": config.min_tokens,
             "indices": rows.indices,
             "counts": rows.counts,
             "kept_mass": kept_mass,

@@ -57,9 +57,9 @@ def call_every_op(num_heads: int, num_kv_heads: int, head_size: int, dtype) -> N
     indices = torch.zeros(1, num_kv_heads, 192, dtype=torch.int32)
     counts = torch.zeros(1, num_kv_heads, dtype=torch.int32)
     read = torch.zeros(1, dtype=torch.int64)
-    for mass in (None, torch.zeros(1, num_heads)):
+    for mass, top_p in ((None, 1.0), (torch.zeros(1, num_heads), 0.9)):
         lists = (indices, counts, mass)
-        options = (3 * head_size // 8, 32, 4, 0.1, 20.0)
+        options = (3 * head_size // 8, 32, 4, 0.1, 20.0, top_p, 0)
         out = (torch.zeros_like(query), read)
         ops.sparq_attend(query, *where, ctx.seq_lens, *options, *lists, *out)
     ops.attend(query, *where, None, None, None, 0.1, 0.0, torch.zeros_like(query))

@@ -7,13 +7,16 @@ Each check prepares ragged, permuted, NaN-poisoned inputs on the CPU, runs
 fp32 reference.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from .. import ops
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..ops import reference
+from ..ops.kept import KEPT_BINS, add_counts
 from .compare import assert_close
-from .generate import paged_context
+from .generate import PagedContext, paged_context
 from .op_inputs import (
     Shape,
     assert_same_lists,
@@ -22,9 +25,11 @@ from .op_inputs import (
     list_buffers,
     moved,
     moved_cache,
+    probabilities,
     random_query,
     raw,
     select_both,
+    sparq_options,
     store_and_seal,
 )
 
@@ -210,19 +215,125 @@ def check_select(
     ctx = filled(seq_lens, num_kv_heads, head_size, dtype)
     query = random_query(ctx, num_heads, dtype)
     budgets = torch.tensor([budget for _, budget in contexts], dtype=torch.int32)
-    options = dict(
-        rank=rank,
-        local_window=16,
-        sink_tokens=4,
-        scale=head_size**-0.5,
-        soft_cap=soft_cap,
-    )
+    options = sparq_options(rank=rank, scale=head_size**-0.5, soft_cap=soft_cap)
     max_kept = int(budgets.max()) + BLOCK_SIZE
     got, want = select_both(ctx, query, budgets, options, device, max_kept, with_mass)
     assert (want["counts"] >= 0).any()
     assert_same_lists(got, want, ctx, query, options, tolerance)
     if with_mass:
         assert (got["kept_mass"][got["counts"][:, 0] == -1] == 1).all()
+
+
+def check_top_p(
+    device: torch.device,
+    shape: Shape,
+    dtype: torch.dtype,
+    contexts: list[tuple[int, int]],
+    rank: int,
+    soft_cap: float,
+    top_p: float,
+    tolerance: float,
+    min_tokens: int = 0,
+    sharpness: float = 1.0,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Lists are as short as the mass allows, and hold the best tokens.
+
+    Args:
+        contexts: (length, most tokens to keep) pairs.
+        tolerance: of a token's score; sums of scores are compared with a third of it.
+        sharpness: factor of the softmax scale.
+    """
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled([n for n, _ in contexts], num_kv_heads, head_size, dtype)
+    query = random_query(ctx, num_heads, dtype)
+    budgets = torch.tensor([budget for _, budget in contexts], dtype=torch.int32)
+    options = sparq_options(
+        rank=rank,
+        scale=sharpness * head_size**-0.5,
+        soft_cap=soft_cap,
+        top_p=top_p,
+        min_tokens=min_tokens,
+    )
+    max_kept = max(n for n, _ in contexts)
+    given = (ctx, query, budgets, options, device, max_kept)
+    chosen, want = select_both(*given, with_mass=False)
+    for got in (chosen, *attend_adaptively(*given, workspace)):
+        assert torch.equal(got["counts"] == -1, want["counts"] == -1)
+        assert_lists_hold_the_mass(got, ctx, query, budgets, options, tolerance)
+
+
+def attend_adaptively(
+    ctx: PagedContext,
+    query: torch.Tensor,
+    budgets: torch.Tensor,
+    options: dict,
+    device: torch.device,
+    max_kept: int,
+    workspace: torch.Tensor | None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Lists of ``sparq_attend``, once its results are known to be theirs; twice."""
+    lists = list_buffers(ctx, query.shape[1], max_kept, with_mass=False)
+    lists = {name: moved(t, device) for name, t in lists.items()}
+    context = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    inputs = [t.to(device) for t in (*context, budgets)]
+    options = dict(options, workspace=workspace)
+    scales = dict(scale=options["scale"], soft_cap=options["soft_cap"])
+    results = []
+    for _ in range(2):
+        out = torch.full_like(query, torch.nan).to(device)
+        read = torch.zeros(2, dtype=torch.int64)
+        counted = read[:1].to(device)
+        ops.sparq_attend(*inputs, **options, **lists, out=out, tokens_read=counted)
+        got = {name: t.cpu() for name, t in lists.items() if t is not None}
+        want = torch.empty_like(query)
+        reference.attend(
+            *context, **got, kept_mass=None, **scales, out=want, tokens_read=read[1:]
+        )
+        assert_close(out.cpu(), want)
+        assert counted.item() == read[1].item() > 0
+        results.append(out)
+        yield got
+    assert torch.equal(*results)  # whoever attends to a part
+
+
+def assert_lists_hold_the_mass(
+    got: dict[str, torch.Tensor],
+    ctx: PagedContext,
+    query: torch.Tensor,
+    budgets: torch.Tensor,
+    options: dict,
+    tolerance: float,
+) -> None:
+    """As short as the mass allows, and of the best tokens."""
+    top_p, min_tokens = options["top_p"], options["min_tokens"]
+    adapted = 0
+    for row, head in (got["counts"] >= 0).nonzero().tolist():
+        length, n = int(ctx.seq_lens[row]), int(got["counts"][row, head])
+        kept = got["indices"][row, head, :n].tolist()
+        assert kept == sorted(set(kept)) and kept[-1] == length - 1
+        assert (got["indices"][row, head, n:] == -7).all()
+        scores = probabilities(ctx, query, row, head, options).sum(0)
+        sinks, recent = reference.forced_ranges(length, 16, 4)
+        free = scores[sinks:recent]
+        forced = len(scores) - len(free)
+        most = max(int(budgets[row]), forced)
+        # As the reference would with a room that is a little smaller or larger. A bin
+        # of scores is up to an eighth wide, and the lightest of it may be left in.
+        room = 1 - top_p
+        fewest = reference.top_p_count(free, 1 - room * (1 + tolerance / 3 + 1e-5))
+        enough = reference.top_p_count(free, 1 - room * (0.875 - tolerance / 3))
+        low, high = (
+            min(max(count + forced, min_tokens), most) for count in (fewest, enough)
+        )
+        assert low <= n <= high, (row, head, low, n, high)
+        adapted += forced < n < most
+        best = set((free.argsort(descending=True)[: n - forced] + sinks).tolist())
+        swapped = sorted(best ^ {t for t in kept if sinks <= t < recent})
+        if swapped:
+            low, high = scores[swapped].aminmax()
+            assert high <= low * (1 + tolerance), (row, head, low, high)
+    assert adapted > 0
 
 
 def check_budget_edges(
@@ -233,7 +344,7 @@ def check_budget_edges(
     lens = [length for length in (end - 1, end, end + 1) for _ in budgets]
     ctx = filled(lens, 1, 64, torch.float32)
     query = random_query(ctx, 2, torch.float32)
-    options = dict(rank=64, local_window=40, sink_tokens=4, scale=0.125, soft_cap=0.0)
+    options = sparq_options(rank=64, local_window=40, scale=0.125)
     given = torch.tensor(budgets * 3, dtype=torch.int32)
     got, want = select_both(ctx, query, given, options, device, end)
     assert_same_lists(got, want, ctx, query, options, tolerance)
@@ -247,7 +358,7 @@ def check_ties(device: torch.device, lengths: list[int], dtype: torch.dtype) -> 
     store_and_seal(ctx)
     query = random_query(ctx, 1, dtype)
     budgets = torch.full((len(lengths),), 100, dtype=torch.int32)
-    options = dict(rank=16, local_window=10, sink_tokens=0, scale=0.125, soft_cap=0.0)
+    options = sparq_options(rank=16, local_window=10, sink_tokens=0, scale=0.125)
     given = (ctx, query, budgets, options, device, 228)
     results = [select_both(*given, with_mass)[0] for with_mass in (True, False)]
     lists = list_buffers(ctx, 1, 228, with_mass=False)
@@ -323,7 +434,7 @@ def check_attend(
 class Step:
     """Both steps of SparQ over one batch, on a device."""
 
-    options = dict(rank=24, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
+    options = sparq_options(rank=24, scale=0.2)
 
     def __init__(
         self,
@@ -341,6 +452,7 @@ class Step:
         self.device = device
         self.max_kept = int(budgets.max()) + BLOCK_SIZE
         self.with_mass = with_mass
+        self.more: dict[str, torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -355,7 +467,7 @@ class Step:
         lists = {k: None if t is None else t[part] for k, t in self.lists.items()}
         out = self.out[part]
         given = (query, self.cache, table, lens, budgets)
-        ops.sparq_attend(*given, **self.options, **lists, out=out)
+        ops.sparq_attend(*given, **self.options, **lists, out=out, **self.more)
         if rows is not None:
             self.out[part] = out
 
@@ -397,6 +509,20 @@ def check_both_steps(
     assert torch.equal(out, step.out)
     for name, t in lists.items():
         assert t is None or torch.equal(t, step.lists[name])
+
+
+def check_kept_histogram(device: torch.device, contexts: list[tuple[int, int]]) -> None:
+    """The op counts what its lists hold, and adds to what is there."""
+    step = Step(device, [*contexts, (200, -1)], with_mass=False)
+    histogram = torch.ones(2, KEPT_BINS, dtype=torch.int64, device=device)
+    step.options = step.options | dict(top_p=0.9)
+    step.more = dict(kept_histogram=histogram)
+    step.run()
+    expected = torch.ones(2, KEPT_BINS, dtype=torch.int64)
+    counts = step.lists["counts"].cpu()
+    add_counts(counts, expected)
+    assert torch.equal(histogram.cpu(), expected)
+    assert (counts[-1] == -1).all() and (counts[:-1] > 0).any()
 
 
 def check_batch_invariance(

@@ -65,6 +65,12 @@ def random_query(ctx: PagedContext, num_heads: int, dtype: torch.dtype) -> torch
     return torch.randn(shape, generator=generator(7)).to(dtype)
 
 
+def sparq_options(**changes: Any) -> dict[str, Any]:
+    """Options of ``sparq_select``; ``changes`` give the rank and the scale at least."""
+    options = dict(local_window=16, sink_tokens=4, soft_cap=0.0)
+    return options | dict(top_p=1.0, min_tokens=0) | changes
+
+
 def list_buffers(
     ctx: PagedContext, num_heads: int, max_kept: int, with_mass: bool = True
 ) -> dict[str, torch.Tensor | None]:
@@ -89,6 +95,7 @@ def select_both(
     workspace: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Lists of the ops on ``device`` and of the reference, both on the CPU."""
+    options = sparq_options(**options)
     num_heads = query.shape[1]
     want = list_buffers(ctx, num_heads, max_kept)
     got = list_buffers(ctx, num_heads, max_kept, with_mass)
@@ -104,6 +111,28 @@ def select_both(
     )
     reference.sparq_select(query, ctx.kv_cache, *rest, **options, **want)
     return {name: t.cpu() for name, t in got.items() if t is not None}, want
+
+
+def probabilities(
+    ctx: PagedContext,
+    query: torch.Tensor,
+    row: int,
+    head: int,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """The reference's estimates: [group, length]."""
+    num_kv_heads = ctx.kv_cache.shape[1]
+    return reference.sparq_probabilities(
+        query[row].float().unflatten(0, (num_kv_heads, -1))[head],
+        ctx.kv_cache,
+        ctx.block_table[row],
+        int(ctx.seq_lens[row]),
+        head,
+        options["rank"],
+        options["scale"],
+        options["soft_cap"],
+        options.get("top_p", 1.0),
+    )
 
 
 def assert_same_lists(
@@ -134,16 +163,7 @@ def assert_same_lists(
         assert lost is not None or len(swapped) <= max(4, n // 16), (row, head, swapped)
         if not swapped and "kept_mass" not in got:
             continue
-        probs = reference.sparq_probabilities(
-            query[row].float().unflatten(0, (num_kv_heads, group))[head],
-            ctx.kv_cache,
-            ctx.block_table[row],
-            int(ctx.seq_lens[row]),
-            head,
-            options["rank"],
-            options["scale"],
-            options["soft_cap"],
-        )
+        probs = probabilities(ctx, query, row, head, options)
         if swapped:
             scores = probs.sum(0)
             low, high = scores[swapped].aminmax()

@@ -32,6 +32,7 @@ kernel = triton.jit(
         "rank",
         "local_window",
         "sink_tokens",
+        "min_tokens",
         "spans",
     ]
 )

@@ -9,14 +9,16 @@ from .common import BLOCK_SIZE, context_length
 
 
 @triton.jit
-def plan_row(seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens):
-    """(length, dense, sinks, recent, wanted) of a row.
+def plan_row(
+    seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
+):
+    """(length, dense, sinks, recent, wanted) of an item, that is (row, KV head).
 
     Tokens before ``sinks`` and from ``recent`` are kept, and the best ``wanted`` in
     between; a dense row keeps everything.
     """
     length = context_length(seq_lens_ptr, row, max_blocks)
-    budget = tl.load(budgets_ptr + row)
+    budget = tl.load(budgets_ptr + item)
     sealed = length // BLOCK_SIZE * BLOCK_SIZE
     recent = tl.maximum(tl.minimum(length - local_window, sealed), 0)
     dense = (budget < 0) | (budget >= length) | (recent <= sink_tokens)

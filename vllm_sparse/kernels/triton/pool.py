@@ -12,7 +12,7 @@ from .threshold import HISTOGRAM, SPAN, add_histogram
 @kernel
 def normaliser_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     logits_ptr,  # [items, group, max_blocks * BLOCK_SIZE] fp32
     top_ptr,  # [items, group, spans] fp32, written: largest logit of the span
     sum_ptr,  # [items, group, spans] fp32, written: sum of exp(logit - top)
@@ -28,6 +28,7 @@ def normaliser_kernel(
         seq_lens_ptr,
         budgets_ptr,
         item // num_kv_heads,
+        item,
         max_blocks,
         local_window,
         sink_tokens,
@@ -48,7 +49,7 @@ def normaliser_kernel(
 @kernel
 def pool_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     logits_ptr,  # [items, group, max_blocks * BLOCK_SIZE] fp32
     top_ptr,  # [items, group, spans] fp32
     sum_ptr,  # [items, group, spans] fp32
@@ -66,7 +67,7 @@ def pool_kernel(
     item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = item // num_kv_heads
     length, dense, sinks, recent, _ = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense | (span * SPAN >= recent):
         return

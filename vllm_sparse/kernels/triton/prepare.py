@@ -13,7 +13,7 @@ from .threshold import HISTOGRAM
 def prepare_kernel(
     query_ptr,  # [num_rows, num_kv_heads * group, HEAD_SIZE]
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     channels_ptr,  # [items, HEAD_SIZE] int32, written: best first
     scaled_ptr,  # [items, group, HEAD_SIZE] fp32, written: query in that order, scaled
     histogram_ptr,  # [items, HISTOGRAM] int32, written: zeros
@@ -30,12 +30,13 @@ def prepare_kernel(
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WITH_MASS: tl.constexpr,
+    TEMPERED: tl.constexpr,
 ):
     """One program per item, that is (row, KV head). Beyond ``rank``, queries are 0."""
     item = tl.program_id(0).to(tl.int64)
     row, head = item // num_kv_heads, item % num_kv_heads
     _, dense, _, _, _ = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense:
         tl.store(counts_ptr + item, -1)
@@ -64,8 +65,8 @@ def prepare_kernel(
         q = tl.load(queries + g * HEAD_SIZE, mask=valid, other=0.0).to(tl.float32)
         all_sum = tl.sum(tl.abs(q), 0)
         read_sum = tl.sum(tl.where(read, tl.abs(q), 0.0), 0)
-        # The paper's temperature.
-        ratio = all_sum / tl.where(read_sum > 0, read_sum, 1.0)
-        factor = tl.where(read_sum > 0, scale * tl.sqrt(ratio), 0.0)
+        factor = tl.where(read_sum > 0, scale, 0.0)
+        if TEMPERED:  # the paper's temperature, where mass does not decide
+            factor *= tl.sqrt(all_sum / tl.where(read_sum > 0, read_sum, 1.0))
         to = scaled_ptr + (item * group + g) * HEAD_SIZE + place
         tl.store(to, tl.where(read, q * factor, 0.0), mask=valid)

@@ -100,7 +100,7 @@ def score_rows(
 def score_kernel(
     block_table_ptr,  # [num_rows, max_blocks] int32
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     channels_ptr,  # [items, HEAD_SIZE] int32
     scaled_ptr,  # [items, group, HEAD_SIZE] fp32
     logits_ptr,  # [items, group, max_blocks * BLOCK_SIZE] fp32, written
@@ -125,7 +125,7 @@ def score_kernel(
     item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS
     row, head = item // num_kv_heads, item % num_kv_heads
     length, dense, _, _, _ = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense | (first * BLOCK_SIZE >= length):
         return

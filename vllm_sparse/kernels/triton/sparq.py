@@ -3,12 +3,13 @@
 """SparQ selection (arXiv 2312.04985, section 3) as a chain of small kernels.
 
 prepare: channels and scaled queries -> score: logits -> normaliser and pool: ranking ->
-refine, twice: the cut -> count and list: positions -> mass.
+top_p: budgets -> refine, twice: the cut -> count and list: positions -> mass.
 """
 
 import torch
 import triton
 
+from ...ops.kept import add_counts
 from .attend import attend
 from .checks import check, check_lists, check_rows, expect
 from .common import BLOCK_SIZE, cache_args, row_chunks, sidecar_args
@@ -16,6 +17,7 @@ from .pool import normaliser_kernel, pool_kernel
 from .prepare import prepare_kernel
 from .score import BLOCKS, CHANNELS, score_kernel
 from .threshold import HISTOGRAM, SPAN, count_kernel, refine_kernel
+from .top_p import top_p_kernel
 from .write_lists import list_kernel, mass_kernel
 
 
@@ -30,6 +32,8 @@ def sparq_select(
     sink_tokens: int,
     scale: float,
     soft_cap: float,
+    top_p: float,
+    min_tokens: int,
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
@@ -45,6 +49,8 @@ def sparq_select(
     )
     expect(local_window >= 1, "local_window must be at least 1")
     expect(sink_tokens >= 0, "sink_tokens must not be negative")
+    expect(0 < top_p <= 1, "top_p must lie in (0, 1]")
+    expect(min_tokens >= 0, "min_tokens must not be negative")
     num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     if num_rows == 0 or max_blocks == 0:
         return
@@ -61,8 +67,10 @@ def sparq_select(
     # Logits of the query heads and the ranking; the rest is small.
     bytes_per_row = (num_heads + num_kv_heads) * capacity * 4
     for rows in row_chunks(num_rows, bytes_per_row):
-        lens, budget = seq_lens[rows], budgets[rows]
+        lens = seq_lens[rows]
         items = lens.shape[0] * num_kv_heads
+        budget = scratch(items, dtype=torch.int32)
+        budget.view(-1, num_kv_heads).copy_(budgets[rows, None])
         table, chosen, count = block_table[rows], indices[rows], counts[rows]
         mass = count if kept_mass is None else kept_mass[rows]
         options = dict(
@@ -92,6 +100,7 @@ def sparq_select(
             HEAD_SIZE=head_size,
             WIDTH=cache["WIDTH"],
             WITH_MASS=kept_mass is not None,
+            TEMPERED=top_p >= 1,
             num_warps=8 if head_size > 128 else 4,
         )
         logits = scratch(items, group, capacity)
@@ -131,6 +140,15 @@ def sparq_select(
             **wide,
             SPANS=padded,
         )
+        if top_p < 1:
+            top_p_kernel[(items,)](
+                lens,
+                budget,
+                histogram,
+                **options,
+                min_tokens=min_tokens,
+                room=1 - top_p,
+            )
         ranking = (lens, budget, keys, histogram)
         for level in (1, 2):
             refine_kernel[items, spans](*ranking, **wide, LEVEL=level)
@@ -179,16 +197,21 @@ def sparq_attend(
     sink_tokens: int,
     scale: float,
     soft_cap: float,
+    top_p: float,
+    min_tokens: int,
     indices: torch.Tensor,
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None,
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
+    kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
     """See :func:`vllm_sparse.ops.sparq_attend`."""
     context = (query, kv_cache, block_table, seq_lens)
-    options = (rank, local_window, sink_tokens, scale, soft_cap)
+    options = (rank, local_window, sink_tokens, scale, soft_cap, top_p, min_tokens)
     lists = (indices, counts, kept_mass)
     sparq_select(*context, budgets, *options, *lists)
     attend(*context, *lists, scale, soft_cap, out, tokens_read)
+    if kept_histogram is not None:
+        add_counts(counts, kept_histogram)

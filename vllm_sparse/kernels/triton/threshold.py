@@ -64,7 +64,7 @@ def candidate_keys(keys_ptr, item, t, sinks, recent, max_blocks):
 @kernel
 def refine_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     keys_ptr,  # [items, max_blocks * BLOCK_SIZE] int32
     histogram_ptr,  # [items, HISTOGRAM] int32, level LEVEL added to
     num_kv_heads,
@@ -77,7 +77,7 @@ def refine_kernel(
     item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = item // num_kv_heads
     _, dense, sinks, recent, wanted = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense | (span * SPAN >= recent):
         return
@@ -92,7 +92,7 @@ def refine_kernel(
 @kernel
 def count_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     keys_ptr,  # [items, max_blocks * BLOCK_SIZE] int32
     histogram_ptr,  # [items, HISTOGRAM] int32
     counted_ptr,  # [items, spans, 2] int32, written: keys above the cut and equal to it
@@ -106,7 +106,7 @@ def count_kernel(
     item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = item // num_kv_heads
     length, dense, sinks, recent, wanted = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense | (span * SPAN >= length):
         return

@@ -12,7 +12,7 @@ from .threshold import SPAN, candidate_keys
 @kernel
 def list_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     keys_ptr,  # [items, max_blocks * BLOCK_SIZE] int32
     counted_ptr,  # [items, spans, 2] int32
     cut_ptr,  # [items, 2] int32
@@ -34,7 +34,7 @@ def list_kernel(
     item, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = item // num_kv_heads
     length, dense, sinks, recent, wanted = plan_row(
-        seq_lens_ptr, budgets_ptr, row, max_blocks, local_window, sink_tokens
+        seq_lens_ptr, budgets_ptr, row, item, max_blocks, local_window, sink_tokens
     )
     if dense | (span * SPAN >= length):
         return
@@ -76,7 +76,7 @@ def list_kernel(
 @kernel
 def mass_kernel(
     seq_lens_ptr,  # [num_rows] int32
-    budgets_ptr,  # [num_rows] int32
+    budgets_ptr,  # [items] int32
     mass_ptr,  # [items, group, spans] fp32
     kept_mass_ptr,  # [items, group] fp32, written
     num_kv_heads,
@@ -93,6 +93,7 @@ def mass_kernel(
         seq_lens_ptr,
         budgets_ptr,
         item // num_kv_heads,
+        item,
         max_blocks,
         local_window,
         sink_tokens,
