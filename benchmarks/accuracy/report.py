@@ -8,6 +8,8 @@ python -m benchmarks.accuracy.report benchmarks/results/accuracy_4k.json
 import argparse
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -17,6 +19,7 @@ COLUMNS = {
     "top1": ("top-1", 2),
     "hit": ("hit", 2),
 }
+PLOTTED = ("bits_per_char", "hit")
 PLOTS = Path(__file__).parents[1] / "plots"
 
 
@@ -41,13 +44,17 @@ def groups(records: list[dict]) -> dict[tuple[str, int], list[dict]]:
 
 
 def markdown(records: list[dict]) -> str:
-    """A table per task and length: dense values, then paired differences ± s.e."""
+    """A table per task and length: dense values, then paired differences ± s.e.
+
+    "kept" is the mean number of tokens of the KV head that keeps fewest and of the one
+    that keeps most.
+    """
     parts = []
     for (task, length), group in groups(records).items():
         dense = group[0]
         metrics = [m for m in COLUMNS if m in dense["samples"][0]]
         heads = [COLUMNS[m][0] for m in metrics]
-        head = ["method", "target", "KV read", *heads, "agreement", "KL (nats)"]
+        head = ["method", "target", "KV read", *heads, "agreement", "KL (nats)", "kept"]
         lines = [
             f"### {task}, {length} tokens, n = {len(dense['samples'])}",
             "",
@@ -58,7 +65,7 @@ def markdown(records: list[dict]) -> str:
             target = "–" if record["budget"] is None else f"{record['budget']:.4g}"
             cells = [record["method"], target]
             if "skipped" in record:
-                cells += [record["skipped"]] + [""] * (len(metrics) + 2)
+                cells += [record["skipped"]] + [""] * (len(metrics) + 3)
             else:
                 cells += _cells(record, dense, metrics)
             lines.append("| " + " | ".join(cells) + " |")
@@ -77,12 +84,19 @@ def _cells(record: dict, dense: dict, metrics: list[str]) -> list[str]:
             diff, error, _ = paired(record, dense, metric)
             cells.append(f"{diff:+.{digits}f} ± {error:.{digits}f}")
     agreement, kl = mean(record, "agreement"), mean(record, "kl")
-    return [*cells, f"{agreement:.3f}", f"{kl:.4f}"]
+    return [*cells, f"{agreement:.3f}", f"{kl:.4f}", _kept(record)]
 
 
-def plot(result: dict, path: Path) -> None:
+def _kept(record: dict) -> str:
+    layers = record.get("kept_tokens", {}).values()
+    means = [head[0] for layer in layers for head in layer]
+    return f"{min(means):.0f} to {max(means):.0f}" if means else "–"
+
+
+def plot(result: dict, path: Path, metrics: Sequence[str] = PLOTTED) -> None:
     """Metric against the measured share of KV bytes: a row per task and metric, a
-    column per length; error bars are standard errors of the paired difference."""
+    column per length; error bars are standard errors of the paired difference.
+    Methods that differ in ``top_p`` alone share a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,7 +107,7 @@ def plot(result: dict, path: Path) -> None:
     rows = [
         (task, metric)
         for task in dict.fromkeys(task for task, _ in grouped)
-        for metric in ("bits_per_char", "hit")
+        for metric in metrics
         if any(
             metric in group[0]["samples"][0]
             for (name, _), group in grouped.items()
@@ -113,7 +127,7 @@ def plot(result: dict, path: Path) -> None:
             if (task, length) in grouped:
                 _panel(axis, grouped[task, length], metric)
             axis.set_title(f"{task}, {length} tokens", fontsize=9)
-            axis.set_ylabel(COLUMNS[metric][0])
+            axis.set_ylabel(COLUMNS.get(metric, (f"{metric} to dense", 0))[0])
             axis.set_xlabel("share of KV bytes read")
     axes[0][0].legend(fontsize=7)
     figure.suptitle(_subtitle(result["header"]), fontsize=8)
@@ -126,16 +140,18 @@ def _panel(axis, group: list[dict], metric: str) -> None:
     dense = group[0]
     axis.axhline(mean(dense, metric), color="black", lw=1, label="dense")
     measured = [r for r in group[1:] if "skipped" not in r and r["kv_share"]]
-    for method in dict.fromkeys(r["method"] for r in measured):
+    for method in dict.fromkeys(_line(r) for r in measured):
         points = sorted(
             (r["kv_share"], mean(r, metric), paired(r, dense, metric)[1])
             for r in measured
-            if r["method"] == method
+            if _line(r) == method
         )
         shares, values, errors = zip(*points, strict=True)
         label = method + " (oracle)" * method.startswith("exact")
         axis.errorbar(shares, values, yerr=errors, marker="o", ms=3, label=label)
     axis.set_xscale("log", base=2)
+    if metric == "kl":
+        axis.set_yscale("log")
     shares = [r["kv_share"] for r in measured]
     if shares:
         # Fractions as people say them; ticks widen the limits, so they come first.
@@ -144,11 +160,19 @@ def _panel(axis, group: list[dict], metric: str) -> None:
     axis.grid(alpha=0.3)
 
 
+def _line(record: dict) -> str:
+    method = record["method"]
+    if record["budget"] is not None and "top_p" not in method:
+        return f"{method}, fixed budgets"
+    return re.sub(r":top_p=[^:]*", "", method) + ", top_p" * ("top_p" in method)
+
+
 def _subtitle(header: dict) -> str:
     engine, machine = header["engine"], header["machine"]
+    device = machine.get("gpu", f"{machine['cpu']} x {machine['cores']}")
     return (
         f"{engine['model']}, {engine['dtype']}, vLLM {header['versions']['vllm']}, "
-        f"commit {header['commit']},\n{machine['cpu']} x {machine['cores']}, "
+        f"commit {header['commit']},\n{device}, "
         f"n = {header['plan']['samples']}"
     )
 
@@ -157,11 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path)
     parser.add_argument("--plots", type=Path, default=PLOTS)
+    parser.add_argument("--metrics", nargs="+", default=PLOTTED, help="in the plot")
     args = parser.parse_args()
     result = json.loads(args.result.read_text("utf-8"))
     print(_subtitle(result["header"]).replace("\n", " ") + "\n")
     print(markdown(result["records"]))
-    plot(result, args.plots / f"{args.result.stem}.png")
+    plot(result, args.plots / f"{args.result.stem}.png", args.metrics)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,13 @@ class Plan:
     methods: Sequence[str] = ("sparq", "exact", "quest", "window")
     # Target shares of the dense KV bytes.
     budgets: Sequence[float] = (0.125, 0.0625)
-    samples: int = 10
+    # Per task and length, or one number for every length.
+    samples: int | Sequence[int] = 10
+
+    def samples_of(self, length: int) -> int:
+        if isinstance(self.samples, int):
+            return self.samples
+        return self.samples[self.lengths.index(length)]
 
     def runs(self) -> list[tuple[Method, float | None]]:
         runs: list[tuple[Method, float | None]] = [(DENSE, None)]
@@ -61,7 +68,7 @@ def run(
 ) -> list[dict]:
     """One record per task, length, method and budget; samples keep raw values.
 
-    ``save`` gets the records so far after each task and length: runs take hours.
+    ``save`` gets the records so far after each method: runs take hours.
     A method that cannot meet a budget gets a record with ``skipped`` and no samples.
     """
     sources = TextSources(engine.tokenizer)
@@ -69,8 +76,9 @@ def run(
     total = len(plan.tasks) * len(plan.lengths) * len(plan.runs())
     with tqdm(total=total, disable=not progress) as bar:
         for length in plan.lengths:
+            count = plan.samples_of(length)
             for task in plan.tasks:
-                samples = make_samples(task, sources, length, plan.samples)
+                samples = make_samples(task, sources, length, count)
                 bar.set_description(f"{task} {length}: prefill")
                 engine.configure(options_for(DENSE, None, length, engine.shape))
                 engine.prefill(samples)
@@ -95,8 +103,8 @@ def run(
                         record |= measured
                         dense = dense or results
                     records.append(record)
+                    save(records)
                     bar.update()
-                save(records)
     return records
 
 
@@ -114,7 +122,7 @@ def _measure(
     asks = samples[0].answer is not None
     answers = engine.answer(samples) if asks else [None] * len(samples)
     seconds = time.perf_counter() - start
-    stats = engine.stats()
+    stats, kept = engine.stats(), engine.kept_tokens()
     values = []
     for index, (sample, result, base, text) in enumerate(
         zip(samples, results, dense or results, answers, strict=True)
@@ -135,6 +143,7 @@ def _measure(
         "options": options,
         "kv_share": stats and stats["kv_bytes_read"] / max(stats["kv_bytes_dense"], 1),
         "stats": stats,
+        "kept_tokens": kept,
         "seconds": round(seconds, 2),
         "samples": values,
     }
@@ -151,10 +160,22 @@ def write_result(
         "engine": engine,
         "plan": asdict(plan),
         "kl": f"lower bound over dense's top {metrics.TOP_LOGPROBS} tokens, nats",
+        "kept_tokens": "mean, p50, p99 of every KV head's sparse rows, by layer",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"header": header, "records": records}, indent=1)
+    text = to_json({"header": header, "records": records})
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def to_json(value: dict) -> str:
+    """Indented, but lists of plain values stand on one line."""
+
+    def one_line(match: re.Match) -> str:
+        return "[" + re.sub(r"\n\s+", " ", match[1]) + "]"
+
+    # A line break is never part of a string in JSON.
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[\n\s+([^][{}]*?)\n\s*\]", one_line, text)
 
 
 def main() -> None:
@@ -173,8 +194,15 @@ def main() -> None:
         help=f"selector[:option=value]..., selector one of {', '.join(SELECTOR_NAMES)}",
     )
     add("--budgets", nargs="+", type=float, default=Plan.budgets)
-    add("--samples", type=int, default=10)
-    add("--model", help="a model in HF format; default: SmolLM2-135M-Instruct")
+    add(
+        "--samples",
+        nargs="+",
+        type=int,
+        default=[10],
+        help="one number, or one for every length",
+    )
+    add("--model", help="a name of get_model.py's or a folder in HF format")
+    add("--max-model-len", type=int, default=EngineOptions.max_model_len)
     add(
         "--attention-backend",
         default=EngineOptions.attention_backend,
@@ -184,11 +212,15 @@ def main() -> None:
     add("--kv-cache-gib", type=float, default=EngineOptions.kv_cache_gib)
     add("--output", type=Path, required=True)
     args = parser.parse_args()
-    plan = Plan(args.tasks, args.lengths, args.methods, args.budgets, args.samples)
+    if len(args.samples) not in (1, len(args.lengths)):
+        parser.error(f"--samples takes 1 or {len(args.lengths)} numbers")
+    counts = args.samples if len(args.samples) > 1 else args.samples[0]
+    plan = Plan(args.tasks, args.lengths, args.methods, args.budgets, counts)
     plan.runs()  # a typing error shows before the model loads
     options = EngineOptions(
-        model=args.model or default_model(),
+        model=model_path(args.model),
         attention_backend=args.attention_backend,
+        max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         kv_cache_gib=args.kv_cache_gib,
     )
@@ -200,10 +232,12 @@ def main() -> None:
     print(markdown(records))
 
 
-def default_model() -> str:
-    from scripts.get_model import get_model
+def model_path(model: str | None) -> str:
+    """Folder of a model that get_model.py knows, None being its default."""
+    from scripts.get_model import DEFAULT, SOURCES, get_model
 
-    return str(get_model())
+    name = model or DEFAULT
+    return str(get_model(name)) if name in SOURCES else name
 
 
 if __name__ == "__main__":

@@ -56,12 +56,15 @@ def channels(query: torch.Tensor, rank: int, layout: str) -> torch.Tensor:
     return pairs[best].flatten()
 
 
-def estimate(case: Case, rank: int, layout: str = "single") -> torch.Tensor:
-    """SparQ's probabilities: [group, length]."""
+def estimate(
+    case: Case, rank: int, layout: str = "single", tempered: bool = True
+) -> torch.Tensor:
+    """SparQ's probabilities, or without its temperature: [group, length]."""
     q = case.query
     chosen = channels(q, rank, layout)
     whole, read = (t.abs().sum(-1, keepdim=True) for t in (q, q[:, chosen]))
-    factor = (whole / read).sqrt() * q.shape[1] ** -0.5
+    factor = (whole / read).sqrt() if tempered else 1.0
+    factor = factor * q.shape[1] ** -0.5
     return (q[:, chosen] * factor @ case.codes[:, chosen].T).softmax(-1)
 
 
@@ -73,14 +76,45 @@ def top_k(rank: int, count: int, layout: str = "single") -> Rule:
     return rule
 
 
-def top_p(rank: int, p: float) -> Rule:
-    """Best pooled tokens until the estimated mass of every head reaches ``p``."""
+def top_p(
+    rank: int,
+    p: float,
+    tempered: bool = False,
+    worst_head: bool = False,
+    most: int | None = None,
+) -> Rule:
+    """Best pooled tokens until all heads together leave 1 - ``p`` outside.
+
+    Args:
+        worst_head: until the mass of every head reaches ``p`` instead.
+        most: no more tokens than that.
+    """
 
     def rule(case: Case) -> torch.Tensor:
-        probs = estimate(case, rank)
+        probs = estimate(case, rank, tempered=tempered)
         order = probs[:, : case.sealed].sum(0).argsort(descending=True)
         mass = probs[:, order].cumsum(-1) + probs[:, case.sealed :].sum(-1)[:, None]
-        return order[: int((mass.min(0).values < p).sum()) + 1]
+        short = mass.min(0).values < p if worst_head else (1 - mass).sum(0) > 1 - p
+        return order[: int(short.sum()) + 1][:most]
+
+    return rule
+
+
+def top_k_of_blocks(rank: int, count: int, share: float) -> Rule:
+    """Top-k within the ``share`` of blocks whose bounds are largest."""
+
+    def rule(case: Case) -> torch.Tensor:
+        chosen = channels(case.query, rank, "single")
+        keys = case.codes[: case.sealed, chosen].unflatten(0, (-1, BLOCK_SIZE))
+        query = case.query[:, chosen] * case.query.shape[1] ** -0.5
+        bound = (
+            query.clamp(min=0) @ keys.amax(1).T + query.clamp(max=0) @ keys.amin(1).T
+        )
+        best = bound.softmax(-1).sum(0).topk(max(1, round(share * len(keys)))).indices
+        left = torch.full((len(keys), BLOCK_SIZE), False)
+        left[best] = left[0] = True
+        scores = estimate(case, rank).sum(0)[: case.sealed].where(left.flatten(), -1.0)
+        return scores.topk(min(count, int(left.sum()))).indices
 
     return rule
 
@@ -182,10 +216,20 @@ def rules(head_size: int) -> dict[str, Rule]:
             result[f"top-k 512, rank {rank}, {layout}"] = top_k(rank, 512, layout)
     for count in (128, 256, 1024):
         result[f"top-k {count}, rank {few}"] = top_k(few, count)
-    for rank in (few, head_size):
+    for rank in (head_size // 4, few, head_size):
         for p in (0.8, 0.9, 0.95):
             result[f"top-p {p}, rank {rank}"] = top_p(rank, p)
+        result[f"top-p 0.95, rank {rank}, worst head"] = top_p(
+            rank, 0.95, worst_head=True
+        )
+        result[f"top-p 0.95, rank {rank}, worst head, tempered"] = top_p(
+            rank, 0.95, tempered=True, worst_head=True
+        )
+        result[f"top-p 0.95, rank {rank}, at most 1024"] = top_p(rank, 0.95, most=1024)
         result[f"top-p 0.95, rank {rank}, union"] = top_p_union(rank, 0.95)
+    for share in (0.25, 0.5):
+        name = f"top-k 512 of the best {share} of the blocks, rank {few}"
+        result[name] = top_k_of_blocks(few, 512, share)
     return result
 
 

@@ -7,7 +7,7 @@ tokenizer and Python's version.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
@@ -60,7 +60,9 @@ def needle(
     ]
     question = sources.encode(QUESTION.format(key=keys[0]))
     room = length - sum(map(len, (head, *needles, question)))
-    text = sources.window(sources.plain_prose, room, rng)
+    is_long = room >= len(sources.plain_prose[0])
+    prose = sources.long_prose if is_long else sources.plain_prose
+    text = sources.window(prose, room, rng)
     # Deepest first, so that earlier positions stay valid.
     for depth, sentence in sorted(zip(depths, needles, strict=True), reverse=True):
         at = sources.next_boundary(
@@ -114,15 +116,19 @@ TASKS: dict[str, TaskBuilder] = {
 def make_samples(
     task: str, sources: TextSources, length: int, count: int
 ) -> list[Sample]:
-    """The first ``count`` samples of a task; prompts have ``length`` tokens exactly.
+    """The first ``count`` samples of a task; prompts have ``length`` tokens exactly,
+    the model's ``<bos>`` included.
 
     Raises:
         KeyError: unknown task.
         ValueError: the text sources are shorter than ``length``.
     """
     builder = TASKS[task]
-    # Seeding with a string is stable across processes, unlike hash().
-    return [
-        builder(sources, length, Random(f"{task}/{length}/{index}"), index)
-        for index in range(count)
-    ]
+    prefix = sources.prefix
+    samples = []
+    for index in range(count):
+        # Seeding with a string is stable across processes, unlike hash().
+        rng = Random(f"{task}/{length}/{index}")
+        sample = builder(sources, length - len(prefix), rng, index)
+        samples.append(replace(sample, prompt_ids=prefix + sample.prompt_ids))
+    return samples

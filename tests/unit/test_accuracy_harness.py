@@ -18,7 +18,7 @@ from benchmarks.accuracy.methods import (
 )
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.report import markdown, paired, plot
-from benchmarks.accuracy.run import Plan, run
+from benchmarks.accuracy.run import Plan, run, to_json
 from benchmarks.accuracy.tasks import TASKS, make_samples
 from benchmarks.accuracy.text import TextSources
 
@@ -56,6 +56,9 @@ class FakeEngine:
         read = 100 if self.selectors[-1] == "dense" else 10
         return {"kv_bytes_read": read, "kv_bytes_dense": 100}
 
+    def kept_tokens(self):
+        return {"layer": [[10.0, 9.5, 15.0]]}
+
     def prefill(self, samples):
         self.prefilled += len(samples)
 
@@ -86,6 +89,36 @@ def test_samples_are_reproducible_and_of_the_asked_length(task, sources):
     assert samples[0] != samples[1]
     assert [len(s.prompt_ids) for s in samples] == [CONTEXT, CONTEXT]
     assert all(len(s.forced_ids) >= 2 for s in samples)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_first_token_of_the_model_comes_first_and_counts(task):
+    class WithBos(CharTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return [2] * add_special_tokens + super().encode(text)
+
+    (sample,) = make_samples(task, TextSources(WithBos()), CONTEXT, 1)
+    assert len(sample.prompt_ids) == CONTEXT
+    assert sample.prompt_ids[0] == 2
+    assert 2 not in sample.prompt_ids[1:] + sample.forced_ids
+
+
+def test_needle_in_more_than_the_plain_prose(sources):
+    length = len(sources.plain_prose[0]) + 100
+    (sample,) = make_samples("needle", sources, length, 1)
+    assert len(sample.prompt_ids) == length
+
+
+def test_samples_per_length():
+    assert Plan(lengths=[8, 16], samples=[6, 4]).samples_of(16) == 4
+    assert Plan(lengths=[8, 16], samples=5).samples_of(16) == 5
+
+
+def test_json_keeps_plain_lists_on_one_line():
+    data = {"kept": {"layer": [[1.5, 2], []]}, "text": "[\n  1,\n  2 ]"}
+    text = to_json(data)
+    assert "[1.5, 2]" in text
+    assert json.loads(text) == data
 
 
 @pytest.mark.parametrize(
@@ -200,6 +233,7 @@ def test_run_and_report(tmp_path):
     dense = by_key["needle", "dense", None]
     sparq = by_key["needle", "sparq", 0.125]
     assert (dense["kv_share"], sparq["kv_share"]) == (1.0, 0.1)
+    assert sparq["kept_tokens"] == {"layer": [[10.0, 9.5, 15.0]]}
     assert paired(sparq, dense, "hit") == (-1.0, 0.0, 3)
     assert paired(sparq, dense, "bits_per_char")[0] == pytest.approx(1.0)
     # One character per token: bits are those of the probability itself.
@@ -208,6 +242,7 @@ def test_run_and_report(tmp_path):
     table = markdown(json.loads(json.dumps(records)))
     assert "### needle, 1024 tokens, n = 3" in table
     assert "| sparq | 0.125 | 0.100 | +1.000 ± 0.000 |" in table
+    assert "| 10 to 10 |" in table
     header = {
         "engine": {"model": "m", "dtype": "bfloat16"},
         "machine": {"cpu": "c", "cores": 2},
