@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "Tensor(a!) out, Tensor(b!)? tokens_read, Tensor(c!)? workspace=None) -> ()");
   m.def(
       "workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
-      "int head_size, int device_index) -> int");
+      "int head_size, bool adapts, int device_index) -> int");
   m.def("cpu_isa() -> str");
 }
 

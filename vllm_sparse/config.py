@@ -59,7 +59,8 @@ class SparseConfig:
     # top_k they include sinks, window and tail.
     top_p: float | None = None
     min_tokens: int = 128
-    # An int is a count; a float in (0, 1] is that fraction of the context.
+    # An int is a count; a float in (0, 1] is that fraction of the context, but no less
+    # than min_tokens.
     max_tokens: int | float = 1.0
     # The most recent tokens, always attended.
     local_window: int = 32
@@ -136,6 +137,15 @@ class SparseConfig:
                 f"--additional-config.{NAMESPACE}.{name} {max(256, 2 * forced)}"
             )
         if self.top_p is None:
+            defaults = SparseConfig()
+            for name in ("min_tokens", "max_tokens"):
+                if getattr(self, name) != getattr(defaults, name):
+                    raise SparseConfigError(
+                        f"{NAMESPACE}.{name} bounds adaptive budgets, and there are "
+                        f"none without {NAMESPACE}.top_p: choose --attention-backend "
+                        f"twilight, or set top_p. Example: "
+                        f"--additional-config.{NAMESPACE}.top_p 0.9"
+                    )
             return
         if self.selector in ("window", "dense"):
             raise SparseConfigError(
@@ -178,9 +188,13 @@ class SparseConfig:
         most = self.top_k if self.top_p is None else self.max_tokens
         if isinstance(most, float):
             floor = self.local_window + self.sink_tokens
+            if self.top_p is not None:
+                floor = max(floor, self.min_tokens)
             most = max(math.ceil(most * seq_len), floor)
+        if self.top_p is None or self.min_tokens >= seq_len:
+            return most
         # A row that may keep everything is not one that has to.
-        return most if self.top_p is None else min(most, seq_len - 1)
+        return min(most, seq_len - 1)
 
 
 def _is_int(value: Any, low: int) -> bool:

@@ -84,7 +84,8 @@ class Layer:
         group = args.num_heads // heads
         device = torch.device("cuda")
         blocks = self.table.shape[1]
-        size_of = ops.workspace_bytes(batch, heads, group, blocks, size, device)
+        shape = (batch, heads, group, blocks, size, device)
+        size_of = ops.workspace_bytes(*shape, adapts=True)
         if Layer.workspace is None or len(Layer.workspace) < size_of:
             Layer.workspace = torch.zeros(size_of, dtype=torch.uint8, device="cuda")
         self.options = dict(

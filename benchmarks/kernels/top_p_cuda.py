@@ -132,7 +132,8 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "commit": os.environ.get("VLLM_SPARSE_COMMIT", "unknown"),
-            "conditions": {k: str(v) for k, v in vars(args).items() if k != "output"},
+            "conditions": {k: str(v) for k, v in vars(args).items() if k != "output"}
+            | {"kept": args.kept.name},
             "kept": {k: v for k, v in recorded.items() if k != "quantiles"},
         }
         args.output.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")

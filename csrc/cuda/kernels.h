@@ -122,8 +122,10 @@ inline WorkspacePlan plan_workspace(const Device& device, const SelectArgs& args
   const int grid = device.num_sms < kMaxGrid ? device.num_sms : kMaxGrid;
   plan.part_results =
       plan.partials + padded(8ll * grid * partial_floats(args.group, args.cache.head_size));
-  // Sharing is for lists that adapt, but the size is asked for without knowing.
-  const int64_t shared_items = items <= kMaxSharedItems ? items : 0;
+  // Never less for more rows, also where they are too many to share.
+  const int64_t shared_items = args.top_p >= 1           ? 0
+                               : items < kMaxSharedItems ? items
+                                                         : kMaxSharedItems;
   plan.prepared = plan.part_results + padded(4 * shared_items * (kMaxParts + 1) *
                                              partial_size(args.group, args.cache.head_size));
   // As for the largest rank: the size is asked for without one.

@@ -445,8 +445,10 @@ int64_t workspace_bytes(int64_t num_rows,
                         int64_t group,
                         int64_t max_blocks,
                         int64_t head_size,
+                        bool adapts,
                         int64_t device_index) {
   SelectArgs p = {};
+  p.top_p = adapts ? 0.5f : 1.0f;
   p.num_rows = num_rows;
   p.group = static_cast<int>(group);
   p.max_blocks = max_blocks;

@@ -53,7 +53,8 @@ struct Count {
 };
 
 // The first of a warp's bins, lane 0 the highest, at which the target is reached; 32 if none.
-// `seen` are those above the lane's bin, and are returned for that bin. `enough`: mass to keep.
+// `seen` are those above the lane's bin, and are returned for that bin (if none, for the lowest).
+// `enough`: mass to keep.
 __device__ inline int find_bin(const Count& mine, const Target& target, float enough, Count& seen) {
   const int lane = threadIdx.x % 32;
   Count sum = mine;
@@ -66,11 +67,11 @@ __device__ inline int find_bin(const Count& mine, const Target& target, float en
   const uint32_t n = seen.all + sum.all;
   const bool reaches = n >= target.most || (n >= target.least && seen.mass + sum.mass >= enough);
   const uint32_t reached = __ballot_sync(kFullMask, reaches);
-  const int bin = reached ? __ffs(reached) - 1 : 32;
+  const int bin = reached ? __ffs(reached) - 1 : 32, last = min(bin, 31);
   const Count above = {sum.all - mine.all, sum.before - mine.before, sum.mass - mine.mass};
-  seen += {__shfl_sync(kFullMask, above.all, bin % 32),
-           __shfl_sync(kFullMask, above.before, bin % 32),
-           __shfl_sync(kFullMask, above.mass, bin % 32)};
+  seen += {__shfl_sync(kFullMask, above.all, last),
+           __shfl_sync(kFullMask, above.before, last),
+           __shfl_sync(kFullMask, above.mass, last)};
   return bin;
 }
 

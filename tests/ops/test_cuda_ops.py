@@ -290,6 +290,10 @@ def test_workspace_bytes_are_enough_and_checked():
     args = on_gpu(query, ctx.kv_cache, ctx.block_table, ctx.seq_lens, budgets)
     options = dict(rank=16, local_window=16, sink_tokens=4, scale=0.2, soft_cap=0.0)
     shape = (2, 4, ctx.block_table.shape[1], 64, args[0].device)
+    rows = (1, 2, 100, 128, 129, 300, 4096, 5000)
+    for adapts in (False, True):  # and never less for more
+        sizes = [ops.workspace_bytes(n, 32, 1, 32, 128, CUDA, adapts) for n in rows]
+        assert sizes == sorted(sizes)
     size = ops.workspace_bytes(2, *shape)
     assert ops.workspace_bytes(1, *shape) <= size
     exact = torch.zeros(size, dtype=torch.uint8, device=CUDA)

@@ -76,6 +76,11 @@ def parse(**options) -> SparseConfig:
     return SparseConfig.from_additional_config({"sparse": options})
 
 
+def needed_by(name: str) -> dict:
+    """Without these, the option is refused for having no meaning."""
+    return {"top_p": 0.9} if name in ("min_tokens", "max_tokens") else {}
+
+
 def example_in(message: str) -> tuple[str, object]:
     """The (option, value) that an error message proposes."""
     name, text = re.search(
@@ -100,7 +105,10 @@ def test_defaults_obey_their_own_rules():
 
 @pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
 def test_accepted(name, value):
-    assert parse(**{name: value}) == replace(SparseConfig(), **{name: value})
+    options = needed_by(name) | {name: value}
+    if name == "max_tokens" and value in (1, 36):
+        options |= dict(min_tokens=0, local_window=1, sink_tokens=0)
+    assert parse(**options) == replace(SparseConfig(), **options)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(REFUSED))
@@ -112,14 +120,16 @@ def test_refused_naming_key_value_range_and_a_working_example(name, value):
     assert ALLOWED[name] in message
     key, example = example_in(message)
     assert key == name
-    assert getattr(parse(**{name: example}), name) == example
+    assert getattr(parse(**needed_by(name), **{name: example}), name) == example
 
 
 def test_a_budget_is_fixed_or_adaptive_but_not_both():
     assert parse(top_p=0.9).budget(1000) == 999
     assert parse(top_p=0.9, max_tokens=0.25).budget(1000) == 250
     assert parse(top_p=0.9, max_tokens=300).budget(1000) == 300
-    assert parse(max_tokens=300).budget(1000) == 125  # does not count
+    for bound in (dict(max_tokens=300), dict(min_tokens=300)):
+        with pytest.raises(SparseConfigError, match="none without sparse.top_p"):
+            parse(**bound)
     with pytest.raises(SparseConfigError, match="leave top_k out") as error:
         parse(top_p=0.9, top_k=100)
     key, example = example_in(str(error.value))
@@ -140,6 +150,13 @@ def test_adaptive_budgets_that_make_no_sense(options, said):
         parse(top_p=0.9, **options)
     key, example = example_in(str(error.value))
     parse(top_p=0.9, **(options | {key: example}))
+
+
+def test_the_fewest_tokens_are_kept_whatever_the_most():
+    config = parse(top_p=0.9, min_tokens=200, max_tokens=0.01)
+    assert config.budget(1000) == 200
+    assert config.budget(100) >= 100  # dense: all are wanted
+    assert config.budget(100_000) == 1000
 
 
 def test_a_backend_may_have_defaults_of_its_own():

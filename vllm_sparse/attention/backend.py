@@ -33,7 +33,8 @@ def _with_defaults(backend: type, part: type) -> type:
     if not backend.defaults:
         return part
     name = f"{backend.__name__}{part.__name__}"
-    return type(name, (part,), {"defaults": backend.defaults})
+    own = {"defaults": backend.defaults, "backend": backend.get_name().lower()}
+    return type(name, (part,), own)
 
 
 class SparqBackend(AttentionBackend):

@@ -94,10 +94,11 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             )
         kept = max(self._budgets(new))
         if kept > self._buffers.max_kept:
+            name = "top_k" if new.top_p is None else "max_tokens"
             raise SparseConfigError(
                 f"the new options keep up to {kept} tokens, but CUDA graphs were "
                 f"captured for {self._buffers.max_kept}: start the engine with the "
-                "larger top_k, or with enforce_eager"
+                f"larger {name}, or with enforce_eager"
             )
 
     def _budgets(self, config: SparseConfig) -> list[int]:
@@ -118,7 +119,11 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         budgets = self._budgets(config)
         self.max_kept = max(1, *budgets)
         self.budget_table = torch.tensor(budgets, dtype=torch.int32, device=self.device)
-        if self._buffers is not None and self.max_kept > self._buffers.max_kept:
+        buffers = self._buffers
+        if buffers is not None and (
+            self.max_kept > buffers.max_kept
+            or buffers.adapts != (config.top_p is not None)
+        ):
             self._buffers = None  # no graph holds them: see check
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
         sparse = len(self.layer_names)
@@ -246,6 +251,7 @@ class _Buffers:
         max_blocks = block_table.shape[1]
         heads, kept = builder.num_kv_heads, builder.max_kept
         self.max_kept = kept
+        self.adapts = builder.config.top_p is not None
 
         def scratch(rows: int) -> int:
             return ops.workspace_bytes(
@@ -255,6 +261,7 @@ class _Buffers:
                 max_blocks=max_blocks,
                 head_size=builder.kv_cache_spec.head_size,
                 device=builder.device,
+                adapts=self.adapts,
             )
 
         per_row = 4 * heads * kept + scratch(2) - scratch(1)

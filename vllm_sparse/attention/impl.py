@@ -24,7 +24,8 @@ M = TypeVar("M", bound=AttentionMetadata)
 class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
     """Serves one decoder layer with full attention."""
 
-    # Options of the backend that differ from SparseConfig's defaults.
+    # The backend's name, and its options that differ from SparseConfig's defaults.
+    backend: ClassVar[str] = "sparq"
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
@@ -48,7 +49,8 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         unsupported = {k: v for k, v in unsupported.items() if v is not None}
         if unsupported:
             raise NotImplementedError(
-                f"--attention-backend sparq does not support {sorted(unsupported)} of "
+                f"--attention-backend {self.backend} does not support "
+                f"{sorted(unsupported)} of "
                 "this model's attention; leave --attention-backend out"
             )
         self.num_heads = num_heads
@@ -124,6 +126,7 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
     def refuse_output_scales(self, *scales: torch.Tensor | None) -> None:
         if any(scale is not None for scale in scales):
             raise NotImplementedError(
-                "--attention-backend sparq does not support fused output quantisation; "
+                f"--attention-backend {self.backend} does not support fused output "
+                "quantisation; "
                 "turn it off with -cc.pass_config.fuse_attn_quant=false"
             )

@@ -265,7 +265,7 @@ class WorkerExtension:
         from .builder import SparseMetadataBuilder
         from .impl import SparseAttentionImpl
 
-        config = SparseConfig.from_additional_config({NAMESPACE: options})
+        given = {NAMESPACE: options}
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         parts = [getattr(layer, "impl", None) for layer in layers]
         for groups in self.model_runner.attn_groups:
@@ -273,7 +273,10 @@ class WorkerExtension:
                 parts += group.metadata_builders
         ours = (SparseAttentionImpl, SparseMetadataBuilder)
         parts = [part for part in parts if isinstance(part, ours)]
-        for part in parts:
+        configs = [
+            SparseConfig.from_additional_config(given, part.defaults) for part in parts
+        ]
+        for part, config in zip(parts, configs):
             part.check(config)
-        for part in parts:
+        for part, config in zip(parts, configs):
             part.configure(config)

@@ -284,6 +284,7 @@ def workspace_bytes(
     max_blocks: int,
     head_size: int,
     device: torch.device,
+    adapts: bool = False,
 ) -> int:
     """Bytes of workspace for decode calls on a device up to this shape; may be 0.
 
@@ -293,11 +294,12 @@ def workspace_bytes(
     Args:
         group: query heads of a KV head.
         max_blocks: columns of the block table.
+        adapts: for calls with ``top_p`` below 1.
     """
     if kernels_for(device) != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
-    shape = (num_rows, num_kv_heads, group, max_blocks, head_size)
+    shape = (num_rows, num_kv_heads, group, max_blocks, head_size, adapts)
     return load().workspace_bytes(*shape, index)
 
 

@@ -25,6 +25,7 @@ def kept_bin(counts: torch.Tensor) -> torch.Tensor:
     return (bits - (127 << 3)).clamp(0, KEPT_BINS - 2).long()
 
 
+@torch.inference_mode()  # as the engine's steps, whose tensors may be given
 def add_counts(counts: torch.Tensor, histogram: torch.Tensor) -> None:
     """Add the lists' lengths to ``histogram``; -1 (everything) is not counted.
 

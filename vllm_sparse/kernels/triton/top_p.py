@@ -36,7 +36,7 @@ def top_p_kernel(
     i = tl.arange(0, 2048)  # the lightest first
     counts = tl.load(histogram_ptr + item * HISTOGRAM + i)
     value = ((i + 1) << 20).to(tl.float32, bitcast=True)
-    value = tl.where(i < 2040, value, 3.0e38)  # of infinity and beyond
+    value = tl.where(i < 2039, value, 3.0e38)  # of infinity and beyond
     mass = tl.cumsum(counts.to(tl.float32) * value, 0)
     whole = mass <= room
     left_out = tl.sum(tl.where(whole, counts, 0), 0)
