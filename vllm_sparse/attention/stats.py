@@ -213,7 +213,9 @@ class StatsRecorder:
         if totals.decode_tokens == self._logged_tokens or not totals.kv_bytes_dense:
             return
         self._logged_tokens = totals.decode_tokens
-        kept = summary(sum(self.kept_tokens().values(), torch.zeros(1, KEPT_BINS)))
+        # Groups of layers may differ in their KV heads.
+        layers = [heads.sum(0) for heads in self.kept_tokens().values()]
+        kept = summary(sum(layers, torch.zeros(KEPT_BINS, dtype=torch.int64)))
         logger.info(
             "Sparse attention: %d decode tokens, %.1f %% of decode rows sparse, "
             "%.1f %% of the KV bytes read; sparse rows keep %.0f tokens per KV head in "
