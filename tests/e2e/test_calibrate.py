@@ -33,7 +33,8 @@ def test_the_engine_reads_what_calibration_says(tmp_path):
 
     text = "\n".join(topics[name] for name in sorted(topics))[:20_000]
     options = ENGINE_OPTIONS | dict(max_model_len=900, max_num_batched_tokens=900)
-    with running(dtype="float32", **options) as llm:
+    # A worker class takes one extension in a process's life: not the other tests' own.
+    with running(in_process=False, dtype="float32", **options) as llm:
         lengths = PLAN.lengths(512)
         found = measure(llm, text, lengths)
         assert found.layers == list(range(30)) and found.kept.shape[2:] == (16, 3)

@@ -180,8 +180,7 @@ def test_select_keeps_what_the_reference_keeps(shape, dtype, soft_cap):
 TOP_P_CONTEXTS = [(100, 64), (300, 299), (700, 699), (2175, 600), (2176, 2175)]
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "top_p"), zip(DTYPES, [0.3, 0.9, 0.99]), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(shape, dtype, top_p):
     soft_cap = 20.0 if top_p == 0.9 else 0.0

@@ -116,7 +116,10 @@ def test_select_of_a_long_context(kernels):
     )
 
 
-@pytest.mark.parametrize(("top_p", "soft_cap"), [(0.5, 0.0), (0.95, 20.0), (0.95, 0.0)])
+@pytest.mark.parametrize(
+    ("top_p", "soft_cap"),
+    [(0.95, 20.0), (0.5, 0.0), (0.95, 0.0)][: 1 if INTERPRETED else 3],
+)
 @inputs
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(
     kernels, shape, dtype, top_p, soft_cap
