@@ -8,7 +8,7 @@ import torch
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.ops import reference
-from vllm_sparse.testing import op_checks, op_inputs
+from vllm_sparse.testing import op_checks, op_inputs, top_p_checks
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import PagedContext, paged_context
 
@@ -185,7 +185,7 @@ TOP_P_CONTEXTS = [(100, 64), (300, 299), (700, 699), (2175, 600), (2176, 2175)]
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(shape, dtype, top_p):
     soft_cap = 20.0 if top_p == 0.9 else 0.0
     args = (shape, dtype, TOP_P_CONTEXTS, shape[2] // 4, soft_cap, top_p)
-    op_checks.check_top_p(torch.device("cpu"), *args, tolerance=1e-4)
+    top_p_checks.check_top_p(torch.device("cpu"), *args, tolerance=1e-4)
 
 
 def test_kept_tokens_are_counted():
@@ -195,7 +195,7 @@ def test_kept_tokens_are_counted():
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
 def test_top_p_of_flat_and_sharp_heads_has_floors_and_ceilings(sharpness):
     args = ((9, 3, 64), torch.bfloat16, [(9000, 8999), (6001, 1500), (5000, 4999)])
-    op_checks.check_top_p(
+    top_p_checks.check_top_p(
         torch.device("cpu"),
         *args,
         rank=24,

@@ -9,7 +9,7 @@ import torch
 
 from vllm_sparse import ops
 from vllm_sparse.ops import reference
-from vllm_sparse.testing import op_checks, op_inputs
+from vllm_sparse.testing import op_checks, op_inputs, top_p_checks
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import paged_context
 from vllm_sparse.testing.op_inputs import filled, generator, list_buffers, random_query
@@ -186,7 +186,7 @@ def test_top_p_for_every_batch(rows, length, soft_cap, workspace):
     contexts = [(length - 37 * (i % 7), length - 40) for i in range(rows)]
     contexts[-1] = (length, -1) if rows > 1 else contexts[-1]
     args = ((4, 1, 64), BF16, contexts, 24, soft_cap, 0.8, AS_GOOD["tolerance"])
-    op_checks.check_top_p(CUDA, *args, workspace=workspace)
+    top_p_checks.check_top_p(CUDA, *args, workspace=workspace)
 
 
 # Flat heads have long lists, which thread blocks of other rows share.
@@ -198,7 +198,7 @@ def test_top_p_of_long_contexts(rows, length, sharpness, workspace):
     contexts = [(length, length - 1)] + [(700, 699)] * (rows - 1)
     contexts[rows // 2] = (length // 2, length // 2 - 1)
     args = ((4, 1, 128), BF16, contexts, 32, 0.0, 0.95, AS_GOOD["tolerance"])
-    op_checks.check_top_p(CUDA, *args, sharpness=sharpness, workspace=workspace)
+    top_p_checks.check_top_p(CUDA, *args, sharpness=sharpness, workspace=workspace)
 
 
 def test_sharp_and_biased_keys(workspace):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllm_sparse.ops import dispatch
-from vllm_sparse.testing import op_checks, op_inputs
+from vllm_sparse.testing import op_checks, op_inputs, top_p_checks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -126,14 +126,14 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(
 ):
     contexts = [(n, -1 if most < 0 else n - 1) for n, most in CONTEXTS]
     args = (shape, dtype, contexts, shape[2] // 4, soft_cap, top_p, TOLERANCE[kernels])
-    op_checks.check_top_p(device(), *args)
+    top_p_checks.check_top_p(device(), *args)
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
 def test_top_p_of_flat_and_sharp_heads_has_floors_and_ceilings(kernels, sharpness):
     shape, dtype = INPUTS[0]
     args = (shape, dtype, [(LONG[0], LONG[0] - 1), (LONG[0] - 300, LONG[0] // 6)])
-    op_checks.check_top_p(
+    top_p_checks.check_top_p(
         device(), *args, 24, 0.0, 0.95, TOLERANCE[kernels], 200, sharpness
     )
 

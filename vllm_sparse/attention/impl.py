@@ -127,6 +127,5 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         if any(scale is not None for scale in scales):
             raise NotImplementedError(
                 f"--attention-backend {self.backend} does not support fused output "
-                "quantisation; "
-                "turn it off with -cc.pass_config.fuse_attn_quant=false"
+                "quantisation; turn it off with -cc.pass_config.fuse_attn_quant=false"
             )

@@ -11,7 +11,6 @@ from dataclasses import asdict
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .. import ops
 from ..attention.impl import SparseAttentionImpl
 from ..attention.stats import WorkerExtension
 from ..config import SparseConfig
@@ -31,29 +30,11 @@ class ProbeSelector(Selector):
         self.settings = settings
         self.notes: list[dict] = []
 
-    def select(self, query, kv_cache, rows):
-        raise NotImplementedError("a probe attends to everything")
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: DecodeRows,
-        out: torch.Tensor,
-        tokens_read: torch.Tensor | None,
-        kept_histogram: torch.Tensor | None = None,
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
     ) -> None:
-        ops.attend(
-            query,
-            kv_cache,
-            rows.block_table,
-            rows.seq_lens,
-            scale=self.shape.scale,
-            soft_cap=self.shape.soft_cap,
-            out=out,
-            tokens_read=tokens_read,
-            workspace=rows.workspace,
-        )
+        """Keep everything, and measure what the settings would keep."""
+        rows.counts.fill_(-1)
         shape = self.shape
         grouped = query.float().unflatten(1, (shape.num_kv_heads, -1))
         lens, budgets = rows.seq_lens.tolist(), rows.budgets.tolist()
