@@ -73,10 +73,30 @@ inline const int32_t* int_vector(const Tensor& t,
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
+inline void rows_only(int64_t format) {
+  STD_TORCH_CHECK(format == 0, "quantised formats have no GPU kernels yet");
+}
+
 // kv_cache: [num_blocks, num_kv_heads, kBlockSize, C] with whole chunks contiguous.
-inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
+// `format`: KvFormat.code of vllm_sparse/cache/formats.py.
+inline KvCache kv_cache_view(const Tensor& t, int64_t head_size, int64_t format = 0) {
   check_tensor(t, "kv_cache", 4);
   KvCache cache;
+  cache.key_bits = static_cast<int>(format & 0xff);
+  cache.value_bits = static_cast<int>(format >> 8 & 0xff);
+  cache.value_group = static_cast<int>(format >> 16 & 0xffff);
+  const int key_group = static_cast<int>(format >> 32 & 0xffff);
+  cache.key_groups = format == 0 ? 1 : kBlockSize / (key_group > 0 ? key_group : kBlockSize);
+  cache.has_mean = format == 0 || (format >> 48 & 1) != 0;
+  if (format != 0) {
+    // 8-bit K has one scale for the block: halves of a code share it.
+    const bool key = (cache.key_bits == 4 && (key_group == 32 || key_group == kBlockSize)) ||
+                     (cache.key_bits == 8 && key_group == kBlockSize);
+    const bool value = (cache.value_bits == 4 || cache.value_bits == 8) && cache.value_group > 0 &&
+                       cache.value_group % 16 == 0 && head_size % cache.value_group == 0;
+    STD_TORCH_CHECK(
+        key && value, "kv_format ", format, " is not a format for head size ", head_size);
+  }
   cache.dtype = model_dtype(t, "kv_cache");
   cache.element_size = static_cast<int>(t.element_size());
   cache.head_size = static_cast<int>(head_size);
@@ -94,7 +114,8 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size) {
                   " bytes per token and head, expected ",
                   cache.content_bytes(),
                   " for head size ",
-                  head_size);
+                  head_size,
+                  cache.quantised() ? " and its format" : "");
   cache.data = static_cast<uint8_t*>(t.data_ptr());
   cache.num_blocks = t.size(0);
   cache.num_kv_heads = static_cast<int>(t.size(1));
@@ -227,8 +248,35 @@ inline int64_t* set_outputs(const Tensor& query,
   if (!tokens_read) return nullptr;
   check_tensor(*tokens_read, "tokens_read", 1);
   check_dtype(*tokens_read, "tokens_read", ScalarType::Long, "int64");
+#ifdef VLLM_SPARSE_DEVICE_CUDA
   check_size(*tokens_read, "tokens_read", 0, 1, "one counter");
+#else
+  STD_TORCH_CHECK(tokens_read->size(0) == 1 || tokens_read->size(0) == 3,
+                  "tokens_read has size ",
+                  tokens_read->size(0),
+                  " in dimension 0, expected 1 or 3 (counters)");
+#endif
   return static_cast<int64_t*>(tokens_read->data_ptr());
+}
+
+// New tokens to store; they may be padded beyond `num_tokens`.
+template <class Params>
+inline void set_new_tokens(const Tensor& key, const Tensor& value, int64_t num_tokens, Params& p) {
+  for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
+    check_tensor(*tensor, name, 3);
+    STD_TORCH_CHECK(
+        model_dtype(*tensor, name) == p.cache.dtype, name, " must have kv_cache's dtype");
+    check_size(*tensor, name, 1, p.cache.num_kv_heads, "num_kv_heads");
+    check_size(*tensor, name, 2, p.cache.head_size, "head_size");
+    STD_TORCH_CHECK(
+        tensor->size(0) >= num_tokens, "key and value must hold at least ", num_tokens, " tokens");
+  }
+  p.key = key.data_ptr();
+  p.value = value.data_ptr();
+  p.key_stride = key.stride(0) * p.cache.element_size;
+  p.value_stride = value.stride(0) * p.cache.element_size;
+  p.key_head_stride = key.stride(1) * p.cache.element_size;
+  p.value_head_stride = value.stride(1) * p.cache.element_size;
 }
 
 // The part of store_kv's contract that no value decides.
@@ -236,26 +284,10 @@ inline void set_store(const Tensor& key,
                       const Tensor& value,
                       const Tensor& slot_mapping,
                       StoreParams& p) {
-  for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
-    check_tensor(*tensor, name, 3);
-    STD_TORCH_CHECK(
-        model_dtype(*tensor, name) == p.cache.dtype, name, " must have kv_cache's dtype");
-    check_size(*tensor, name, 1, p.cache.num_kv_heads, "num_kv_heads");
-    check_size(*tensor, name, 2, p.cache.head_size, "head_size");
-  }
   check_tensor(slot_mapping, "slot_mapping", 1);
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long, "int64");
-  p.num_tokens = slot_mapping.size(0);  // key and value may be padded beyond it
-  STD_TORCH_CHECK(key.size(0) >= p.num_tokens && value.size(0) >= p.num_tokens,
-                  "key and value must hold at least slot_mapping's ",
-                  p.num_tokens,
-                  " tokens");
-  p.key = key.data_ptr();
-  p.value = value.data_ptr();
-  p.key_stride = key.stride(0) * p.cache.element_size;
-  p.value_stride = value.stride(0) * p.cache.element_size;
-  p.key_head_stride = key.stride(1) * p.cache.element_size;
-  p.value_head_stride = value.stride(1) * p.cache.element_size;
+  p.num_tokens = slot_mapping.size(0);
+  set_new_tokens(key, value, p.num_tokens, p);
   p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
 }
 
@@ -263,14 +295,16 @@ inline void set_store(const Tensor& key,
 inline const int32_t* check_block_table(const Tensor& t,
                                         int64_t num_rows,
                                         const int32_t* seq_lens,
-                                        const KvCache& cache) {
+                                        const KvCache& cache,
+                                        bool allow_empty = false) {
   check_tensor(t, "block_table", 2);
   check_dtype(t, "block_table", ScalarType::Int, "int32");
   check_size(t, "block_table", 0, num_rows, "rows");
   const int32_t* table = static_cast<const int32_t*>(t.data_ptr());
   for (int64_t row = 0; row < num_rows; ++row) {
-    const int64_t blocks = (int64_t{seq_lens[row]} + kBlockSize - 1) / kBlockSize;
-    STD_TORCH_CHECK(seq_lens[row] > 0 && blocks <= t.size(1),
+    const int64_t filled = (int64_t{seq_lens[row]} + kBlockSize - 1) / kBlockSize;
+    const int64_t blocks = filled + cache.lookahead_blocks();
+    STD_TORCH_CHECK(seq_lens[row] >= (allow_empty ? 0 : 1) && blocks <= t.size(1),
                     "seq_lens[",
                     row,
                     "] = ",

@@ -39,23 +39,58 @@ VLLM_SPARSE_HOST_DEVICE inline int kept_bin(int32_t count) {
 }
 
 struct KvCache {
-  uint8_t* data;                      // [num_blocks, num_kv_heads] chunks of rows, then sidecar
+  uint8_t* data;                      // [num_blocks, num_kv_heads] chunks
   int64_t block_stride, head_stride;  // bytes
   int64_t num_blocks;
   int num_kv_heads, head_size, element_size;
   Dtype dtype;
+  // Quantised formats; 0: rows, then the sidecar.
+  int key_bits = 0, value_bits = 0, value_group = 0, key_groups = 1;
+  bool has_mean = true;
 
   uint8_t* chunk(int64_t block, int head) const {
     return data + block * block_stride + head * head_stride;
   }
+  bool quantised() const { return key_bits > 0; }
   int64_t row_bytes() const { return 2ll * head_size * element_size; }
-  int64_t codes_offset() const { return kBlockSize * row_bytes(); }
-  int64_t params_offset() const { return codes_offset() + int64_t{head_size} * kCodeBytes; }
-  int64_t prefix_mean_offset() const { return params_offset() + int64_t{head_size} * 4; }
+  int64_t plane_bytes() const { return int64_t{head_size} * kCodeBytes; }
+  int64_t codes_offset() const { return quantised() ? 0 : kBlockSize * row_bytes(); }
+  int64_t low_codes_offset() const { return codes_offset() + plane_bytes(); }
+  int64_t params_offset() const { return codes_offset() + (key_bits == 8 ? 2 : 1) * plane_bytes(); }
+  int64_t value_codes_offset() const {
+    return params_offset() + int64_t{head_size} * 4 * key_groups;
+  }
+  int64_t value_code_bytes() const { return int64_t{head_size} * value_bits / 8; }
+  int64_t value_params_offset() const {
+    return value_codes_offset() + kBlockSize * value_code_bytes();
+  }
+  int64_t value_param_bytes() const { return quantised() ? head_size / value_group * 4 : 0; }
+  int64_t prefix_mean_offset() const {
+    return value_params_offset() + kBlockSize * value_param_bytes();
+  }
   int64_t content_bytes() const {
-    const int64_t used = prefix_mean_offset() + int64_t{head_size} * 2;
+    const int64_t used = prefix_mean_offset() + (has_mean ? int64_t{head_size} * 2 : 0);
     const int64_t per_token = (used + kBlockSize - 1) / kBlockSize;
     return (per_token + element_size - 1) / element_size * element_size;
+  }
+
+  // Blocks of a context that are read from their codes: never a quantised query's own.
+  int32_t sealed_blocks(int32_t seq_len) const {
+    return (seq_len - (quantised() ? 1 : 0)) / kBlockSize;
+  }
+  // Of quantised formats, rows of a block that is not full lie in chunks of blocks to come.
+  int rows_per_block() const {
+    return static_cast<int>(kBlockSize * content_bytes() / row_bytes());
+  }
+  int lookahead_blocks() const {
+    return quantised() ? (kBlockSize + rows_per_block() - 1) / rows_per_block() : 0;
+  }
+  // The K|V row of a token whose block, the context's `index`-th, is not sealed.
+  uint8_t* tail_row(const int32_t* table, int head, int32_t index, int offset) const {
+    if (!quantised()) return chunk(table[index], head) + offset * row_bytes();
+    const int rows = rows_per_block();
+    return chunk(table[index + lookahead_blocks() - offset / rows], head) +
+           offset % rows * row_bytes();
   }
 };
 
@@ -90,6 +125,18 @@ struct StoreRowsParams : StoreParams {
   const int32_t* block_table;  // [num_tokens, block_table_stride]
   int64_t block_table_stride, max_blocks;
   const int32_t* seq_lens;  // [num_tokens], the new token included
+};
+
+struct StoreQuantisedParams {
+  KvCache cache;
+  const void *key, *value;                     // [num_tokens, num_kv_heads, head_size]
+  int64_t key_stride, value_stride;            // bytes between tokens
+  int64_t key_head_stride, value_head_stride;  // bytes between heads
+  const int32_t* block_table;                  // [num_rows, block_table_stride]
+  int64_t block_table_stride, max_blocks;
+  const int32_t* seq_lens;         // [num_rows], new tokens included
+  const int32_t* query_start_loc;  // [num_rows + 1]
+  int64_t num_rows;
 };
 
 struct GatherParams {
@@ -163,6 +210,7 @@ struct Kernels {
   const char* name;
   void (*store)(const StoreParams&);
   void (*seal)(const SealParams&);
+  void (*store_quantised)(const StoreQuantisedParams&);
   void (*gather)(const GatherParams&);
   void (*select)(const SelectParams&);
   void (*attend)(const AttendParams&);

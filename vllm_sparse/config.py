@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
+from .cache.formats import FORMATS, KvFormat, resolve_format
+
 NAMESPACE = "sparse"
 SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
@@ -73,6 +75,12 @@ class SparseConfig:
     dense_below: int | str = "auto"
     # SparQ's (1 - alpha) * mean(V) term. "auto": on for MHA, off for GQA and MQA.
     mean_value: bool | str = "auto"
+    # How the cache keeps K and V: "auto" is the model's dtype; "int8", "int4" and
+    # "k4v8" quantise full blocks (docs/quantised_kv.md).
+    kv_format: str = "auto"
+    # Channels of V that share a scale in quantised formats. None: 64 with 8 bits, 32
+    # with 4.
+    kv_group_size: int | None = None
     # Kernels that serve the ops. "auto": what fits the device (ops/dispatch.py).
     kernels: str = "auto"
 
@@ -136,6 +144,16 @@ class SparseConfig:
                 f"sink_tokens = {forced}, which are always attended. Example: "
                 f"--additional-config.{NAMESPACE}.{name} {max(256, 2 * forced)}"
             )
+        if FORMATS[self.kv_format].quantised and self.kernels == "triton":
+            raise SparseConfigError(
+                f"{NAMESPACE}.kv_format = {self.kv_format!r} has no Triton kernels. "
+                f"Example: --additional-config.{NAMESPACE}.kernels cpu"
+            )
+        if self.kv_group_size is not None and not FORMATS[self.kv_format].quantised:
+            raise SparseConfigError(
+                f"{NAMESPACE}.kv_group_size needs a quantised {NAMESPACE}.kv_format. "
+                f"Example: --additional-config.{NAMESPACE}.kv_format int4"
+            )
         if self.top_p is None:
             defaults = SparseConfig()
             for name in ("min_tokens", "max_tokens"):
@@ -175,13 +193,45 @@ class SparseConfig:
                 f"it must lie between 1 and {head_size}. Example: "
                 f"--additional-config.{NAMESPACE}.rank {default_rank(head_size)}"
             )
-        mean_value = self.mean_value
-        if mean_value == "auto":
-            mean_value = num_queries_per_kv == 1
+        fmt = self.format(head_size, num_queries_per_kv)
+        if fmt.quantised and device_type != "cpu":
+            raise SparseConfigError(
+                f"{NAMESPACE}.kv_format = {self.kv_format!r} has no GPU kernels yet; "
+                f"leave it out there"
+            )
         dense_below = self.dense_below
         if dense_below == "auto":
             dense_below = DENSE_BELOW[device_type]
-        return replace(self, rank=rank, mean_value=mean_value, dense_below=dense_below)
+        return replace(
+            self,
+            rank=rank,
+            mean_value=self._mean(num_queries_per_kv),
+            dense_below=dense_below,
+        )
+
+    def _mean(self, num_queries_per_kv: int) -> bool:
+        if self.mean_value == "auto":
+            return num_queries_per_kv == 1
+        return self.mean_value
+
+    def format(self, head_size: int, num_queries_per_kv: int) -> KvFormat:
+        """How a layer's cache keeps K and V.
+
+        Raises:
+            SparseConfigError: when ``kv_group_size`` does not divide the head size.
+        """
+        try:
+            return resolve_format(
+                self.kv_format,
+                self.kv_group_size,
+                head_size,
+                self._mean(num_queries_per_kv),
+            )
+        except ValueError as error:
+            raise SparseConfigError(
+                f"{NAMESPACE}.kv_group_size = {self.kv_group_size}: {error}. Example: "
+                f"--additional-config.{NAMESPACE}.kv_group_size 16"
+            ) from None
 
     def budget(self, seq_len: int) -> int:
         """Tokens to keep of ``seq_len``; with ``top_p``, the most to keep."""
@@ -246,9 +296,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         'true, false or "auto"',
         "auto",
     ),
+    "kv_format": (
+        lambda v: v in FORMATS,
+        f"one of {', '.join(FORMATS)}",
+        "int4",
+    ),
+    "kv_group_size": (
+        lambda v: v is None or _is_int(v, 1),
+        "a number of channels, such as 16, 32 or 64",
+        "32",
+    ),
     "kernels": (
         lambda v: v in KERNEL_NAMES,
         f"one of {', '.join(KERNEL_NAMES)}",
-        "triton",
+        "auto",
     ),
 }

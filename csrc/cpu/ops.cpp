@@ -120,18 +120,79 @@ void store_rows(const Tensor& key,
   seal_filled(p);
 }
 
+void store_quantised(const Tensor& key,
+                     const Tensor& value,
+                     Tensor& kv_cache,
+                     const Tensor& block_table,
+                     const Tensor& seq_lens,
+                     const Tensor& query_start_loc,
+                     int64_t kv_format) {
+  check_tensor(key, "key", 3);
+  STD_TORCH_CHECK(kv_format != 0, "store_quantised needs a quantised format");
+  StoreQuantisedParams p;
+  p.cache = kv_cache_view(kv_cache, key.size(2), kv_format);
+  p.num_rows = seq_lens.size(0);
+  set_contexts(block_table, seq_lens, p.num_rows, p);
+  p.query_start_loc = int_vector(query_start_loc, "query_start_loc", p.num_rows + 1, "rows + 1");
+  const int ahead = p.cache.lookahead_blocks();
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int32_t first = p.query_start_loc[row], end = p.query_start_loc[row + 1];
+    const int32_t length = p.seq_lens[row];
+    STD_TORCH_CHECK(first >= 0 && first <= end && end - first <= length,
+                    "query_start_loc gives row ",
+                    row,
+                    " the tokens ",
+                    first,
+                    " to ",
+                    end,
+                    " of a context of ",
+                    length);
+    if (first == end) continue;
+    const int64_t blocks = (int64_t{length} + kBlockSize - 1) / kBlockSize + ahead;
+    STD_TORCH_CHECK(blocks <= p.max_blocks,
+                    "block_table has ",
+                    p.max_blocks,
+                    " columns, row ",
+                    row,
+                    " needs ",
+                    blocks,
+                    ", of them ",
+                    ahead,
+                    " beyond its tokens");
+    // Tails lie in blocks from the first new token's on; means are read of the one before.
+    const int64_t from = (length - (end - first)) / kBlockSize;
+    for (int64_t i = from > 0 ? from - 1 : 0; i < blocks; ++i) {
+      const int32_t id = p.block_table[row * p.block_table_stride + i];
+      STD_TORCH_CHECK(id >= 0 && id < p.cache.num_blocks,
+                      "block_table[",
+                      row,
+                      "][",
+                      i,
+                      "] = ",
+                      id,
+                      " is not one of the ",
+                      p.cache.num_blocks,
+                      " blocks");
+    }
+  }
+  set_new_tokens(key, value, p.num_rows > 0 ? p.query_start_loc[p.num_rows] : 0, p);
+  kernels().store_quantised(p);
+}
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
                const Tensor& out_start,
                Tensor& key,
-               Tensor& value) {
+               Tensor& value,
+               int64_t kv_format) {
   check_tensor(key, "key", 3);
   GatherParams p;
-  p.cache = kv_cache_view(kv_cache, key.size(2));
+  p.cache = kv_cache_view(kv_cache, key.size(2), kv_format);
   p.seq_lens = int_vector(seq_lens, "seq_lens", -1, "");
   p.num_rows = seq_lens.size(0);
-  p.block_table = check_block_table(block_table, p.num_rows, p.seq_lens, p.cache);
+  p.block_table =
+      check_block_table(block_table, p.num_rows, p.seq_lens, p.cache, p.cache.quantised());
   p.block_table_stride = block_table.stride(0);
   check_tensor(out_start, "out_start", 1);
   check_dtype(out_start, "out_start", ScalarType::Long, "int64");
@@ -172,10 +233,11 @@ SelectParams select_params(const Tensor& query,
                            int64_t min_tokens,
                            Tensor& indices,
                            Tensor& counts,
-                           std::optional<Tensor>& kept_mass) {
+                           std::optional<Tensor>& kept_mass,
+                           int64_t kv_format) {
   check_tensor(query, "query", 3);
   SelectParams p;
-  p.cache = kv_cache_view(kv_cache, query.size(2));
+  p.cache = kv_cache_view(kv_cache, query.size(2), kv_format);
   set_query(query, scale, soft_cap, p);
   p.seq_lens = int_vector(seq_lens, "seq_lens", p.num_rows, "rows");
   p.budgets = int_vector(budgets, "budgets", p.num_rows, "rows");
@@ -185,7 +247,8 @@ SelectParams select_params(const Tensor& query,
   p.indices = check_lists(indices, "indices", 3, p.num_rows, p.cache);
   p.max_kept = indices.size(2);
   for (int64_t row = 0; row < p.num_rows; ++row) {
-    const int64_t tail = p.seq_lens[row] % kBlockSize;
+    const int64_t tail =
+        p.seq_lens[row] - p.cache.sealed_blocks(p.seq_lens[row]) * int64_t{kBlockSize};
     const int64_t forced = sink_tokens + (tail > local_window ? tail : local_window);
     const int64_t kept = p.budgets[row] > forced ? p.budgets[row] : forced;
     STD_TORCH_CHECK(p.budgets[row] < 0 || p.budgets[row] >= p.seq_lens[row] || kept <= p.max_kept ||
@@ -199,14 +262,37 @@ SelectParams select_params(const Tensor& query,
   }
   p.counts = check_lists(counts, "counts", 2, p.num_rows, p.cache);
   p.kept_mass = check_mass(kept_mass, query);
+  STD_TORCH_CHECK(p.kept_mass == nullptr || p.cache.has_mean,
+                  "kept_mass needs a format whose blocks hold the mean of V");
   return p;
 }
 
-// Adds what the rows attend to, tokens per KV head, to a counter.
-void count_tokens(const AttendParams& p, int64_t* total) {
+// What one list, or a whole context, reads of sealed blocks: tokens and blocks.
+void count_sealed(const AttendParams& p, int64_t item, int32_t count, int64_t* total) {
+  const int32_t sealed = p.cache.sealed_blocks(p.seq_lens[item / p.cache.num_kv_heads]);
+  if (count < 0) {
+    total[0] += int64_t{sealed} * kBlockSize;
+    total[1] += sealed;
+    return;
+  }
+  const int32_t* list = p.indices + item * p.max_kept;
+  int32_t before = -1;
+  for (int32_t i = 0; i < count && list[i] < sealed * kBlockSize; ++i) {
+    const int32_t block = list[i] / kBlockSize;
+    ++total[0];
+    total[1] += block != before;
+    before = block;
+  }
+}
+
+// Adds what the rows attend to, tokens per KV head, to a counter; to the next two, if there are
+// any, those of them in sealed blocks, and these blocks.
+void count_tokens(const AttendParams& p, const std::optional<Tensor>& counter, int64_t* total) {
+  const bool sealed = total != nullptr && counter->size(0) == 3;
   for (int64_t i = 0; total != nullptr && i < p.num_rows * p.cache.num_kv_heads; ++i) {
-    const bool listed = p.counts != nullptr && p.counts[i] >= 0;
-    *total += listed ? p.counts[i] : p.seq_lens[i / p.cache.num_kv_heads];
+    const int32_t count = p.counts != nullptr ? p.counts[i] : -1;
+    total[0] += count >= 0 ? count : p.seq_lens[i / p.cache.num_kv_heads];
+    if (sealed) count_sealed(p, i, count, total + 1);
   }
 }
 
@@ -237,7 +323,8 @@ void sparq_select(const Tensor& query,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
-                  std::optional<Tensor> /*workspace*/) {
+                  std::optional<Tensor> /*workspace*/,
+                  int64_t kv_format) {
   const SelectParams p = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -252,7 +339,8 @@ void sparq_select(const Tensor& query,
                                        min_tokens,
                                        indices,
                                        counts,
-                                       kept_mass);
+                                       kept_mass,
+                                       kv_format);
   if (p.num_rows > 0) kernels().select(p);
 }
 
@@ -274,7 +362,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& out,
                   std::optional<Tensor> tokens_read,
                   std::optional<Tensor> kept_histogram,
-                  std::optional<Tensor> /*workspace*/) {
+                  std::optional<Tensor> /*workspace*/,
+                  int64_t kv_format) {
   const SelectParams s = select_params(query,
                                        kv_cache,
                                        block_table,
@@ -289,13 +378,14 @@ void sparq_attend(const Tensor& query,
                                        min_tokens,
                                        indices,
                                        counts,
-                                       kept_mass);
+                                       kept_mass,
+                                       kv_format);
   AttendParams p;
   attend_after(s, p);
   int64_t* total = set_outputs(query, out, tokens_read, p);
   int64_t* histogram = check_histogram(kept_histogram, p.cache);
   if (p.num_rows > 0) kernels().select_attend(s, p);
-  count_tokens(p, total);
+  count_tokens(p, tokens_read, total);
   count_kept(s, histogram);
 }
 
@@ -310,10 +400,11 @@ void attend(const Tensor& query,
             double soft_cap,
             Tensor& out,
             std::optional<Tensor> tokens_read,
-            std::optional<Tensor> /*workspace*/) {
+            std::optional<Tensor> /*workspace*/,
+            int64_t kv_format) {
   check_tensor(query, "query", 3);
   AttendParams p;
-  p.cache = kv_cache_view(kv_cache, query.size(2));
+  p.cache = kv_cache_view(kv_cache, query.size(2), kv_format);
   set_query(query, scale, soft_cap, p);
   p.seq_lens = int_vector(seq_lens, "seq_lens", p.num_rows, "rows");
   p.block_table = check_block_table(block_table, p.num_rows, p.seq_lens, p.cache);
@@ -353,9 +444,11 @@ void attend(const Tensor& query,
     }
   }
   p.kept_mass = check_mass(kept_mass, query);
+  STD_TORCH_CHECK(p.kept_mass == nullptr || p.cache.has_mean,
+                  "kept_mass needs a format whose blocks hold the mean of V");
   int64_t* total = set_outputs(query, out, tokens_read, p);
   if (p.num_rows > 0) kernels().attend(p);
-  count_tokens(p, total);
+  count_tokens(p, tokens_read, total);
 }
 
 std::string cpu_isa() { return kernels().name; }

@@ -30,12 +30,20 @@ void store_rows(const Tensor& key,
                 const Tensor& block_table,
                 const Tensor& seq_lens);
 
+void store_quantised(const Tensor& key,
+                     const Tensor& value,
+                     Tensor& kv_cache,
+                     const Tensor& block_table,
+                     const Tensor& seq_lens,
+                     const Tensor& query_start_loc,
+                     int64_t kv_format);
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
                const Tensor& out_start,
                Tensor& key,
-               Tensor& value);
+               Tensor& value,
+               int64_t kv_format);
 void sparq_select(const Tensor& query,
                   const Tensor& kv_cache,
                   const Tensor& block_table,
@@ -51,7 +59,8 @@ void sparq_select(const Tensor& query,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
-                  std::optional<Tensor> workspace);
+                  std::optional<Tensor> workspace,
+                  int64_t kv_format);
 void sparq_attend(const Tensor& query,
                   const Tensor& kv_cache,
                   const Tensor& block_table,
@@ -70,7 +79,8 @@ void sparq_attend(const Tensor& query,
                   Tensor& out,
                   std::optional<Tensor> tokens_read,
                   std::optional<Tensor> kept_histogram,
-                  std::optional<Tensor> workspace);
+                  std::optional<Tensor> workspace,
+                  int64_t kv_format);
 void attend(const Tensor& query,
             const Tensor& kv_cache,
             const Tensor& block_table,
@@ -82,7 +92,8 @@ void attend(const Tensor& query,
             double soft_cap,
             Tensor& out,
             std::optional<Tensor> tokens_read,
-            std::optional<Tensor> workspace);
+            std::optional<Tensor> workspace,
+            int64_t kv_format);
 std::string cpu_isa();
 
 }  // namespace vllm_sparse::cpu

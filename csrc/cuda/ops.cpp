@@ -263,7 +263,9 @@ void gather_kv(const Tensor& kv_cache,
                const Tensor& seq_lens,
                const Tensor& out_start,
                Tensor& key,
-               Tensor& value) {
+               Tensor& value,
+               int64_t kv_format) {
+  rows_only(kv_format);
   check_tensor(key, "key", 3);
   GatherArgs p;
   p.cache = aligned_cache(kv_cache, key.size(2));
@@ -308,7 +310,9 @@ void sparq_select(const Tensor& query,
                   Tensor& indices,
                   Tensor& counts,
                   std::optional<Tensor> kept_mass,
-                  std::optional<Tensor> workspace) {
+                  std::optional<Tensor> workspace,
+                  int64_t kv_format) {
+  rows_only(kv_format);
   SelectArgs p = select_args(query,
                              kv_cache,
                              block_table,
@@ -350,7 +354,9 @@ void sparq_attend(const Tensor& query,
                   Tensor& out,
                   std::optional<Tensor> tokens_read,
                   std::optional<Tensor> kept_histogram,
-                  std::optional<Tensor> workspace) {
+                  std::optional<Tensor> workspace,
+                  int64_t kv_format) {
+  rows_only(kv_format);
   SelectArgs s = select_args(query,
                              kv_cache,
                              block_table,
@@ -404,7 +410,9 @@ void attend(const Tensor& query,
             double soft_cap,
             Tensor& out,
             std::optional<Tensor> tokens_read,
-            std::optional<Tensor> workspace) {
+            std::optional<Tensor> workspace,
+            int64_t kv_format) {
+  rows_only(kv_format);
   check_tensor(query, "query", 3);
   AttendArgs p;
   p.cache = aligned_cache(kv_cache, query.size(2));

@@ -152,9 +152,14 @@ class Driver:
             vllm_config,
             self.device,
         )
-        count = num_requests * self.BLOCKS_PER_REQUEST
+        self.fmt = self.impl.fmt
+        layout = BlockLayout(shape.size, shape.dtype.itemsize, self.fmt)
+        self.blocks = self.BLOCKS_PER_REQUEST + layout.lookahead_blocks
+        count = num_requests * self.blocks
         # Block 0 is vLLM's null block: it pads tables and is never written.
-        cache = empty_cache(1 + count, shape.kv_heads, shape.size, shape.dtype)
+        cache = empty_cache(
+            1 + count, shape.kv_heads, shape.size, shape.dtype, self.fmt
+        )
         if path == "gpu":
             # FlashAttention multiplies rows that it masks by zero, and vLLM's caches
             # start as zeros. The sidecar stays poisoned: nothing but we may read it.
@@ -162,7 +167,7 @@ class Driver:
         self.cache = cache.to(self.device)
         order = (torch.randperm(count, generator=self.random) + 1).tolist()
         self.requests = [
-            Request([order.pop() for _ in range(self.BLOCKS_PER_REQUEST)])
+            Request([order.pop() for _ in range(self.blocks)])
             for _ in range(num_requests)
         ]
         recorder.reset()
@@ -193,10 +198,11 @@ class Driver:
             rows = slice(starts[row], starts[row + 1])
             self.append(part, key[rows], value[rows])
         slots = []
-        table = torch.zeros(len(parts), self.BLOCKS_PER_REQUEST + 2, dtype=torch.int32)
+        table = torch.zeros(len(parts), self.blocks + 2, dtype=torch.int32)
+        ahead = self.blocks - self.BLOCKS_PER_REQUEST
         for row, part in enumerate(parts):
             request = self.requests[part.request]
-            used = -(-request.length // BLOCK_SIZE)
+            used = -(-request.length // BLOCK_SIZE) + ahead
             table[row, :used] = torch.tensor(request.blocks[:used])
             for position in range(request.length - part.new, request.length):
                 block = request.blocks[position // BLOCK_SIZE]
@@ -222,8 +228,6 @@ class Driver:
         )
         if self.impl.kv_sharing_target_layer_name is None:
             key, value = (t.to(self.device) for t in (key, value))
-            if self.path == "cpu":
-                self.impl.do_kv_cache_update(LAYER, key, value, self.cache, slots)
         else:
             # Another layer has stored and sealed; this one has no K and V at all.
             cache = self.cache.cpu()
@@ -282,22 +286,59 @@ class Driver:
         config, kept = self.builder.config, self.builder.config.top_k
         if isinstance(kept, float):
             kept = math.ceil(kept * length)
-        tail = length % BLOCK_SIZE
+        tail = self.fmt.tail_tokens(length)
         kept = max(kept, config.sink_tokens + max(config.local_window, tail))
         return -1 if length < config.dense_below or kept >= length else kept
 
     def dense(self, number: int, query: torch.Tensor) -> torch.Tensor:
         """Causal attention of the last tokens: [rows, heads, size] fp32."""
         request, shape = self.requests[number], self.shape
+        if self.fmt.quantised:
+            # Chunks, hits and drafts make no difference: every row is a decode row.
+            return self.over_codes(number, query)
         scaling = (shape.size**-0.5, shape.soft_cap)
         return causal_attention(query, request.key, request.value, *scaling)
+
+    def over_codes(self, number: int, query: torch.Tensor) -> torch.Tensor:
+        """Attention of the last tokens to codes of the blocks before their own, and to
+        their own block: [rows, heads, size] fp32."""
+        request, shape = self.requests[number], self.shape
+        length = request.length
+        cache, table = self.reference_cache(number, length)
+        known = [torch.empty(length, shape.kv_heads, shape.size) for _ in range(2)]
+        lens, start = torch.tensor([length]), torch.tensor([0])
+        reference.gather_kv(cache, table, lens, start, *known, self.fmt)
+        group = shape.heads // shape.kv_heads
+        key, value, old_key, old_value = (
+            t.float().transpose(0, 1).repeat_interleave(group, 0)
+            for t in (request.key, request.value, *known)
+        )
+        q = query.float().transpose(0, 1)
+        position = torch.arange(length)
+        own = position[length - len(query) :, None]
+        old = own // BLOCK_SIZE > position // BLOCK_SIZE
+        logits = torch.where(old, q @ old_key.mT, q @ key.mT) * shape.size**-0.5
+        if shape.soft_cap:
+            logits = shape.soft_cap * torch.tanh(logits / shape.soft_cap)
+        weights = logits.masked_fill(own < position, -torch.inf).softmax(-1)
+        out = (weights * old) @ old_value + (weights * ~old) @ value
+        return out.transpose(0, 1)
+
+    def attend(self, number, query, length, lists=(None,) * 3) -> torch.Tensor:
+        """The reference's attention over a cache that it wrote: [heads, size]."""
+        cache, blocks = self.reference_cache(number, length)
+        lens = torch.tensor([length], dtype=torch.int32)
+        q = query[None].float()
+        out = torch.empty_like(q)
+        scaling = (self.shape.size**-0.5, self.shape.soft_cap)
+        reference.attend(q, cache, blocks, lens, *lists, *scaling, out, fmt=self.fmt)
+        return out[0]
 
     def sparse(self, number, query, length, budget, row) -> torch.Tensor:
         """The reference's selection and attention over a cache that it wrote."""
         request, shape, config = self.requests[number], self.shape, self.impl.config
         # The reference reads what vLLM would have stored by this position.
-        cache = self.reference_cache(number, length)
-        blocks = torch.arange(len(cache), dtype=torch.int32)[None]
+        cache, blocks = self.reference_cache(number, length)
         lens = torch.tensor([length], dtype=torch.int32)
         q = query[None].float()
         indices = torch.zeros(1, shape.kv_heads, length, dtype=torch.int32)
@@ -318,15 +359,14 @@ class Driver:
             indices,
             counts,
             mass,
+            fmt=self.fmt,
         )
         assert (counts > 0).all() and (counts < length).all(), (counts, request.length)
         if self.lists is not None:
             indices, counts, mass = self.chosen(
                 row, where, scaling, length, indices, counts, mass
             )
-        out = torch.empty_like(q)
-        reference.attend(*where, indices, counts, mass, *scaling, out)
-        return out[0]
+        return self.attend(number, query, length, (indices, counts, mass))
 
     def chosen(self, row, where, scaling, length, indices, counts, mass):
         """The GPU's own lists, once they are known to be as good as the reference's.
@@ -352,18 +392,34 @@ class Driver:
                 mass[0, heads] = probs[:, got].sum(-1)
         return got_indices, got_counts, mass
 
-    def reference_cache(self, number, length) -> torch.Tensor:
-        """A cache of ``length`` tokens that the reference stored and sealed."""
+    def reference_cache(self, number, length) -> tuple[torch.Tensor, torch.Tensor]:
+        """A cache of ``length`` tokens that the reference stored and sealed, and its
+        block table."""
         request, shape = self.requests[number], self.shape
-        blocks = -(-length // BLOCK_SIZE)
-        cache = empty_cache(blocks, shape.kv_heads, shape.size, shape.dtype)
+        ahead = self.blocks - self.BLOCKS_PER_REQUEST
+        blocks = -(-length // BLOCK_SIZE) + ahead
+        size = (shape.kv_heads, shape.size, shape.dtype, self.fmt)
+        cache = empty_cache(1 + blocks, *size)
+        table = torch.arange(1, 1 + blocks, dtype=torch.int32)[None]
+        if self.fmt.quantised:
+            reference.store_quantised(
+                request.key[:length],
+                request.value[:length],
+                cache,
+                table,
+                torch.tensor([length]),
+                torch.tensor([0, length]),
+                self.fmt,
+            )
+            return cache, table
         position = torch.arange(length)
         rows = torch.cat([request.key[:length], request.value[:length]], dim=-1)
         stored = reference.kv_rows(cache, shape.size)
-        stored[position // BLOCK_SIZE, :, position % BLOCK_SIZE] = rows
+        stored[1 + position // BLOCK_SIZE, :, position % BLOCK_SIZE] = rows
         full = torch.arange(length // BLOCK_SIZE)
-        reference.seal_blocks(cache, full, full - 1, full, shape.size)
-        return cache
+        before = torch.where(full > 0, full, -1)
+        reference.seal_blocks(cache, full + 1, before, full, shape.size)
+        return cache, table
 
     def seal_by_reference(self, cache, parts) -> None:
         for part in parts:
@@ -375,22 +431,24 @@ class Driver:
 
     def check_sealed(self) -> int:
         """Compare the sidecars of all full blocks with the reference's."""
-        layout = BlockLayout(self.shape.size, self.shape.dtype.itemsize)
+        layout = BlockLayout(self.shape.size, self.shape.dtype.itemsize, self.fmt)
         cache = self.cache.cpu()
         end = layout.prefix_mean_offset
         blocks = 0
         for number, request in enumerate(self.requests):
-            want = self.reference_cache(number, request.length)
+            want, _ = self.reference_cache(number, request.length)
             for i in range(request.length // BLOCK_SIZE):
                 chunk = cache[request.blocks[i]].flatten(1).view(torch.uint8)
-                expected = want[i].flatten(1).view(torch.uint8)
+                expected = want[1 + i].flatten(1).view(torch.uint8)
                 assert torch.equal(chunk[:, :end], expected[:, :end]), (number, i)
+                blocks += 1
+                if not self.fmt.has_mean:
+                    continue
                 mean, expected_mean = (
                     c[:, end : end + 2 * self.shape.size].view(torch.float16)
                     for c in (chunk, expected)
                 )
                 assert_close(mean.contiguous(), expected_mean.contiguous(), 1e-3)
-                blocks += 1
         # The null block is never written.
         null = cache[0].flatten(1).view(torch.uint8)[:, layout.codes_offset :]
         assert (null == 0xFF).all()

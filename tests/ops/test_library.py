@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from vllm_sparse.cache.formats import resolve_format
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.ops.library import load
 from vllm_sparse.testing.generate import PagedContext, paged_context
@@ -17,6 +18,7 @@ OPS = [
     "seal_blocks",
     "seal_rows",
     "store_rows",
+    "store_quantised",
     "gather_kv",
     "sparq_select",
     "sparq_attend",
@@ -57,6 +59,15 @@ def arguments(op: str, optional: bool = True) -> tuple:
         new = (t[-1:].expand(rows, -1, -1) + 1 for t in (ctx.keys[0], ctx.values[0]))
         slots = torch.tensor([int(ctx.slots(row)[-1]) for row in range(rows)])
         return *new, ctx.kv_cache, slots, ctx.block_table, ctx.seq_lens
+    if op == "store_quantised":
+        fmt = resolve_format("int4", None, SIZE)
+        ctx = paged_context(
+            [300, 5], KV_HEADS, SIZE, torch.float32, torch.Generator(), fmt=fmt
+        )
+        ctx.kv_cache.zero_()
+        new = (torch.cat(ctx.keys), torch.cat(ctx.values), ctx.kv_cache)
+        starts = torch.tensor([0, 300, 305], dtype=torch.int32)
+        return *new, ctx.block_table, ctx.seq_lens, starts, fmt.code
     if op == "gather_kv":
         out = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
         return *where, torch.tensor([0, 300]), *out

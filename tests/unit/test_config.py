@@ -32,6 +32,8 @@ ACCEPTED = {
     "dense_layers": [0, 2, 1000],
     "dense_below": [0, 1, 10**9, "auto"],
     "mean_value": [True, False, "auto"],
+    "kv_format": ["auto", "int8", "int4", "k4v8"],
+    "kv_group_size": [None, 16, 128],
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
@@ -46,6 +48,8 @@ REFUSED = {
     "dense_layers": [-1, 2.0, "2", None, True],
     "dense_below": [-1, 512.0, "512", None, True],
     "mean_value": [0, 1, None, "on", "true", "AUTO"],
+    "kv_format": ["", "fp8", "int2", 4, None],
+    "kv_group_size": [0, -32, 32.0, "32", True],
     "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }
 ALLOWED = {
@@ -60,6 +64,8 @@ ALLOWED = {
     "dense_layers": "an integer of at least 0",
     "dense_below": 'an integer of at least 0 or "auto"',
     "mean_value": 'true, false or "auto"',
+    "kv_format": "one of auto, int8, int4, k4v8",
+    "kv_group_size": "a number of channels, such as 16, 32 or 64",
     "kernels": "one of auto, cuda, triton, cpu",
 }
 
@@ -78,6 +84,8 @@ def parse(**options) -> SparseConfig:
 
 def needed_by(name: str) -> dict:
     """Without these, the option is refused for having no meaning."""
+    if name == "kv_group_size":
+        return {"kv_format": "int4"}
     return {"top_p": 0.9} if name in ("min_tokens", "max_tokens") else {}
 
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vllm_sparse import plugin
+from vllm_sparse.cache import formats
 from vllm_sparse.config import _RULES, SparseConfig, SparseConfigError
 
 pytest.importorskip("vllm")
@@ -361,9 +363,38 @@ def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
     assert repr(next(iter(unsupported))) in str(error.value)
 
 
-def test_block_bytes_reach_vllms_spec_once():
+def test_quantised_blocks_reach_vllms_spec(monkeypatch):
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+    fmt = formats.resolve_format("int4", None, 64, has_mean=False)
+    monkeypatch.setattr(formats, "_chosen", {64: fmt})
+    spec = FullAttentionSpec(
+        block_size=128, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
+    )
+    backend = SPARQ.get_class()
+    ours = backend.customize_spec(spec)
+    # 64 codes of 4 bits and their params for K, the same for V.
+    assert ours.state_content_bytes == 32 + 8 + 32 + 8
+    # 128 rows of 256 bytes, 40 to a block.
+    assert ours.lookahead_tokens == 4 * 128
+    assert backend.customize_spec(ours) == ours
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=1000),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    )
+    assert ours.max_num_blocks_per_req(config, 1000) == 8 + 4
+    assert ours.max_memory_usage_bytes(config) == (8 + 4) * ours.page_size_bytes
+    merged = type(ours).merge([ours, ours])
+    assert merged == ours
+    assert pickle.loads(pickle.dumps(ours)) == ours
+
+
+def test_block_bytes_reach_vllms_spec_once(monkeypatch):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    monkeypatch.setattr(formats, "_chosen", {})
     spec = FullAttentionSpec(
         block_size=256, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )

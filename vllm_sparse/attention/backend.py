@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (  # noqa: E402
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
 
+from ..cache.formats import chosen_format  # noqa: E402
 from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
 from ..config import BACKEND_DEFAULTS  # noqa: E402
 
@@ -40,14 +41,14 @@ def _with_defaults(backend: type, part: type) -> type:
 class SparqBackend(AttentionBackend):
     """``--attention-backend sparq``."""
 
-    # On GPUs a decode step stores and seals in one kernel, which needs the metadata.
-    forward_includes_kv_cache_update: bool = current_platform.is_cuda()
+    # Storing may seal blocks, which needs the metadata.
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [
         torch.float16,
         torch.bfloat16,
         torch.float32,
     ]
-    # The cache holds the model's dtype; quantised rows are not served.
+    # Quantised formats have an option of ours: vLLM's list of dtypes is closed.
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
     @staticmethod
@@ -125,18 +126,29 @@ class SparqBackend(AttentionBackend):
         if not cls.supports_head_size(head_size):
             return f"head size {head_size} is not one of {list(HEAD_SIZES)}"
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            return f"--kv-cache-dtype must be auto, not {kv_cache_dtype}"
+            return (
+                f"--kv-cache-dtype must be auto, not {kv_cache_dtype} (for a quantised "
+                "cache: --additional-config.sparse.kv_format int4)"
+            )
         if not cls.supports_block_size(block_size):
             return f"--block-size must be a multiple of {BLOCK_SIZE}, not {block_size}"
         return None
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Add the sidecar to every block: see cache/layout.py."""
+        """Size every block: see cache/layout.py."""
         if spec.state_content_bytes is not None:
             return spec
-        layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
-        return replace(spec, state_content_bytes=layout.content_bytes)
+        # Called outside vLLM's config context, after the layers were made.
+        fmt = chosen_format(spec.head_size)
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize, fmt)
+        content = {"state_content_bytes": layout.content_bytes}
+        if not fmt.quantised:
+            return replace(spec, **content)
+        from ..cache.managers import LookaheadSpec
+
+        ahead = layout.lookahead_blocks * BLOCK_SIZE
+        return LookaheadSpec.of(spec, **content, lookahead_tokens=ahead)
 
 
 class TwilightBackend(SparqBackend):

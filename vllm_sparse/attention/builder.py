@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from ..cache.formats import ROWS, KvFormat
 from ..config import SparseConfig, SparseConfigError
 from ..selectors.base import tokens_kept
 from .stats import KeptHistograms, recorder
@@ -51,6 +52,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation."""
         self.config = self.resolved(config)
+        self.fmt = self._format(self.config)
 
     def check(self, config: SparseConfig) -> None:
         """Raise if the running engine cannot take these options; change nothing.
@@ -58,11 +60,20 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         Raises:
             SparseConfigError: naming what is fixed.
         """
-        if self.resolved(config).kernels != self.config.kernels:
-            raise SparseConfigError(
-                f"sparse.kernels = {config.kernels!r} cannot replace "
-                f"{self.config.kernels!r} in a running engine: start another"
-            )
+        new = self.resolved(config)
+        fixed = ["kernels", "kv_format", "kv_group_size"]
+        if self._format(new) != self.fmt:
+            fixed.append("mean_value")  # means have their place in quantised blocks
+        for name in fixed:
+            if getattr(new, name) != getattr(self.config, name):
+                raise SparseConfigError(
+                    f"sparse.{name} = {getattr(new, name)!r} cannot replace "
+                    f"{getattr(self.config, name)!r} in a running engine: start another"
+                )
+
+    def _format(self, config: SparseConfig) -> KvFormat:
+        group = self.num_heads // self.num_kv_heads
+        return config.format(self.kv_cache_spec.head_size, group)
 
     def resolved(self, config: SparseConfig) -> SparseConfig:
         return config.resolve(
@@ -72,7 +83,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         )
 
 
-def budget_for(seq_len: int, config: SparseConfig) -> int:
+def budget_for(seq_len: int, config: SparseConfig, fmt: KvFormat = ROWS) -> int:
     """Tokens to keep of a context of ``seq_len``; -1: the row is dense.
 
     Args:
@@ -80,7 +91,6 @@ def budget_for(seq_len: int, config: SparseConfig) -> int:
     """
     if config.selector == "dense" or seq_len < config.dense_below:
         return -1
-    kept = tokens_kept(
-        seq_len, config.budget(seq_len), config.local_window, config.sink_tokens
-    )
+    forced = (config.local_window, config.sink_tokens, fmt)
+    kept = tokens_kept(seq_len, config.budget(seq_len), *forced)
     return -1 if kept >= seq_len else kept

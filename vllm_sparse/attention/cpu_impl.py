@@ -8,6 +8,7 @@ from .. import ops
 from ..selectors import DecodeRows, Selector
 from .cpu_metadata import SparseMetadata
 from .cpu_prefill import prefill
+from .cpu_quantised_prefill import QuantisedPrefill
 from .impl import SparseAttentionImpl
 from .stats import recorder
 
@@ -17,16 +18,6 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
 
     def describe(self, kernels: str) -> str:
         return f"{kernels} kernels ({ops.cpu_isa()})"
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        ops.store_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -44,8 +35,8 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
 
         Args:
             query: [num_tokens, num_heads, head_size].
-            key, value: [num_tokens, num_kv_heads, head_size], already stored; None
-                where the layer reads another layer's cache.
+            key, value: [num_tokens, num_kv_heads, head_size], stored here; None where
+                the layer reads another layer's cache.
             kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, C].
             attn_metadata: None while vLLM warms up.
             output: [num_tokens, num_heads, head_size], written.
@@ -54,8 +45,46 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
         if attn_metadata is None:
             return output
         meta = attn_metadata
-        seal = meta.seal
-        if seal is not None and self.owns_cache:
+        split, end = meta.num_decode_tokens, meta.num_actual_tokens
+        prompts = meta.prefill
+        quantised = isinstance(prompts, QuantisedPrefill)
+        if quantised:
+            prompts.before_storing(kv_cache, self.shape)
+        if self.owns_cache:
+            self._store(key, value, kv_cache, meta)
+        if meta.decode is not None:
+            self._decode(layer, query[:split], kv_cache, meta.decode, output[:split])
+        if quantised:
+            tokens = (query[split:end], key[split:end], value[split:end])
+            prompts.attend(*tokens, kv_cache, self.shape, output[split:end])
+        elif prompts is not None:
+            prefill(
+                query[split:end],
+                key[split:end] if self.owns_cache else None,
+                value[split:end] if self.owns_cache else None,
+                kv_cache,
+                prompts,
+                self.shape,
+                output[split:end],
+            )
+        return output
+
+    def _store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: SparseMetadata,
+    ) -> None:
+        """Store the step's tokens, and seal the blocks that they fill."""
+        if meta.new is not None:
+            new = meta.new
+            rows = (new.block_table, new.seq_lens, new.query_start_loc)
+            ops.store_quantised(key, value, kv_cache, *rows, self.fmt)
+            return
+        ops.store_kv(key, value, kv_cache, meta.slot_mapping)
+        if meta.seal is not None:
+            seal = meta.seal
             ops.seal_blocks(
                 kv_cache,
                 seal.block_ids,
@@ -63,20 +92,6 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
                 seal.block_index,
                 self.head_size,
             )
-        split, end = meta.num_decode_tokens, meta.num_actual_tokens
-        if meta.decode is not None:
-            self._decode(layer, query[:split], kv_cache, meta.decode, output[:split])
-        if meta.prefill is not None:
-            prefill(
-                query[split:end],
-                key[split:end] if self.owns_cache else None,
-                value[split:end] if self.owns_cache else None,
-                kv_cache,
-                meta.prefill,
-                self.shape,
-                output[split:end],
-            )
-        return output
 
     def _decode(
         self,
@@ -106,6 +121,7 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
                 soft_cap=self.shape.soft_cap,
                 out=out,
                 tokens_read=recorder.tokens_read,
+                fmt=self.fmt,
             )
         self._record(selector, rows)
 
@@ -121,6 +137,6 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
             score_bytes=sum(map(selector.score_bytes, sparse)) * self.num_kv_heads
             if selector is not None
             else 0,
-            row_bytes=self.shape.layout.row_bytes,
+            layout=self.shape.layout,
             context_tokens=sum(rows.seq_lens_list) * self.num_kv_heads,
         )

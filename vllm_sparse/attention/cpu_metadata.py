@@ -11,20 +11,44 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
 from .builder import SparseMetadataBuilder, budget_for
-from .cpu_prefill import PrefillRows, plan_prefill
+from .cpu_prefill import KernelShape, PrefillRows, plan_prefill
+from .cpu_quantised_prefill import QuantisedPrefill, plan_quantised_prefill
 from .seal import SealJobs, seal_jobs
 from .stats import recorder
 
 
 @dataclass
+class NewTokens:
+    """All requests of a step, for storing in a quantised cache.
+
+    Attributes:
+        block_table: [num_requests, max_blocks] int32.
+        seq_lens: [num_requests] int32.
+        query_start_loc: [num_requests + 1] int32.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+@dataclass
 class SparseMetadata(AttentionMetadata):
-    """Decode tokens come first in the batch, prefill tokens after them."""
+    """Decode tokens come first in the batch, prefill tokens after them.
+
+    Attributes:
+        slot_mapping: [num_actual_tokens] int64.
+        seal: blocks that the step fills; None in quantised formats.
+        new: only in quantised formats.
+    """
 
     num_actual_tokens: int
     num_decode_tokens: int
+    slot_mapping: torch.Tensor
     decode: DecodeRows | None
-    prefill: PrefillRows | None
+    prefill: PrefillRows | QuantisedPrefill | None
     seal: SealJobs | None
+    new: NewTokens | None
 
 
 class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
@@ -44,14 +68,26 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         seq_lens = common.seq_lens[: common.num_reqs]
         lens = seq_lens.tolist()
         recorder.log_now_and_then()
+        seal = new = prefill = None
+        if self.fmt.quantised:
+            last = common.num_reqs
+            new = NewTokens(
+                block_table=common.block_table_tensor[:last],
+                seq_lens=seq_lens,
+                query_start_loc=common.query_start_loc[: last + 1],
+            )
+        else:
+            seal = seal_jobs(common.block_table_tensor, starts, lens)
+        if num_prefills:
+            prefill = self._prefill_rows(common, starts, seq_lens, num_decodes)
         return SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decode_tokens=num_decode_tokens,
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             decode=self._decode_rows(common, starts, lens, num_decodes),
-            prefill=self._prefill_rows(common, seq_lens, num_decodes)
-            if num_prefills
-            else None,
-            seal=seal_jobs(common.block_table_tensor, starts, lens),
+            prefill=prefill,
+            seal=seal,
+            new=new,
         )
 
     def _decode_rows(
@@ -76,7 +112,9 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
                 # A prompt's last token is prefill even when it comes alone, or a
                 # prefix-cache hit would change the first answer token.
                 budgets.append(
-                    -1 if prefilling[req] else budget_for(seq_len, self.config)
+                    -1
+                    if prefilling[req]
+                    else budget_for(seq_len, self.config, self.fmt)
                 )
         if not rows:
             return None
@@ -87,7 +125,11 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         if any(budget >= 0 for budget in budgets):
             max_kept = max(
                 tokens_kept(
-                    seq_len, budget, self.config.local_window, self.config.sink_tokens
+                    seq_len,
+                    budget,
+                    self.config.local_window,
+                    self.config.sink_tokens,
+                    self.fmt,
                 )
                 for seq_len, budget in zip(row_lens, budgets)
                 if budget >= 0
@@ -111,15 +153,27 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
     def _prefill_rows(
         self,
         common: CommonAttentionMetadata,
+        starts: list[int],
         seq_lens: torch.Tensor,
         num_decodes: int,
-    ) -> PrefillRows:
-        return plan_prefill(
-            query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1],
-            seq_lens=seq_lens[num_decodes:],
-            block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+    ) -> PrefillRows | QuantisedPrefill:
+        block_table = common.block_table_tensor[num_decodes : common.num_reqs]
+        shape = KernelShape(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.kv_cache_spec.head_size,
             dtype=self.vllm_config.model_config.dtype,
+        )
+        if self.fmt.quantised:
+            return plan_quantised_prefill(
+                starts[num_decodes:],
+                seq_lens[num_decodes:].tolist(),
+                block_table,
+                shape,
+            )
+        return plan_prefill(
+            query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1],
+            seq_lens=seq_lens[num_decodes:],
+            block_table=block_table,
+            shape=shape,
         )

@@ -20,45 +20,97 @@ from ..cache.layout import BLOCK_SIZE
 from ..selectors import LayerShape
 
 
+@dataclass(frozen=True)
+class KernelShape:
+    """One attention layer, as vLLM's kernel plans for it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def isa(self) -> str:
+        return _get_attn_isa(self.dtype, BLOCK_SIZE, self.head_size)
+
+
 @dataclass
-class PrefillRows:
-    """The prefill rows of one step; all layers of a KV cache group share it.
+class PackedRows:
+    """Query rows over a scratch cache that vLLM's kernel reads.
 
     Attributes:
-        query_start_loc: [num_rows + 1] int32, from the first prefill token.
-        seq_lens: [num_rows] int32, context plus this step's tokens.
-        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
-        scratch_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
-        slots: [sum of seq_lens] int64, scratch slots of all tokens, row after row.
-        out_start: [num_rows] int64, where a row's tokens start in that order.
-        num_scratch_blocks: blocks the scratch cache must have.
-        has_context: whether any row has tokens from earlier steps.
+        query_start_loc: [num_rows + 1] int32.
+        seq_lens: [num_rows] int32; the row's queries are its context's last tokens.
+        block_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
+        slots: [num_tokens] int64, scratch slots of the K and V rows.
+        num_blocks: blocks the scratch cache must have.
         scheduler_metadata: vLLM's plan for its kernel.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    scratch_table: torch.Tensor
     slots: torch.Tensor
-    out_start: torch.Tensor
-    num_scratch_blocks: int
-    has_context: bool
+    num_blocks: int
     scheduler_metadata: torch.Tensor
+
+
+@dataclass
+class PrefillRows:
+    """The prefill rows of one step; all layers of a KV cache group share it.
+
+    Attributes:
+        packed: the rows over the scratch cache, whose tokens go row after row.
+        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
+        out_start: [num_rows] int64, where a row's tokens start in that order.
+        has_context: whether any row has tokens from earlier steps.
+    """
+
+    packed: PackedRows
+    block_table: torch.Tensor
+    out_start: torch.Tensor
+    has_context: bool
+
+
+def plan_rows(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    slots: torch.Tensor,
+    num_blocks: int,
+    shape: KernelShape,
+) -> PackedRows:
+    """Ask vLLM's kernel for its plan; see :class:`PackedRows`."""
+    metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(seq_lens),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_size,
+        seq_lens=seq_lens,
+        dtype=shape.dtype,
+        query_start_loc=query_start_loc,
+        causal=True,
+        sliding_window_size=-1,
+        isa=shape.isa,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+    )
+    return PackedRows(
+        query_start_loc, seq_lens, block_table, slots, num_blocks, metadata
+    )
 
 
 def plan_prefill(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
+    shape: KernelShape,
 ) -> PrefillRows:
-    """Lay out the scratch cache and ask vLLM's kernel for its plan.
+    """Lay out the scratch cache.
 
-    Args: see :class:`PrefillRows`; ``query_start_loc`` need not start at 0.
+    Args:
+        query_start_loc: [num_rows + 1] int32; need not start at 0.
+        seq_lens: [num_rows] int32, context plus this step's tokens.
+        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
     """
     query_start_loc = query_start_loc - query_start_loc[0]
     lens = seq_lens.long()
@@ -72,29 +124,13 @@ def plan_prefill(
     num_blocks = int(blocks.sum())
     # Entries past a row's own blocks are never read, but must be blocks.
     table = first_block[:, None] + torch.arange(width)[None, :]
-    table = table.clamp(max=num_blocks - 1)
+    table = table.clamp(max=num_blocks - 1).int()
+    slots = torch.arange(total) + shift
     return PrefillRows(
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
+        packed=plan_rows(query_start_loc, seq_lens, table, slots, num_blocks, shape),
         block_table=block_table,
-        scratch_table=table.int(),
-        slots=torch.arange(total) + shift,
         out_start=out_start,
-        num_scratch_blocks=num_blocks,
         has_context=total > int(query_start_loc[-1]),
-        scheduler_metadata=vllm_ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_size,
-            seq_lens=seq_lens,
-            dtype=dtype,
-            query_start_loc=query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=_get_attn_isa(dtype, BLOCK_SIZE, head_size),
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-        ),
     )
 
 
@@ -118,7 +154,7 @@ class Scratch:
         return buffer
 
 
-_scratch = Scratch()
+scratch = Scratch()
 
 
 def prefill(
@@ -138,24 +174,53 @@ def prefill(
         kv_cache: the layer's cache, this step's rows already stored.
         out: [num_tokens, num_heads, head_size], written.
     """
-    dtype, heads, size = shape.dtype, shape.num_kv_heads, shape.head_size
-    total = rows.slots.numel()
+    packed = rows.packed
     if rows.has_context or key is None or value is None:
-        key = _scratch.get("key", total, heads, size, dtype=dtype)[:total]
-        value = _scratch.get("value", total, heads, size, dtype=dtype)[:total]
+        key, value = row_buffers(packed.slots.numel(), shape)
         ops.gather_kv(
-            kv_cache, rows.block_table, rows.seq_lens, rows.out_start, key, value
+            kv_cache, rows.block_table, packed.seq_lens, rows.out_start, key, value
         )
-    packed = _scratch.get(
-        "packed", rows.num_scratch_blocks, heads, 2 * BLOCK_SIZE, size, dtype=dtype
+    attend_packed(query, key, value, packed, shape, out)
+
+
+def row_buffers(
+    num_tokens: int, shape: LayerShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scratch for K and V rows: [num_tokens, num_kv_heads, head_size] each."""
+    size = (shape.num_kv_heads, shape.head_size)
+    key, value = (
+        scratch.get(name, num_tokens, *size, dtype=shape.dtype)[:num_tokens]
+        for name in ("key", "value")
     )
-    key_cache, value_cache = packed.chunk(2, dim=2)
+    return key, value
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedRows,
+    shape: LayerShape,
+    out: torch.Tensor,
+) -> None:
+    """Pack K and V rows into the scratch cache and run vLLM's kernel on it.
+
+    Args:
+        query, out: [num_tokens, num_heads, head_size].
+        key, value: [>= len(packed.slots), num_kv_heads, head_size].
+    """
+    dtype, heads, size = shape.dtype, shape.num_kv_heads, shape.head_size
+    cache = scratch.get(
+        "packed", packed.num_blocks, heads, 2 * BLOCK_SIZE, size, dtype=dtype
+    )
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    total = packed.slots.numel()
     vllm_ops.cpu_attn_reshape_and_cache(
         key[:total],
         value[:total],
         key_cache,
         value_cache,
-        rows.slots,
+        packed.slots,
         _get_attn_isa(dtype, BLOCK_SIZE, size),
     )
     vllm_ops.cpu_attention_with_kv_cache(
@@ -163,14 +228,14 @@ def prefill(
         key_cache=key_cache,
         value_cache=value_cache,
         output=out,
-        query_start_loc=rows.query_start_loc,
-        seq_lens=rows.seq_lens,
+        query_start_loc=packed.query_start_loc,
+        seq_lens=packed.seq_lens,
         scale=shape.scale,
         causal=True,
         alibi_slopes=None,
         sliding_window=-1,
-        block_table=rows.scratch_table,
+        block_table=packed.block_table,
         softcap=shape.soft_cap,
-        scheduler_metadata=rows.scheduler_metadata,
+        scheduler_metadata=packed.scheduler_metadata,
         s_aux=None,
     )

@@ -13,8 +13,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
 from .. import ops
+from ..cache.formats import choose_format
+from ..cache.layout import BlockLayout
 from ..compat.vllm import init_logger
-from ..config import SparseConfig
+from ..config import SparseConfig, SparseConfigError
 from ..selectors import SELECTORS, LayerShape, Selector
 
 logger = init_logger(__name__)
@@ -60,6 +62,12 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
+        options = SparseConfig.from_additional_config(
+            vllm_config.additional_config, self.defaults
+        )
+        self.fmt = options.format(head_size, num_heads // num_kv_heads)
+        self._check_format(vllm_config)
+        choose_format(self.fmt, head_size)
         self.shape = LayerShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -67,12 +75,9 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             dtype=vllm_config.model_config.dtype,
             scale=self.scale,
             soft_cap=float(logits_soft_cap or 0.0),
+            fmt=self.fmt,
         )
-        self.configure(
-            SparseConfig.from_additional_config(
-                vllm_config.additional_config, self.defaults
-            )
-        )
+        self.configure(options)
         device = torch.device(current_platform.device_type)
         if device.type == "cuda":  # tensors name their device by number
             device = torch.device("cuda", torch.cuda.current_device())
@@ -80,6 +85,26 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         logger.info_once(
             "Sparse attention: %s, %s", self.config, self.describe(kernels)
         )
+
+    def _check_format(self, vllm_config) -> None:
+        """Raise where a quantised cache could not be right."""
+        if not self.fmt.quantised:
+            return
+        chosen = f"sparse.kv_format = {self.fmt.name!r}"
+        if self.kv_sharing_target_layer_name is not None:
+            raise NotImplementedError(
+                f"{chosen} does not serve models whose layers share a cache: leave it "
+                "out"
+            )
+        layout = BlockLayout(
+            self.head_size, vllm_config.model_config.dtype.itemsize, self.fmt
+        )
+        drafts = vllm_config.num_speculative_tokens
+        if drafts >= layout.rows_per_block:
+            raise SparseConfigError(
+                f"{chosen} verifies at most {layout.rows_per_block - 1} draft tokens "
+                f"a step, num_speculative_tokens is {drafts}: lower it"
+            )
 
     @abstractmethod
     def describe(self, kernels: str) -> str:

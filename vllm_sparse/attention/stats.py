@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from ..cache.layout import BLOCK_SIZE
+from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..compat.vllm import init_logger
 from ..ops.kept import KEPT_BINS, summary
 
@@ -31,7 +31,7 @@ class SparseStats:
     decode_rows: int = 0  # the same, counted in every layer
     sparse_rows: int = 0  # of these, the ones that read less than everything
     kv_bytes_read: int = 0
-    kv_bytes_dense: int = 0  # what dense attention would have read
+    kv_bytes_dense: int = 0  # what dense attention reads in the model's dtype
 
 
 class KeptHistograms:
@@ -137,9 +137,10 @@ class StatsRecorder:
     """Accumulates :class:`SparseStats`; ops add to ``tokens_read`` themselves."""
 
     totals: SparseStats = field(default_factory=SparseStats)
-    # Tokens attended per KV head in the current step and layer.
+    # Of the current step and layer, summed over KV heads: tokens attended, those of
+    # them in sealed blocks, and these blocks.
     tokens_read: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(1, dtype=torch.int64)
+        default_factory=lambda: torch.zeros(3, dtype=torch.int64)
     )
     # Of builders that are alive: vLLM makes some to measure its memory and drops them.
     counters: WeakSet[DeviceCounter] = field(default_factory=WeakSet)
@@ -152,21 +153,21 @@ class StatsRecorder:
         num_rows: int,
         sparse_rows: int,
         score_bytes: int,
-        row_bytes: int,
+        layout: BlockLayout,
         context_tokens: int,
     ) -> None:
         """Account for one layer of one step and clear ``tokens_read``.
 
         Args:
             score_bytes: bytes read to choose tokens, all KV heads.
-            row_bytes: bytes of one token's K and V in one KV head.
             context_tokens: sum over rows and KV heads of the context length.
         """
         totals = self.totals
         totals.decode_rows += num_rows
         totals.sparse_rows += sparse_rows
-        totals.kv_bytes_read += score_bytes + int(self.tokens_read) * row_bytes
-        totals.kv_bytes_dense += context_tokens * row_bytes
+        attended = layout.attended_bytes(*self.tokens_read.tolist())
+        totals.kv_bytes_read += score_bytes + attended
+        totals.kv_bytes_dense += context_tokens * layout.row_bytes
         self.tokens_read.zero_()
 
     def replace_counter(self, old: DeviceCounter | None, new: DeviceCounter) -> None:

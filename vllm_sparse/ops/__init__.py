@@ -8,6 +8,9 @@ Meanings are in :mod:`vllm_sparse.ops.reference`, function by function; byte lay
 - ``kv_cache``: [num_blocks, num_kv_heads, BLOCK_SIZE, C], fp32, fp16 or bf16.
 - ``block_table``: [num_rows, max_blocks] int32 block ids of each row's context.
 - ``seq_lens``: [num_rows] int32 tokens, the query's own token included.
+- ``fmt``: how the cache keeps K and V (:mod:`vllm_sparse.cache.formats`). In quantised
+  formats a row of ``block_table`` names ``lookahead_blocks`` blocks more than its
+  tokens fill.
 - ``query``: [num_rows, num_heads, head_size], one query position per row.
 
 :mod:`vllm_sparse.ops.dispatch` says which kernels run; :func:`use` sets it.
@@ -16,6 +19,7 @@ A broken contract raises RuntimeError naming the tensor and what was expected.
 
 import torch
 
+from ..cache.formats import ROWS, KvFormat
 from .dispatch import KernelsError, kernels_for, use
 from .dispatch import ops_for as _ops
 from .library import load
@@ -32,6 +36,7 @@ __all__ = [
     "sparq_attend",
     "sparq_select",
     "store_kv",
+    "store_quantised",
     "store_rows",
     "use",
     "workspace_bytes",
@@ -111,6 +116,31 @@ def store_rows(
     _ops(kv_cache).store_rows(key, value, kv_cache, slot_mapping, block_table, seq_lens)
 
 
+def store_quantised(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    fmt: KvFormat,
+) -> None:
+    """Store new tokens in a quantised cache, and seal the blocks that they fill.
+
+    Tokens of a block that is not full are kept as rows; so are all tokens of a request
+    that brings at most ``rows_per_block`` new ones, as drafts may be rejected and the
+    block sealed again. Block 0, vLLM's null block, is never sealed.
+
+    Args:
+        key, value: [>= num_tokens, num_kv_heads, head_size], any token and head stride.
+        block_table, seq_lens: one row per request.
+        query_start_loc: [num_rows + 1] int32, a request's new tokens in ``key``.
+    """
+    _ops(kv_cache).store_quantised(
+        key, value, kv_cache, block_table, seq_lens, query_start_loc, fmt.code
+    )
+
+
 def gather_kv(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -118,14 +148,19 @@ def gather_kv(
     out_start: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    fmt: KvFormat = ROWS,
 ) -> None:
     """Copy whole contexts out of the blocks, row after row.
+
+    In quantised formats all full blocks are read from their codes, also the last one.
 
     Args:
         out_start: [num_rows] int64, the row's first token in ``key`` and ``value``.
         key, value: [num_tokens, num_kv_heads, head_size], written.
     """
-    _ops(kv_cache).gather_kv(kv_cache, block_table, seq_lens, out_start, key, value)
+    _ops(kv_cache).gather_kv(
+        kv_cache, block_table, seq_lens, out_start, key, value, fmt.code
+    )
 
 
 def sparq_select(
@@ -146,6 +181,7 @@ def sparq_select(
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    fmt: KvFormat = ROWS,
 ) -> None:
     """SparQ's choice of tokens per row and KV head.
 
@@ -183,6 +219,7 @@ def sparq_select(
         counts,
         kept_mass,
         workspace,
+        fmt.code,
     )
 
 
@@ -207,6 +244,7 @@ def sparq_attend(
     tokens_read: torch.Tensor | None = None,
     kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    fmt: KvFormat = ROWS,
 ) -> None:
     """:func:`sparq_select`, then :func:`attend` over what it chose, in one call.
 
@@ -234,6 +272,7 @@ def sparq_attend(
         tokens_read,
         kept_histogram,
         workspace,
+        fmt.code,
     )
 
 
@@ -251,6 +290,7 @@ def attend(
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    fmt: KvFormat = ROWS,
 ) -> None:
     """Exact attention over the listed tokens; without lists, over the whole context.
 
@@ -258,7 +298,8 @@ def attend(
         indices, counts, kept_mass: as written by a selector; ``kept_mass`` turns the
             mean-value term on.
         out: [num_rows, num_heads, head_size], written.
-        tokens_read: [1] int64 counter, the tokens attended per KV head are added to it.
+        tokens_read: [1] int64 counter, the tokens attended per KV head are added to it;
+            [3] on the CPU: also those of them in sealed blocks, and these blocks.
         workspace: see :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).attend(
@@ -274,6 +315,7 @@ def attend(
         out,
         tokens_read,
         workspace,
+        fmt.code,
     )
 
 

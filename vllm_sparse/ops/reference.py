@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What every op means: plain fp32 PyTorch, one function per op, same signatures.
+"""What every op means: plain fp32 PyTorch, one function per op, same signatures but for
+the format, a :class:`KvFormat` here and a number in the compiled ops.
 
 Kernels are tested against these functions. They loop over rows and heads and are meant
 to be read, not to be fast.
@@ -10,12 +11,17 @@ import math
 
 import torch
 
+from ..cache.formats import ROWS, KvFormat
 from ..cache.layout import BLOCK_SIZE, CODE_MAX, LANES, BlockLayout
 from .kept import add_counts
+from .quantised import read_block, tail_rows
+from .quantised import store_quantised as store_quantised
 
 
-def _layout(kv_cache: torch.Tensor, head_size: int) -> BlockLayout:
-    return BlockLayout(head_size, kv_cache.element_size())
+def _layout(
+    kv_cache: torch.Tensor, head_size: int, fmt: KvFormat = ROWS
+) -> BlockLayout:
+    return BlockLayout(head_size, kv_cache.element_size(), fmt)
 
 
 def kv_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -128,14 +134,39 @@ def dequantise_k(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
     """K of a sealed (block, head) chunk, from codes: [BLOCK_SIZE, head_size] fp32."""
     size = lay.head_size * lay.channel_code_bytes
     codes = unpack_codes(_sidecar(chunk, lay.codes_offset, size))
-    params = _sidecar(chunk, lay.params_offset, 4 * lay.head_size)
-    scale, minimum = params.view(torch.float16).float().view(-1, 2).T
+    scale, minimum = key_params(chunk, lay)
     return codes.float() * scale + minimum
 
 
-def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value) -> None:
-    """Copy contexts out of their blocks: key and value [tokens, num_kv_heads, D]."""
+def key_params(
+    chunk: torch.Tensor, lay: BlockLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum of every K: two of [BLOCK_SIZE, head_size] fp32."""
+    size = lay.head_size * lay.channel_param_bytes
+    params = _sidecar(chunk, lay.params_offset, size).view(torch.float16).float()
+    params = params.view(lay.head_size, lay.key_groups, 2)
+    params = params.repeat_interleave(BLOCK_SIZE // lay.key_groups, dim=1)
+    scale, minimum = params.transpose(0, 1).unbind(-1)
+    return scale, minimum
+
+
+def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value, fmt=ROWS) -> None:
+    """Copy contexts out of their blocks: key and value [tokens, num_kv_heads, D].
+
+    Of quantised formats every full block is read from its codes, also the last one.
+    """
     head_size = key.shape[-1]
+    if fmt.quantised:
+        for row, (length, start) in enumerate(
+            zip(seq_lens.tolist(), out_start.tolist())
+        ):
+            sealed = length // BLOCK_SIZE
+            for head in range(kv_cache.shape[1]):
+                context = (kv_cache, block_table[row], length, head, head_size, fmt)
+                k, v = _context(*context, sealed)
+                key[start : start + length, head] = k.to(key.dtype)
+                value[start : start + length, head] = v.to(value.dtype)
+        return
     rows = kv_rows(kv_cache, head_size)
     for blocks, length, start in zip(
         block_table.tolist(), seq_lens.tolist(), out_start.tolist()
@@ -147,8 +178,21 @@ def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value) -> None:
         value[start : start + length] = context[..., head_size:]
 
 
-def _context(kv_cache, blocks, length, head, head_size):
-    """Exact K and V of one row and KV head: two of [length, head_size] fp32."""
+def context(kv_cache, blocks, length, head, head_size, fmt=ROWS):
+    """K and V of one row and KV head as attention reads them: [length, head_size] fp32
+    each."""
+    sealed = fmt.sealed_blocks(length)
+    return _context(kv_cache, blocks, length, head, head_size, fmt, sealed)
+
+
+def _context(kv_cache, blocks, length, head, head_size, fmt, sealed):
+    if fmt.quantised:
+        lay = _layout(kv_cache, head_size, fmt)
+        parts = [read_block(kv_cache[int(blocks[i]), head], lay) for i in range(sealed)]
+        if rest := length - sealed * BLOCK_SIZE:
+            rows = torch.stack(tail_rows(kv_cache, blocks, sealed, head, lay)[:rest])
+            parts.append(rows.float().split(head_size, dim=-1))
+        return tuple(torch.cat(part) for part in zip(*parts))
     rows = kv_rows(kv_cache, head_size)
     count = math.ceil(length / BLOCK_SIZE)
     flat = rows[blocks[:count].long(), head].reshape(-1, 2 * head_size)[:length].float()
@@ -156,7 +200,7 @@ def _context(kv_cache, blocks, length, head, head_size):
 
 
 def sparq_probabilities(
-    query, kv_cache, blocks, length, head, rank, scale, soft_cap, top_p=1.0
+    query, kv_cache, blocks, length, head, rank, scale, soft_cap, top_p=1.0, fmt=ROWS
 ) -> torch.Tensor:
     """SparQ's step 1 for one row and KV head (arXiv 2312.04985, section 3.1).
 
@@ -174,11 +218,11 @@ def sparq_probabilities(
         [group, length] softmax probabilities over the whole context.
     """
     head_size = query.shape[-1]
-    lay = _layout(kv_cache, head_size)
+    lay = _layout(kv_cache, head_size, fmt)
     magnitude = query.abs().sum(0)
     channels = magnitude.argsort(descending=True, stable=True)[:rank]
-    sealed = length // BLOCK_SIZE
-    k, _ = _context(kv_cache, blocks, length, head, head_size)
+    sealed = fmt.sealed_blocks(length)
+    k, _ = context(kv_cache, blocks, length, head, head_size, fmt)
     k = k.clone()
     for i in range(sealed):
         k[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = dequantise_k(
@@ -194,9 +238,11 @@ def sparq_probabilities(
     return logits.softmax(-1)
 
 
-def forced_ranges(length: int, local_window: int, sink_tokens: int) -> tuple[int, int]:
+def forced_ranges(
+    length: int, local_window: int, sink_tokens: int, fmt: KvFormat = ROWS
+) -> tuple[int, int]:
     """(sinks, recent): tokens before ``sinks`` and from ``recent`` are always kept."""
-    sealed = length // BLOCK_SIZE * BLOCK_SIZE
+    sealed = fmt.sealed_blocks(length) * BLOCK_SIZE
     recent = max(0, min(length - local_window, sealed))
     return min(sink_tokens, recent), recent
 
@@ -234,6 +280,7 @@ def sparq_select(
     counts,
     kept_mass,
     workspace=None,
+    fmt=ROWS,
 ) -> None:
     """Choose the tokens that each row and KV head attends to.
 
@@ -244,7 +291,7 @@ def sparq_select(
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads
     for row, length in enumerate(seq_lens.tolist()):
-        sinks, recent = forced_ranges(length, local_window, sink_tokens)
+        sinks, recent = forced_ranges(length, local_window, sink_tokens, fmt)
         budget = int(budgets[row])
         if budget < 0 or budget >= length or recent <= sink_tokens:
             counts[row] = -1
@@ -255,8 +302,8 @@ def sparq_select(
         most = max(0, budget - forced)
         for head in range(num_kv_heads):
             q = query[row].float().view(num_kv_heads, group, head_size)[head]
-            context = (kv_cache, block_table[row], length, head)
-            probs = sparq_probabilities(q, *context, rank, scale, soft_cap, top_p=top_p)
+            estimate = (kv_cache, block_table[row], length, head, rank, scale, soft_cap)
+            probs = sparq_probabilities(q, *estimate, top_p=top_p, fmt=fmt)
             scores = probs.sum(0)[sinks:recent]
             wanted = most
             if top_p < 1:
@@ -269,6 +316,16 @@ def sparq_select(
             if kept_mass is not None:
                 mass = probs[:, kept].sum(-1).clamp(max=1.0)
                 kept_mass[row, head * group : (head + 1) * group] = mass
+
+
+def add_read(counter: torch.Tensor, kept: torch.Tensor, sealed: int) -> None:
+    """Count one KV head's tokens; with three counters, also those of them in sealed
+    blocks, and these blocks."""
+    counter[0] += len(kept)
+    if len(counter) == 3:
+        old = kept[kept < sealed * BLOCK_SIZE]
+        counter[1] += len(old)
+        counter[2] += len((old // BLOCK_SIZE).unique())
 
 
 def attend(
@@ -284,6 +341,7 @@ def attend(
     out,
     tokens_read=None,
     workspace=None,
+    fmt=ROWS,
 ) -> None:
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
@@ -293,22 +351,22 @@ def attend(
     """
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads
-    lay = _layout(kv_cache, head_size)
+    lay = _layout(kv_cache, head_size, fmt)
     for row, length in enumerate(seq_lens.tolist()):
         for head in range(num_kv_heads):
-            k, v = _context(kv_cache, block_table[row], length, head, head_size)
+            k, v = context(kv_cache, block_table[row], length, head, head_size, fmt)
             kept = torch.arange(length)
             if counts is not None and counts[row, head] >= 0:
                 kept = indices[row, head, : int(counts[row, head])].long()
             if tokens_read is not None:
-                tokens_read += len(kept)
+                add_read(tokens_read, kept, fmt.sealed_blocks(length))
             heads = slice(head * group, (head + 1) * group)
             logits = query[row, heads].float() @ k[kept].T * scale
             if soft_cap > 0:
                 logits = soft_cap * (logits / soft_cap).tanh()
             y = logits.softmax(-1) @ v[kept]
             if kept_mass is not None:
-                sealed = length // BLOCK_SIZE
+                sealed = fmt.sealed_blocks(length)
                 total = v[sealed * BLOCK_SIZE :].sum(0)
                 if sealed:
                     chunk = kv_cache[int(block_table[row, sealed - 1]), head]
@@ -338,12 +396,13 @@ def sparq_attend(
     tokens_read=None,
     kept_histogram=None,
     workspace=None,
+    fmt=ROWS,
 ) -> None:
     """Both steps of SparQ, and a count of the lists' lengths."""
     context = (query, kv_cache, block_table, seq_lens)
     lists = (indices, counts, kept_mass)
     options = (rank, local_window, sink_tokens, scale, soft_cap, top_p, min_tokens)
-    sparq_select(*context, budgets, *options, *lists)
-    attend(*context, *lists, scale, soft_cap, out, tokens_read)
+    sparq_select(*context, budgets, *options, *lists, fmt=fmt)
+    attend(*context, *lists, scale, soft_cap, out, tokens_read, fmt=fmt)
     if kept_histogram is not None:
         add_counts(counts, kept_histogram)

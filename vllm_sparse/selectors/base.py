@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import ops
+from ..cache.formats import ROWS, KvFormat
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig
 from ..ops.kept import add_counts
@@ -25,6 +26,7 @@ class LayerShape:
     scale: float
     # 0: no logits soft cap.
     soft_cap: float = 0.0
+    fmt: KvFormat = ROWS
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -32,7 +34,7 @@ class LayerShape:
 
     @property
     def layout(self) -> BlockLayout:
-        return BlockLayout(self.head_size, self.dtype.itemsize)
+        return BlockLayout(self.head_size, self.dtype.itemsize, self.fmt)
 
 
 @dataclass
@@ -103,8 +105,7 @@ class Selector(ABC):
 
         Args:
             out: [num_rows, num_heads, head_size], written.
-            tokens_read: [1] int64, the tokens attended per KV head are added to it;
-                None: not counted.
+            tokens_read: as in :func:`vllm_sparse.ops.attend`; None: not counted.
             kept_histogram: [num_kv_heads, KEPT_BINS] int64, lengths of the lists are
                 added to it (:mod:`vllm_sparse.ops.kept`).
         """
@@ -122,6 +123,7 @@ class Selector(ABC):
             out=out,
             tokens_read=tokens_read,
             workspace=rows.workspace,
+            fmt=self.shape.fmt,
         )
         if kept_histogram is not None:
             add_counts(rows.counts, kept_histogram)
@@ -131,17 +133,29 @@ class Selector(ABC):
         """Bytes read per KV head to choose tokens in a sparse row of this length."""
 
 
-def keeps_all(seq_len: int, budget: int, local_window: int, sink_tokens: int) -> bool:
+def keeps_all(
+    seq_len: int,
+    budget: int,
+    local_window: int,
+    sink_tokens: int,
+    fmt: KvFormat = ROWS,
+) -> bool:
     """Whether a row's budget and its always-kept tokens cover the context."""
     if budget < 0 or budget >= seq_len:
         return True
-    sealed = seq_len // BLOCK_SIZE * BLOCK_SIZE
+    sealed = fmt.sealed_blocks(seq_len) * BLOCK_SIZE
     return min(seq_len - local_window, sealed) <= sink_tokens
 
 
-def tokens_kept(seq_len: int, budget: int, local_window: int, sink_tokens: int) -> int:
+def tokens_kept(
+    seq_len: int,
+    budget: int,
+    local_window: int,
+    sink_tokens: int,
+    fmt: KvFormat = ROWS,
+) -> int:
     """Tokens a fixed-budget selector keeps, forced ones included."""
-    if keeps_all(seq_len, budget, local_window, sink_tokens):
+    if keeps_all(seq_len, budget, local_window, sink_tokens, fmt):
         return seq_len
-    forced = sink_tokens + max(local_window, seq_len % BLOCK_SIZE)
+    forced = sink_tokens + max(local_window, fmt.tail_tokens(seq_len))
     return max(budget, forced)

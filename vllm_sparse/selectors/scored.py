@@ -10,13 +10,7 @@ from abc import abstractmethod
 
 import torch
 
-from ..cache.layout import BLOCK_SIZE
-from ..ops.reference import (
-    forced_ranges,
-    kv_rows,
-    top_k_positions,
-    top_p_count,
-)
+from ..ops.reference import context, forced_ranges, top_k_positions, top_p_count
 from .base import DecodeRows, Selector, keeps_all
 
 
@@ -47,19 +41,20 @@ class ScoredSelector(Selector):
         for row, (length, budget) in enumerate(
             zip(rows.seq_lens_list, rows.budgets_list)
         ):
-            if keeps_all(length, budget, config.local_window, config.sink_tokens):
+            forced_tokens = (config.local_window, config.sink_tokens, shape.fmt)
+            if keeps_all(length, budget, *forced_tokens):
                 rows.counts[row] = -1
                 continue
-            sinks, recent = forced_ranges(
-                length, config.local_window, config.sink_tokens
-            )
+            sinks, recent = forced_ranges(length, *forced_tokens)
             forced = sinks + length - recent
             most = max(0, budget - forced)
-            num_blocks = -(-length // BLOCK_SIZE)
-            blocks = rows.block_table[row, :num_blocks].long()
-            # [blocks, heads, BLOCK_SIZE, head_size] -> [heads, seq_len, head_size]
-            key = kv_rows(kv_cache, shape.head_size)[blocks][..., : shape.head_size]
-            key = key.transpose(0, 1).flatten(1, 2)[:, :length].float()
+            blocks = rows.block_table[row]
+            key = torch.stack(
+                [
+                    context(kv_cache, blocks, length, h, shape.head_size, shape.fmt)[0]
+                    for h in range(shape.num_kv_heads)
+                ]
+            )
             scores = self.scores(grouped[row], key)
             if config.top_p is not None:
                 scores *= shape.num_queries_per_kv / scores.sum(-1, keepdim=True)

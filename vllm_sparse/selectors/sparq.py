@@ -5,7 +5,6 @@
 import torch
 
 from .. import ops
-from ..cache.layout import BLOCK_SIZE
 from .base import DecodeRows, Selector
 
 
@@ -19,7 +18,13 @@ class SparqSelector(Selector):
     ) -> torch.Tensor | None:
         options = self._options(query, rows)
         ops.sparq_select(
-            query, kv_cache, rows.block_table, rows.seq_lens, rows.budgets, **options
+            query,
+            kv_cache,
+            rows.block_table,
+            rows.seq_lens,
+            rows.budgets,
+            **options,
+            fmt=self.shape.fmt,
         )
         return options["kept_mass"]
 
@@ -43,6 +48,7 @@ class SparqSelector(Selector):
             out=out,
             tokens_read=tokens_read,
             kept_histogram=kept_histogram,
+            fmt=self.shape.fmt,
         )
 
     def _options(self, query: torch.Tensor, rows: DecodeRows) -> dict:
@@ -66,7 +72,8 @@ class SparqSelector(Selector):
 
     def score_bytes(self, seq_len: int) -> int:
         layout = self.shape.layout
-        size = layout.score_bytes(seq_len // BLOCK_SIZE, self.config.rank)
+        sealed = self.shape.fmt.sealed_blocks(seq_len)
+        size = layout.score_bytes(sealed, self.config.rank)
         if self.config.mean_value:
             size += layout.head_size * 2
         return size

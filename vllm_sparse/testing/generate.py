@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..cache.formats import ROWS, KvFormat
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 
 
@@ -47,10 +48,14 @@ class PagedContext:
 
 
 def empty_cache(
-    num_blocks: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+    num_blocks: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    fmt: KvFormat = ROWS,
 ) -> torch.Tensor:
     """A cache full of NaN (every byte 0xFF), so that unwritten memory shows."""
-    layout = BlockLayout(head_size, dtype.itemsize)
+    layout = BlockLayout(head_size, dtype.itemsize, fmt)
     shape = (num_blocks, num_kv_heads, BLOCK_SIZE, layout.content_bytes)
     return torch.full(shape, 0xFF, dtype=torch.uint8).view(dtype)
 
@@ -62,22 +67,24 @@ def paged_context(
     dtype: torch.dtype,
     generator: torch.Generator,
     spare_blocks: int = 3,
+    fmt: KvFormat = ROWS,
 ) -> PagedContext:
     """Random keys (with a few strong channels, as in real models) and values."""
-    max_blocks = max(-(-length // BLOCK_SIZE) for length in seq_lens)
-    total = sum(-(-length // BLOCK_SIZE) for length in seq_lens) + 1 + spare_blocks
+    ahead = BlockLayout(head_size, dtype.itemsize, fmt).lookahead_blocks
+    counts = [-(-length // BLOCK_SIZE) + ahead for length in seq_lens]
+    max_blocks, total = max(counts), sum(counts) + 1 + spare_blocks
     order = (torch.randperm(total - 1, generator=generator) + 1).tolist()
     table = torch.zeros(len(seq_lens), max_blocks + 1, dtype=torch.int32)
     keys, values = [], []
     strength = torch.rand(num_kv_heads, head_size, generator=generator) * 2
     offset = torch.randn(num_kv_heads, head_size, generator=generator)
     for row, length in enumerate(seq_lens):
-        count = -(-length // BLOCK_SIZE)
+        count = counts[row]
         table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
         shape = (length, num_kv_heads, head_size)
         key = torch.randn(shape, generator=generator) * strength + offset
         keys.append(key.to(dtype))
         values.append(torch.randn(shape, generator=generator).to(dtype))
-    cache = empty_cache(total, num_kv_heads, head_size, dtype)
+    cache = empty_cache(total, num_kv_heads, head_size, dtype, fmt)
     lens = torch.tensor(seq_lens, dtype=torch.int32)
     return PagedContext(cache, table, lens, keys, values)

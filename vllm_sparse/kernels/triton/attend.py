@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check, check_heads, check_lists, check_rows
+from .checks import check, check_heads, check_lists, check_rows, rows_only
 from .common import BLOCK_SIZE, cache_args, capped, chunk_of, kernel, row_chunks
 from .merge import merge_kernel
 from .splits import SPLITS, share_of, tokens_of
@@ -126,8 +126,10 @@ def attend(
     out: torch.Tensor,
     tokens_read: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    kv_format: int = 0,
 ) -> None:
     """See :func:`vllm_sparse.ops.attend`; ``workspace`` is not used."""
+    rows_only(kv_format)
     lay = check_rows(query, kv_cache, block_table, seq_lens)
     check_lists(query, kv_cache, indices, counts, kept_mass)
     check_heads(out, "out", kv_cache, query.shape)

@@ -37,6 +37,10 @@ def check(
         )
 
 
+def rows_only(kv_format: int) -> None:
+    expect(kv_format == 0, "quantised formats have no Triton kernels")
+
+
 def check_cache(kv_cache: torch.Tensor, head_size: int) -> BlockLayout:
     """[num_blocks, num_kv_heads, BLOCK_SIZE, C], each (block, head) contiguous."""
     expect(kv_cache.dim() == 4, "kv_cache must have 4 dimensions")

@@ -5,7 +5,7 @@
 import torch
 import triton.language as tl
 
-from .checks import check, check_cache, expect
+from .checks import check, check_cache, expect, rows_only
 from .common import BLOCK_SIZE, cache_args, chunk_of, context_length, kernel
 
 TOKENS = 32  # moved at a time
@@ -56,8 +56,10 @@ def gather_kv(
     out_start: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    kv_format: int = 0,
 ) -> None:
     """See :func:`vllm_sparse.ops.gather_kv`."""
+    rows_only(kv_format)
     expect(key.dim() == 3, "key must have 3 dimensions")
     lay = check_cache(kv_cache, key.shape[2])
     num_kv_heads = kv_cache.shape[1]

@@ -11,7 +11,7 @@ import triton
 
 from ...ops.kept import add_counts
 from .attend import attend
-from .checks import check, check_lists, check_rows, expect
+from .checks import check, check_lists, check_rows, expect, rows_only
 from .common import BLOCK_SIZE, cache_args, row_chunks, sidecar_args
 from .pool import normaliser_kernel, pool_kernel
 from .prepare import prepare_kernel
@@ -38,8 +38,10 @@ def sparq_select(
     counts: torch.Tensor,
     kept_mass: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    kv_format: int = 0,
 ) -> None:
     """See :func:`vllm_sparse.ops.sparq_select`; ``workspace`` is not used."""
+    rows_only(kv_format)
     lay = check_rows(query, kv_cache, block_table, seq_lens)
     num_rows, num_heads, head_size = query.shape
     check(budgets, "budgets", kv_cache, torch.int32, (num_rows,))
@@ -206,8 +208,10 @@ def sparq_attend(
     tokens_read: torch.Tensor | None = None,
     kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    kv_format: int = 0,
 ) -> None:
     """See :func:`vllm_sparse.ops.sparq_attend`."""
+    rows_only(kv_format)
     context = (query, kv_cache, block_table, seq_lens)
     options = (rank, local_window, sink_tokens, scale, soft_cap, top_p, min_tokens)
     lists = (indices, counts, kept_mass)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Quantised blocks through builder and layer: whatever the steps, a token sees codes of
+the blocks before its own and its own block exactly (driver.py)."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_sparse.cache.formats import FORMATS  # noqa: E402
+from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
+
+from .driver import BF16, DENSE, FP16, GQA, MHA, MQA, SPARSE, Part, decode  # noqa: E402
+from .test_backend import DRAFT_STEPS, SCENARIOS, num_requests, run_scenario  # noqa: E402
+
+NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
+pytestmark = pytest.mark.parametrize("drive", ["cpu"], indirect=True)
+
+
+@pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_steps_make_no_difference(drive, scenario, name, options):
+    steps = SCENARIOS[scenario]
+    driver = drive(GQA, options | {"kv_format": name}, num_requests(steps))
+    run_scenario(driver, steps)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(GQA, dtype=BF16),
+        replace(GQA, soft_cap=3.0),
+        MHA,
+        replace(MQA, dtype=FP16),
+    ],
+    ids=["gqa-bf16", "gqa-soft-cap", "mha-80", "mqa-128-fp16"],
+)
+@pytest.mark.parametrize("scenario", ["mixed", "chunked-prefill"])
+def test_other_shapes_and_dtypes(drive, scenario, shape):
+    steps = SCENARIOS[scenario]
+    driver = drive(shape, SPARSE | {"kv_format": "int4"}, num_requests(steps))
+    run_scenario(driver, steps)
+
+
+@pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", DRAFT_STEPS.values(), ids=DRAFT_STEPS)
+def test_rejected_drafts_are_forgotten(drive, steps, name, options):
+    shape = replace(GQA, spec_tokens=3)
+    driver = drive(shape, options | {"kv_format": name}, num_requests(steps))
+    run_scenario(driver, steps)
+
+
+@pytest.mark.parametrize("user_first", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cached_prefix_is_read_in_the_step_that_fills_it(drive, name, user_first):
+    driver = drive(GQA, SPARSE | {"kv_format": name}, 4)
+    driver.step(Part(2, 150))
+    owner, user = Part(0, 300), Part(1, 172, hit=(0, 1))
+    prompts = (user, owner) if user_first else (owner, user)
+    driver.step(decode(2), *prompts)
+    driver.step(decode(2), decode(1), decode(0), Part(3, 1, hit=(0, 2)))
+    driver.step(*[decode(i) for i in range(4)])
+    assert driver.check_sealed() == 2 + 2 + 1 + 2
+
+
+def test_statistics_are_bytes_of_codes_and_rows(drive):
+    driver = drive(GQA, SPARSE | {"kv_format": "int4"}, 1)
+    driver.step(Part(0, 299))
+    driver.step(decode(0))
+    layout = driver.impl.shape.layout
+    totals = driver.recorder.snapshot()
+    heads, config = GQA.kv_heads, driver.impl.config
+    assert totals["kv_bytes_dense"] == 300 * heads * layout.row_bytes
+    scores = layout.score_bytes(2, config.rank)
+    rows = (300 - 256) * layout.row_bytes
+    kept = 60 - (300 - 256)
+    codes = kept * layout.value_token_bytes
+    least, most = (
+        heads * (scores + rows + codes + blocks * layout.key_block_bytes)
+        for blocks in (1, 2)
+    )
+    assert least <= totals["kv_bytes_read"] <= most
+
+
+def test_the_format_of_a_running_engine_is_fixed(drive):
+    driver = drive(GQA, SPARSE | {"kv_format": "int4"}, 1)
+    other = SparseConfig.from_additional_config({"sparse": SPARSE})
+    with pytest.raises(SparseConfigError, match="kv_format = 'auto' cannot replace"):
+        driver.builder.check(other)
+
+
+def test_layers_that_share_a_cache_are_refused(drive):
+    with pytest.raises(NotImplementedError, match="layers share a cache"):
+        drive(
+            GQA,
+            SPARSE | {"kv_format": "int4"},
+            1,
+            kv_sharing_target_layer_name="model.layers.0.self_attn.attn",
+        )
+
+
+def test_too_many_drafts_are_refused(drive):
+    shape = replace(GQA, spec_tokens=40)
+    with pytest.raises(SparseConfigError, match="verifies at most"):
+        drive(shape, SPARSE | {"kv_format": "int4"}, 1)
+
+
+def test_a_group_that_does_not_fit_the_head_size_is_refused(drive):
+    options = SPARSE | {"kv_format": "int4", "kv_group_size": 48}
+    with pytest.raises(SparseConfigError, match=r"one of \[16, 32, 64\]"):
+        drive(GQA, options, 1)

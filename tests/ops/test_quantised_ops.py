@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Quantised blocks against the fp32 reference: ragged, random, NaN-poisoned inputs."""
+
+import pytest
+import torch
+
+from vllm_sparse import ops
+from vllm_sparse.cache.formats import FORMATS, ROWS, KvFormat, resolve_format
+from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
+from vllm_sparse.ops import reference
+from vllm_sparse.testing.compare import assert_close
+from vllm_sparse.testing.generate import PagedContext, paged_context
+
+NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
+# num_heads, num_kv_heads, head_size, dtype
+SHAPES = [
+    ((9, 3, 64), torch.bfloat16),
+    ((9, 3, 64), torch.float16),
+    ((4, 4, 80), torch.float32),
+    ((8, 2, 128), torch.bfloat16),
+    ((4, 1, 256), torch.float32),
+    ((7, 1, 64), torch.float32),
+]
+SEQ_LENS = [1, 127, 128, 129, 256, 400]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def context(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    fmt: KvFormat,
+    seq_lens: list[int] = SEQ_LENS,
+) -> PagedContext:
+    _, num_kv_heads, head_size = shape
+    return paged_context(seq_lens, num_kv_heads, head_size, dtype, generator(), fmt=fmt)
+
+
+def store(
+    ctx: PagedContext, fmt: KvFormat, steps: list[list[int]], by=ops
+) -> torch.Tensor:
+    """Store contexts step by step; returns the cache.
+
+    Args:
+        steps: the lengths that the rows have after each step; a row whose length goes
+            down had drafts rejected.
+    """
+    cache = ctx.kv_cache.clone()
+    done = [0] * len(ctx.keys)
+    for lengths in steps:
+        keys, values, starts = [], [], [0]
+        for row, length in enumerate(lengths):
+            first = min(done[row], length)
+            keys.append(ctx.keys[row][first:length])
+            values.append(ctx.values[row][first:length])
+            starts.append(starts[-1] + length - first)
+        done = list(lengths)
+        args = (torch.cat(keys), torch.cat(values), cache, ctx.block_table)
+        rest = (torch.tensor(lengths).int(), torch.tensor(starts).int())
+        by.store_quantised(*args, *rest, fmt)
+    return cache
+
+
+def filled(shape, dtype, fmt, seq_lens=SEQ_LENS) -> PagedContext:
+    """Prefilled up to the last 5 tokens of each row, which are decoded."""
+    ctx = context(shape, dtype, fmt, seq_lens)
+    prompt = [max(length - 5, 0) for length in seq_lens]
+    steps = [prompt] + [
+        [min(p + i, length) for p, length in zip(prompt, seq_lens)] for i in range(1, 6)
+    ]
+    ctx.kv_cache = store(ctx, fmt, steps, by=reference)
+    return ctx
+
+
+def parts(ctx: PagedContext, cache: torch.Tensor, fmt: KvFormat):
+    """Codes and params of sealed blocks, their means, and rows of tails."""
+    head_size = ctx.keys[0].shape[-1]
+    lay = BlockLayout(head_size, cache.element_size(), fmt)
+    codes, means, rows = [], [], []
+    for row, length in enumerate(ctx.seq_lens.tolist()):
+        sealed = fmt.sealed_blocks(length)
+        for head in range(cache.shape[1]):
+            for i in range(sealed):
+                chunk = cache[int(ctx.block_table[row, i]), head].reshape(-1)
+                chunk = chunk.view(torch.uint8)
+                codes.append(chunk[: lay.prefix_mean_offset])
+                mean = chunk[lay.prefix_mean_offset :][: 2 * head_size * fmt.has_mean]
+                means.append(mean.view(torch.float16))
+            tail = reference.tail_rows(cache, ctx.block_table[row], sealed, head, lay)
+            rows += tail[: length - sealed * BLOCK_SIZE]
+    return torch.cat(codes), torch.cat(means), torch.stack(rows)
+
+
+def chunked(lengths: list[int], size: int) -> list[list[int]]:
+    steps = range(size, max(lengths) + size, size)
+    return [[min(at, length) for length in lengths] for at in steps]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+def test_stored_blocks_equal_the_reference_bit_for_bit(shape, dtype, name):
+    fmt = resolve_format(name, None, shape[2])
+    ctx = context(shape, dtype, fmt)
+    got = parts(ctx, store(ctx, fmt, [SEQ_LENS]), fmt)
+    want = parts(ctx, store(ctx, fmt, [SEQ_LENS], by=reference), fmt)
+    assert torch.equal(got[0], want[0])
+    assert_close(got[1], want[1])
+    assert torch.equal(got[2], want[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_depend_on_tokens_alone_not_on_steps(dtype, name):
+    """One prompt, chunks of any size, tokens one by one, drafts that are rejected."""
+    shape, lengths = (6, 2, 64), [700, 257, 128, 129]
+    fmt = resolve_format(name, None, 64, has_mean=dtype == torch.float32)
+    ctx = context(shape, dtype, fmt, lengths)
+    want = parts(ctx, store(ctx, fmt, [lengths]), fmt)
+    most = BlockLayout(64, dtype.itemsize, fmt).rows_per_block
+    drafts = []
+    for at in range(0, 700, 7):
+        # Up to `most` tokens are tried, 7 of them are kept.
+        drafts.append([min(at + most, n) for n in lengths])
+        drafts.append([min(at + 7, n) for n in lengths])
+    ways = [chunked(lengths, size) for size in (100, 300, 1)] + [[*drafts, lengths]]
+    for steps in ways:
+        got = parts(ctx, store(ctx, fmt, steps), fmt)
+        assert torch.equal(got[0], want[0])
+        if fmt.has_mean:
+            assert_close(got[1], want[1])
+        assert torch.equal(got[2], want[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rejected_drafts_leave_no_trace(name):
+    """Wrong drafts cross a block's end and are replaced by other tokens."""
+    fmt = resolve_format(name, None, 64)
+    ctx = context((6, 2, 64), torch.bfloat16, fmt, [300])
+    wrong = context((6, 2, 64), torch.bfloat16, fmt, [300])
+    cache = store(ctx, fmt, [[126]])
+    wrong.keys[0] = wrong.keys[0] + 1
+    for source, first, last in ((wrong, 126, 140), (ctx, 127, 135), (ctx, 135, 300)):
+        source = ctx if source is ctx else wrong
+        if source is wrong:  # one draft was right
+            source.keys[0][126] = ctx.keys[0][126]
+            source.values[0][126] = ctx.values[0][126]
+        ops.store_quantised(
+            source.keys[0][first:last],
+            source.values[0][first:last],
+            cache,
+            ctx.block_table,
+            torch.tensor([last]).int(),
+            torch.tensor([0, last - first]).int(),
+            fmt,
+        )
+    got, want = (parts(ctx, t, fmt) for t in (cache, store(ctx, fmt, [[300]])))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[2], want[2])
+
+
+def test_a_shared_prefix_is_sealed_before_means_are_taken_of_it():
+    fmt = resolve_format("int4", None, 64)
+    ctx = context((6, 2, 64), torch.float32, fmt, [384, 384])
+    ctx.block_table[1, :2] = ctx.block_table[0, :2]
+    ctx.keys[1][:256], ctx.values[1][:256] = ctx.keys[0][:256], ctx.values[0][:256]
+    # The second request starts where the first one's prefix ends, in the same step.
+    new = [0, 384, 512]
+    ops.store_quantised(
+        torch.cat([ctx.keys[0], ctx.keys[1][256:]]),
+        torch.cat([ctx.values[0], ctx.values[1][256:]]),
+        ctx.kv_cache,
+        ctx.block_table,
+        ctx.seq_lens,
+        torch.tensor(new).int(),
+        fmt,
+    )
+    lay = BlockLayout(64, 4, fmt)
+    for row in range(2):
+        chunk = ctx.kv_cache[int(ctx.block_table[row, 2]), 1]
+        assert_close(
+            reference.prefix_mean(chunk, lay), ctx.values[row][:, 1].mean(0), 1e-2
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_values_stay_finite(name):
+    fmt = resolve_format(name, None, 64)
+    ctx = context((1, 1, 64), torch.float32, fmt, [129])
+    ctx.keys[0][:, 0, 0] = 3.25
+    ctx.keys[0][:, 0, 1] = torch.linspace(-1e6, 1e6, 129)
+    ctx.values[0][5] = 2.5
+    ctx.values[0][6, 0, :2] = torch.tensor([-1e6, 1e6])
+    cache = store(ctx, fmt, [[129]])
+    want = store(ctx, fmt, [[129]], by=reference)
+    assert torch.equal(parts(ctx, cache, fmt)[0], parts(ctx, want, fmt)[0])
+    chunk = cache[int(ctx.block_table[0, 0]), 0]
+    key, value = reference.read_block(chunk, BlockLayout(64, 4, fmt))
+    assert key.isfinite().all() and value.isfinite().all()
+    assert torch.equal(value[5], torch.full((64,), 2.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+def test_gather_reads_every_full_block_from_its_codes(shape, dtype, name):
+    fmt = resolve_format(name, None, shape[2])
+    ctx = filled(shape, dtype, fmt)
+    starts = torch.tensor([0] + [n + 1 for n in SEQ_LENS[:-1]]).cumsum(0)
+    size = (int(starts[-1]) + SEQ_LENS[-1], shape[1], shape[2])
+    got = [torch.full(size, torch.nan, dtype=dtype) for _ in range(2)]
+    want = [t.clone() for t in got]
+    args = (ctx.kv_cache, ctx.block_table, ctx.seq_lens, starts)
+    ops.gather_kv(*args, *got, fmt)
+    reference.gather_kv(*args, *want, fmt)
+    for g, w in zip(got, want):
+        assert torch.equal(g.isnan(), w.isnan())
+        assert_close(g.nan_to_num(), w.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_are_as_near_as_their_bits_allow(name):
+    fmt = resolve_format(name, None, 64)
+    ctx = context((1, 1, 64), torch.float32, fmt, [129])
+    chunk = store(ctx, fmt, [[129]])[int(ctx.block_table[0, 0]), 0]
+    key, value = reference.read_block(chunk, BlockLayout(64, 4, fmt))
+    exact = [t[0][:128, 0] for t in (ctx.keys, ctx.values)]
+    key, exact[0] = (t.unflatten(0, (-1, fmt.key_group)) for t in (key, exact[0]))
+    step = (exact[0].amax(1) - exact[0].amin(1)) / (2**fmt.key_bits - 1)
+    assert ((key - exact[0]).abs() <= 0.52 * step[:, None] + 2e-3).all()
+    groups = exact[1].unflatten(1, (-1, fmt.value_group))
+    step = (groups.amax(-1) - groups.amin(-1)) / (2**fmt.value_bits - 1)
+    error = (value - exact[1]).abs().unflatten(1, (-1, fmt.value_group)).amax(-1)
+    assert (error <= 0.52 * step + 2e-3).all()
+
+
+def lists(ctx: PagedContext, num_heads: int, with_mass: bool = True):
+    shape = (len(ctx.keys), ctx.kv_cache.shape[1])
+    return dict(
+        indices=torch.full((*shape, max(SEQ_LENS)), -7, dtype=torch.int32),
+        counts=torch.full(shape, -7, dtype=torch.int32),
+        kept_mass=torch.full((shape[0], num_heads), torch.nan) if with_mass else None,
+    )
+
+
+def query_of(ctx: PagedContext, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    size = (len(ctx.keys), num_heads, ctx.keys[0].shape[-1])
+    return torch.randn(size, generator=generator(7)).to(dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+def test_dense_attention_over_codes_and_tail(shape, dtype, name):
+    num_heads, _, head_size = shape
+    fmt = resolve_format(name, None, head_size)
+    ctx = filled(shape, dtype, fmt)
+    query = query_of(ctx, num_heads, dtype)
+    got, want = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    read, expected = torch.zeros(3).long(), torch.zeros(3).long()
+    options = dict(scale=head_size**-0.5, soft_cap=0.0)
+    ops.attend(*args, **options, out=got, tokens_read=read, fmt=fmt)
+    nothing = dict(indices=None, counts=None, kept_mass=None, fmt=fmt)
+    reference.attend(*args, **nothing, **options, out=want, tokens_read=expected)
+    assert_close(got, want)
+    assert torch.equal(read, expected)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p):
+    num_heads, _, head_size = shape
+    fmt = resolve_format(name, None, head_size)
+    ctx = filled(shape, dtype, fmt)
+    query = query_of(ctx, num_heads, dtype)
+    budgets = torch.tensor([-1, 60, 60, 40, 150, 150]).int()
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    options = dict(
+        rank=head_size // 4,
+        local_window=16,
+        sink_tokens=4,
+        scale=head_size**-0.5,
+        soft_cap=0.0,
+        top_p=top_p,
+        min_tokens=20,
+    )
+    # Lists of nearly equal scores may differ: attend is compared on the same lists.
+    chosen, want = lists(ctx, num_heads), lists(ctx, num_heads)
+    ops.sparq_select(*args, budgets, **options, **chosen, fmt=fmt)
+    reference.sparq_select(*args, budgets, **options, **want, fmt=fmt)
+    if top_p == 1.0:
+        assert torch.equal(chosen["counts"], want["counts"])
+    sparse = chosen["counts"] > 0
+    assert sparse.any()
+    for row, head in sparse.nonzero().tolist():
+        kept, best = (
+            set(t["indices"][row, head, : int(t["counts"][row, head])].tolist())
+            for t in (chosen, want)
+        )
+        assert len(kept ^ best) <= max(4, len(best) // 8)
+    outs = [torch.full_like(query, torch.nan) for _ in range(3)]
+    counters = [torch.zeros(3).long() for _ in range(3)]
+    scale = dict(scale=options["scale"], soft_cap=0.0, fmt=fmt)
+    ops.attend(*args, **chosen, **scale, out=outs[0], tokens_read=counters[0])
+    again = lists(ctx, num_heads)
+    ops.sparq_attend(
+        *args,
+        budgets,
+        **options,
+        **again,
+        out=outs[1],
+        tokens_read=counters[1],
+        fmt=fmt,
+    )
+    reference.attend(*args, **chosen, **scale, out=outs[2], tokens_read=counters[2])
+    assert_close(outs[0], outs[2])
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(counters[0], counters[2])
+    assert torch.equal(counters[0], counters[1])
+
+
+def test_an_attention_cap_and_long_contexts():
+    """More than one split of 256 tokens, lists that begin inside a block."""
+    fmt = resolve_format("int4", None, 64)
+    ctx = filled((4, 2, 64), torch.float32, fmt, [1500])
+    query = query_of(ctx, 4, torch.float32)
+    picked = torch.arange(0, 1500, 3).int()
+    chosen = dict(
+        indices=picked.expand(1, 2, -1).contiguous(),
+        counts=torch.full((1, 2), len(picked), dtype=torch.int32),
+        kept_mass=None,
+    )
+    outs = [torch.empty_like(query) for _ in range(2)]
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    for op, out in zip((ops.attend, reference.attend), outs):
+        op(*args, **chosen, scale=0.3, soft_cap=5.0, out=out, fmt=fmt)
+    assert_close(*outs)
+
+
+def test_contracts():
+    fmt = resolve_format("int4", None, 64)
+    ctx = filled((4, 2, 64), torch.float32, fmt, [300])
+    query = query_of(ctx, 4, torch.float32)
+    out = torch.empty_like(query)
+
+    def attend(**changes):
+        args = dict(kv_cache=ctx.kv_cache, block_table=ctx.block_table, fmt=fmt)
+        args |= changes
+        ops.attend(
+            query,
+            seq_lens=ctx.seq_lens,
+            scale=1.0,
+            out=out,
+            **args,
+        )
+
+    attend()
+    with pytest.raises(RuntimeError, match="bytes per token and head"):
+        attend(fmt=ROWS)
+    with pytest.raises(RuntimeError, match="bytes per token and head"):
+        attend(fmt=resolve_format("int8", None, 64))
+    with pytest.raises(RuntimeError, match="not a format for head size 64"):
+        attend(fmt=KvFormat("int4", 4, 4, 48))
+    with pytest.raises(RuntimeError, match="hold the mean of V"):
+        bare = resolve_format("int4", None, 64, has_mean=False)
+        cache = context((4, 2, 64), torch.float32, bare, [300]).kv_cache
+        mass = torch.ones(1, 4)
+        attend(kv_cache=cache, fmt=bare, kept_mass=mass)
+    with pytest.raises(RuntimeError, match="does not fit a block_table"):
+        attend(block_table=ctx.block_table[:, :5].contiguous())
+    rest = (ctx.seq_lens, torch.tensor([0, 300]).int())
+    tokens = (ctx.keys[0], ctx.values[0], ctx.kv_cache)
+    with pytest.raises(RuntimeError, match="needs a quantised format"):
+        ops.store_quantised(*tokens, ctx.block_table, *rest, ROWS)
+    with pytest.raises(RuntimeError, match="beyond its tokens"):
+        short = ctx.block_table[:, :5].contiguous()
+        ops.store_quantised(*tokens, short, *rest, fmt)
+    with pytest.raises(RuntimeError, match="is not one of the"):
+        broken = ctx.block_table.clone()
+        broken[0, 4] = 10**6
+        ops.store_quantised(*tokens, broken, *rest, fmt)
+    with pytest.raises(RuntimeError, match="must hold at least 300 tokens"):
+        less = (ctx.keys[0][:299], ctx.values[0][:299], ctx.kv_cache)
+        ops.store_quantised(*less, ctx.block_table, *rest, fmt)
