@@ -26,6 +26,9 @@ class EngineOptions:
     max_model_len: int = 8192
     max_num_seqs: int = 16
     kv_cache_gib: float = 4.0
+    # Ours: sparse.kv_format. vLLM's own, for its own backends: --kv-cache-dtype.
+    kv_format: str = "auto"
+    kv_cache_dtype: str = "auto"
 
 
 class Engine:
@@ -41,7 +44,11 @@ class Engine:
 
         self.options = options
         self.is_stock = options.attention_backend != OUR_BACKEND
-        extra = {} if self.is_stock else {"worker_extension_cls": WORKER_EXTENSION}
+        extra = {"kv_cache_dtype": options.kv_cache_dtype}
+        if not self.is_stock:
+            self.fixed = {"kv_format": options.kv_format}
+            extra["worker_extension_cls"] = WORKER_EXTENSION
+            extra["additional_config"] = {"sparse": self.fixed}
         # ForceTokens is written for this runner, which is the CPU's only one.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self.llm = LLM(
@@ -76,7 +83,9 @@ class Engine:
             ValueError: a sparse method on stock vLLM.
         """
         if not self.is_stock:
-            self.llm.collective_rpc("reconfigure_sparse", args=(options,))
+            self.llm.collective_rpc(
+                "reconfigure_sparse", args=({**options, **self.fixed},)
+            )
         elif options["selector"] != "dense":
             raise ValueError(
                 f"attention backend {self.options.attention_backend!r} is dense only, "

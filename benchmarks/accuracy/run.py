@@ -24,6 +24,7 @@ from benchmarks.accuracy.methods import Method, options_for, parse_method
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.tasks import TASKS, Sample, make_samples
 from benchmarks.accuracy.text import TextSources
+from vllm_sparse.cache.formats import FORMATS
 from vllm_sparse.config import SELECTOR_NAMES
 
 if TYPE_CHECKING:  # imports vLLM, which only main() needs
@@ -210,6 +211,8 @@ def main() -> None:
     )
     add("--max-num-seqs", type=int, default=EngineOptions.max_num_seqs)
     add("--kv-cache-gib", type=float, default=EngineOptions.kv_cache_gib)
+    add("--kv-format", default="auto", choices=FORMATS, help="of our cache")
+    add("--kv-cache-dtype", default="auto", help="of vLLM's, with its own backends")
     add("--output", type=Path, required=True)
     args = parser.parse_args()
     if len(args.samples) not in (1, len(args.lengths)):
@@ -223,6 +226,8 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         kv_cache_gib=args.kv_cache_gib,
+        kv_format=args.kv_format,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     save = partial(write_result, args.output, plan, options)
     records = run(plan, Engine(options), save=save)
