@@ -20,7 +20,7 @@ from vllm.config import (  # noqa: E402
     set_current_vllm_config,
 )
 
-from .driver import BF16, FP32, Driver, Shape, plain_prefill  # noqa: E402
+from .driver import BF16, FP32, Driver, Shape, plain_attention  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def drive(model_folder, request, monkeypatch):
     if path == "triton-on-cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
     if path in ("gpu-on-cpu", "triton-on-cpu"):
-        from vllm_sparse.attention import gpu_impl
+        from vllm_sparse.attention import gpu_impl, gpu_prefill
 
         monkeypatch.setattr(gpu_impl, "flash_attention_version", lambda shape: 0)
-        monkeypatch.setattr(gpu_impl, "prefill", plain_prefill)
+        monkeypatch.setattr(gpu_prefill, "attend_pages", plain_attention)
 
     def make(shape: Shape, options: dict, num_requests: int, **layer_arguments):
         if path == "gpu" and shape.dtype == FP32:

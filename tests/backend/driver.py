@@ -80,11 +80,8 @@ class Request:
         return 0 if self.key is None else len(self.key)
 
 
-def plain_prefill(query, kv_cache, rows, shape, version, out) -> None:
+def plain_attention(query, key, value, rows, shape, version, out) -> None:
     """What FlashAttention computes, from the views that it is given."""
-    from vllm_sparse.attention.gpu_prefill import key_value_views
-
-    key, value = key_value_views(kv_cache, shape.head_size)
     starts = rows.query_start_loc.tolist()
     for row, length in enumerate(rows.seq_lens.tolist()):
         tokens = slice(starts[row], starts[row + 1])

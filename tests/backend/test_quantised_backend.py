@@ -16,11 +16,13 @@ from .driver import BF16, DENSE, FP16, GQA, MHA, MQA, SPARSE, Part, decode  # no
 from .test_backend import DRAFT_STEPS, SCENARIOS, num_requests, run_scenario  # noqa: E402
 
 NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
-pytestmark = pytest.mark.parametrize("drive", ["cpu"], indirect=True)
+CASES = [("cpu", name) for name in NAMES] + [("gpu-on-cpu", "int4")]
+on_every_path = pytest.mark.parametrize(("drive", "name"), CASES, indirect=["drive"])
+on_the_cpu = pytest.mark.parametrize("drive", ["cpu"], indirect=True)
 
 
 @pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("name", NAMES)
+@on_every_path
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_steps_make_no_difference(drive, scenario, name, options):
     steps = SCENARIOS[scenario]
@@ -28,6 +30,7 @@ def test_steps_make_no_difference(drive, scenario, name, options):
     run_scenario(driver, steps)
 
 
+@on_the_cpu
 @pytest.mark.parametrize(
     "shape",
     [
@@ -46,7 +49,7 @@ def test_other_shapes_and_dtypes(drive, scenario, shape):
 
 
 @pytest.mark.parametrize("options", [DENSE, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("name", NAMES)
+@on_every_path
 @pytest.mark.parametrize("steps", DRAFT_STEPS.values(), ids=DRAFT_STEPS)
 def test_rejected_drafts_are_forgotten(drive, steps, name, options):
     shape = replace(GQA, spec_tokens=3)
@@ -55,7 +58,7 @@ def test_rejected_drafts_are_forgotten(drive, steps, name, options):
 
 
 @pytest.mark.parametrize("user_first", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@on_every_path
 def test_a_cached_prefix_is_read_in_the_step_that_fills_it(drive, name, user_first):
     driver = drive(GQA, SPARSE | {"kv_format": name}, 4)
     driver.step(Part(2, 150))
@@ -67,6 +70,7 @@ def test_a_cached_prefix_is_read_in_the_step_that_fills_it(drive, name, user_fir
     assert driver.check_sealed() == 2 + 2 + 1 + 2
 
 
+@on_the_cpu
 def test_statistics_are_bytes_of_codes_and_rows(drive):
     driver = drive(GQA, SPARSE | {"kv_format": "int4"}, 1)
     driver.step(Part(0, 299))
@@ -86,6 +90,7 @@ def test_statistics_are_bytes_of_codes_and_rows(drive):
     assert least <= totals["kv_bytes_read"] <= most
 
 
+@on_the_cpu
 def test_the_format_of_a_running_engine_is_fixed(drive):
     driver = drive(GQA, SPARSE | {"kv_format": "int4"}, 1)
     other = SparseConfig.from_additional_config({"sparse": SPARSE})
@@ -93,6 +98,7 @@ def test_the_format_of_a_running_engine_is_fixed(drive):
         driver.builder.check(other)
 
 
+@on_the_cpu
 def test_layers_that_share_a_cache_are_refused(drive):
     with pytest.raises(NotImplementedError, match="layers share a cache"):
         drive(
@@ -103,12 +109,14 @@ def test_layers_that_share_a_cache_are_refused(drive):
         )
 
 
+@on_the_cpu
 def test_too_many_drafts_are_refused(drive):
     shape = replace(GQA, spec_tokens=40)
     with pytest.raises(SparseConfigError, match="verifies at most"):
         drive(shape, SPARSE | {"kv_format": "int4"}, 1)
 
 
+@on_the_cpu
 def test_a_group_that_does_not_fit_the_head_size_is_refused(drive):
     options = SPARSE | {"kv_format": "int4", "kv_group_size": 48}
     with pytest.raises(SparseConfigError, match=r"one of \[16, 32, 64\]"):

@@ -7,8 +7,7 @@ import torch
 from .. import ops
 from ..selectors import DecodeRows, Selector
 from .cpu_metadata import SparseMetadata
-from .cpu_prefill import prefill
-from .cpu_quantised_prefill import QuantisedPrefill
+from .cpu_prefill import QuantisedRows, prefill
 from .impl import SparseAttentionImpl
 from .stats import recorder
 
@@ -47,16 +46,17 @@ class CpuSparseAttentionImpl(SparseAttentionImpl[SparseMetadata]):
         meta = attn_metadata
         split, end = meta.num_decode_tokens, meta.num_actual_tokens
         prompts = meta.prefill
-        quantised = isinstance(prompts, QuantisedPrefill)
+        quantised = isinstance(prompts, QuantisedRows)
         if quantised:
-            prompts.before_storing(kv_cache, self.shape)
+            tails = prompts.plan.save_tails(kv_cache, self.shape)
         if self.owns_cache:
             self._store(key, value, kv_cache, meta)
         if meta.decode is not None:
             self._decode(layer, query[:split], kv_cache, meta.decode, output[:split])
         if quantised:
-            tokens = (query[split:end], key[split:end], value[split:end])
-            prompts.attend(*tokens, kv_cache, self.shape, output[split:end])
+            new = (key[split:end], value[split:end])
+            rows, out = query[split:end], output[split:end]
+            prompts.attend(rows, new, tails, kv_cache, self.shape, out)
         elif prompts is not None:
             prefill(
                 query[split:end],

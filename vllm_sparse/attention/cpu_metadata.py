@@ -11,8 +11,14 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from ..selectors import DecodeRows
 from ..selectors.base import tokens_kept
 from .builder import SparseMetadataBuilder, budget_for
-from .cpu_prefill import KernelShape, PrefillRows, plan_prefill
-from .cpu_quantised_prefill import QuantisedPrefill, plan_quantised_prefill
+from .cpu_prefill import (
+    KernelShape,
+    PrefillRows,
+    QuantisedRows,
+    plan_prefill,
+    plan_quantised_rows,
+)
+from .quantised_prefill import plan_quantised_prefill
 from .seal import SealJobs, seal_jobs
 from .stats import recorder
 
@@ -46,7 +52,7 @@ class SparseMetadata(AttentionMetadata):
     num_decode_tokens: int
     slot_mapping: torch.Tensor
     decode: DecodeRows | None
-    prefill: PrefillRows | QuantisedPrefill | None
+    prefill: PrefillRows | QuantisedRows | None
     seal: SealJobs | None
     new: NewTokens | None
 
@@ -156,7 +162,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         starts: list[int],
         seq_lens: torch.Tensor,
         num_decodes: int,
-    ) -> PrefillRows | QuantisedPrefill:
+    ) -> PrefillRows | QuantisedRows:
         block_table = common.block_table_tensor[num_decodes : common.num_reqs]
         shape = KernelShape(
             num_heads=self.num_heads,
@@ -165,12 +171,9 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
             dtype=self.vllm_config.model_config.dtype,
         )
         if self.fmt.quantised:
-            return plan_quantised_prefill(
-                starts[num_decodes:],
-                seq_lens[num_decodes:].tolist(),
-                block_table,
-                shape,
-            )
+            lens = seq_lens[num_decodes:].tolist()
+            (plan,) = plan_quantised_prefill(starts[num_decodes:], lens, block_table)
+            return plan_quantised_rows(plan, shape)
         return plan_prefill(
             query_start_loc=common.query_start_loc[num_decodes : common.num_reqs + 1],
             seq_lens=seq_lens[num_decodes:],

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..selectors import LayerShape
+from .quantised_prefill import QuantisedPrefill, Rows
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,46 @@ def plan_rows(
     return PackedRows(
         query_start_loc, seq_lens, block_table, slots, num_blocks, metadata
     )
+
+
+@dataclass
+class QuantisedRows:
+    """The prefill rows of one step over quantised blocks."""
+
+    plan: QuantisedPrefill
+    packed: PackedRows
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        new: Rows,
+        tails: Rows,
+        kv_cache: torch.Tensor,
+        shape: LayerShape,
+        out: torch.Tensor,
+    ) -> None:
+        """Causal attention of the prefill tokens, which are stored.
+
+        Args:
+            query, out: [num_tokens, num_heads, head_size].
+            new: the tokens' K and V.
+            tails: what the plan saved before storing.
+        """
+        rows = row_buffers(self.plan.num_slots, shape)
+        self.plan.fill(rows, tails, new, kv_cache, shape)
+        attend_packed(query, *rows, self.packed, shape, out)
+
+
+def plan_quantised_rows(plan: QuantisedPrefill, shape: KernelShape) -> QuantisedRows:
+    packed = plan_rows(
+        plan.query_start_loc,
+        plan.seq_lens,
+        plan.scratch_table,
+        torch.arange(plan.num_slots),
+        plan.num_blocks,
+        shape,
+    )
+    return QuantisedRows(plan, packed)
 
 
 def plan_prefill(

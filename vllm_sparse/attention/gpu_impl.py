@@ -8,7 +8,7 @@ from vllm.platforms.interface import DeviceCapability
 from .. import ops
 from ..config import SparseConfig, SparseConfigError
 from .gpu_metadata import GpuMetadata
-from .gpu_prefill import flash_attention_version, prefill
+from .gpu_prefill import flash_attention_version, prefill, prefill_quantised
 from .impl import SparseAttentionImpl
 
 # The others loop over rows on the host.
@@ -79,6 +79,7 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
         if attn_metadata is None:
             return output.fill_(0)
         meta = attn_metadata
+        tails = [plan.save_tails(kv_cache, self.shape) for plan in meta.quantised]
         if self.owns_cache:
             self._store(key, value, kv_cache, meta)
         selector = self.selector_of(layer)
@@ -99,10 +100,22 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
                     soft_cap=self.shape.soft_cap,
                     out=out,
                     workspace=rows.workspace,
+                    fmt=self.fmt,
                 )
             first = last
+        end = meta.num_actual_tokens
+        for plan, saved in zip(meta.quantised, tails):
+            prefill_quantised(
+                query[first:end],
+                (key[first:end], value[first:end]),
+                saved,
+                kv_cache,
+                plan,
+                self.shape,
+                self.flash_attention,
+                output[first:end],
+            )
         if meta.prefill is not None:
-            end = meta.num_actual_tokens
             prefill(
                 query[first:end],
                 kv_cache,
@@ -122,6 +135,10 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
     ) -> None:
         """Store the step's tokens, and seal the blocks that they fill."""
         requests, slots, first = meta.requests, meta.slot_mapping, 0
+        if self.fmt.quantised:
+            rows = (requests.block_table, requests.seq_lens, requests.query_start_loc)
+            ops.store_quantised(key, value, kv_cache, *rows, self.fmt)
+            return
         if requests is not None and requests.one_token_each:
             first = requests.seq_lens.shape[0]
             ops.store_rows(

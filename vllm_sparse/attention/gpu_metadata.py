@@ -19,11 +19,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from .. import ops
-from ..cache.layout import BlockLayout
+from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig, SparseConfigError
 from ..selectors import DecodeRows
 from .builder import SparseMetadataBuilder, budget_for
 from .gpu_prefill import GpuPrefillRows
+from .quantised_prefill import QuantisedPrefill, plan_quantised_prefill
 from .seal import SealJobs, seal_jobs
 from .stats import DeviceCounter, recorder
 
@@ -32,8 +33,8 @@ SCRATCH_BYTES = 512 * 2**20
 
 
 @dataclass
-class DecodeRequests:
-    """Decode requests, for storing and sealing.
+class NewTokens:
+    """Decode requests (all requests in quantised formats), for storing and sealing.
 
     Attributes:
         block_table: [num_requests, max_blocks] int32.
@@ -55,14 +56,16 @@ class GpuMetadata(AttentionMetadata):
     Attributes:
         decode: rows served one part after another, as they share their buffers.
         slot_mapping: [num_actual_tokens] int64.
-        seal: blocks that prefill rows fill.
+        prefill, seal: prefill rows, and the blocks that they fill, of plain rows.
+        quantised: prefill rows in quantised formats, one part after another.
     """
 
     num_actual_tokens: int
     slot_mapping: torch.Tensor
     decode: list[DecodeRows]
-    requests: DecodeRequests | None
+    requests: NewTokens | None
     prefill: GpuPrefillRows | None
+    quantised: list[QuantisedPrefill]
     seal: SealJobs | None
 
 
@@ -106,7 +109,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         max_len = self.vllm_config.model_config.max_model_len
         # Length 0 is a padding row; drafts may stand past the last position.
         last = max_len + self.reorder_batch_threshold
-        return [-1, *(budget_for(length, config) for length in range(1, last + 1))]
+        return [-1, *(budget_for(n, config, self.fmt) for n in range(1, last + 1))]
 
     def configure(self, config: SparseConfig) -> None:
         super().configure(config)
@@ -125,7 +128,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             or buffers.adapts != (config.top_p is not None)
         ):
             self._buffers = None  # no graph holds them: see check
-        layout = BlockLayout(spec.head_size, spec.dtype.itemsize)
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize, self.fmt)
         sparse = len(self.layer_names)
         if config.selector == "dense":
             sparse = 0
@@ -137,7 +140,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             num_layers=len(self.layer_names),
             sparse_layers=sparse,
             num_kv_heads=self.num_kv_heads,
-            row_bytes=layout.row_bytes,
+            layout=layout,
             block_score_bytes=layout.score_bytes(1, config.rank),
             row_score_bytes=2 * spec.head_size if config.mean_value else 0,
             kept=self.kept,
@@ -156,24 +159,47 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             common, decode_threshold=self.reorder_batch_threshold
         )
         recorder.log_now_and_then()
-        decode, requests = [], None
+        decode, requests, prefill, seal = [], None, None, None
+        quantised: list[QuantisedPrefill] = []
         if num_decode_tokens:
             decode = self._decode_rows(common, num_decodes, num_decode_tokens)
-            requests = DecodeRequests(
-                block_table=common.block_table_tensor[:num_decodes],
-                seq_lens=common.seq_lens[:num_decodes],
-                query_start_loc=common.query_start_loc[: num_decodes + 1],
+        last = common.num_reqs if self.fmt.quantised else num_decodes
+        if last:
+            requests = NewTokens(
+                block_table=common.block_table_tensor[:last],
+                seq_lens=common.seq_lens[:last],
+                query_start_loc=common.query_start_loc[: last + 1],
                 one_token_each=self._one_token_each(num_decodes, num_decode_tokens),
             )
+        if num_prefills and self.fmt.quantised:
+            quantised = self._quantised_prefill(common, num_decodes)
+        elif num_prefills:
+            prefill = _prefill_rows(common, num_decodes, num_decode_tokens)
+            seal = _prefill_seals(common, num_decodes)
         return GpuMetadata(
             num_actual_tokens=common.num_actual_tokens,
             slot_mapping=common.slot_mapping[: common.num_actual_tokens],
             decode=decode,
             requests=requests,
-            prefill=_prefill_rows(common, num_decodes, num_decode_tokens)
-            if num_prefills
-            else None,
-            seal=_prefill_seals(common, num_decodes) if num_prefills else None,
+            prefill=prefill,
+            quantised=quantised,
+            seal=seal,
+        )
+
+    def _quantised_prefill(
+        self, common: CommonAttentionMetadata, num_decodes: int
+    ) -> list[QuantisedPrefill]:
+        # One long request always fits; several take turns.
+        config = self.vllm_config
+        tokens = (
+            config.model_config.max_model_len
+            + config.scheduler_config.max_num_batched_tokens
+        )
+        return plan_quantised_prefill(
+            common.query_start_loc_cpu.tolist()[num_decodes:],
+            _host_lens(common)[num_decodes:],
+            common.block_table_tensor[num_decodes : common.num_reqs],
+            max_blocks=tokens // BLOCK_SIZE,
         )
 
     def build_for_cudagraph_capture(
@@ -327,12 +353,17 @@ def _prefill_rows(
 def _prefill_seals(
     common: CommonAttentionMetadata, num_decodes: int
 ) -> SealJobs | None:
-    lens = common.seq_lens_cpu_upper_bound  # exact for prefill rows
-    if lens is None:
-        lens = common.seq_lens.cpu()
     return seal_jobs(
         common.block_table_tensor,
         common.query_start_loc_cpu.tolist(),
-        lens[: common.num_reqs].tolist(),
+        _host_lens(common),
         first=num_decodes,
     )
+
+
+def _host_lens(common: CommonAttentionMetadata) -> list[int]:
+    """Context lengths, exact for prefill rows."""
+    lens = common.seq_lens_cpu_upper_bound
+    if lens is None:
+        lens = common.seq_lens.cpu()
+    return lens[: common.num_reqs].tolist()

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Dense prefill on GPUs: FlashAttention reads the rows of our blocks in place."""
+"""Dense prefill on GPUs: FlashAttention reads the rows of our blocks in place, or a
+scratch cache made from quantised ones."""
 
 from dataclasses import dataclass
 
 import torch
 from vllm.v1.attention.backends import fa_utils
 
+from ..cache.layout import BLOCK_SIZE
 from ..ops.reference import kv_rows
 from ..selectors import LayerShape
+from .quantised_prefill import QuantisedPrefill, Rows
 
 
 @dataclass
@@ -71,7 +74,50 @@ def prefill(
         version: FlashAttention's.
         out: [num_tokens, num_heads, head_size], written.
     """
-    key, value = key_value_views(kv_cache, shape.head_size)
+    pages = key_value_views(kv_cache, shape.head_size)
+    attend_pages(query, *pages, rows, shape, version, out)
+
+
+def prefill_quantised(
+    query: torch.Tensor,
+    new: Rows,
+    tails: Rows,
+    kv_cache: torch.Tensor,
+    plan: QuantisedPrefill,
+    shape: LayerShape,
+    version: int | None,
+    out: torch.Tensor,
+) -> None:
+    """The same over quantised blocks; the step's tokens are stored.
+
+    Args:
+        query, new, out: all prefill tokens of the step; the plan takes its own.
+        tails: what the plan saved before storing.
+    """
+    size = (plan.num_slots, shape.num_kv_heads, shape.head_size)
+    scratch = (kv_cache.new_empty(size), kv_cache.new_empty(size))
+    plan.fill(scratch, tails, new, kv_cache, shape)
+    pages = (t.unflatten(0, (-1, BLOCK_SIZE)) for t in scratch)
+    rows = GpuPrefillRows(
+        query_start_loc=plan.query_start_loc,
+        seq_lens=plan.seq_lens,
+        block_table=plan.scratch_table,
+        max_query_len=plan.max_query_len,
+        max_seq_len=plan.max_seq_len,
+    )
+    attend_pages(query[plan.tokens], *pages, rows, shape, version, out[plan.tokens])
+
+
+def attend_pages(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: GpuPrefillRows,
+    shape: LayerShape,
+    version: int | None,
+    out: torch.Tensor,
+) -> None:
+    """FlashAttention over pages: key and value [num_blocks, BLOCK_SIZE, heads, D]."""
     fa_utils.flash_attn_varlen_func(
         q=query,
         k=key,

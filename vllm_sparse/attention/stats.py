@@ -71,7 +71,7 @@ class DeviceCounter:
         num_layers: int,
         sparse_layers: int,
         num_kv_heads: int,
-        row_bytes: int,
+        layout: BlockLayout,
         block_score_bytes: int,
         row_score_bytes: int,
         kept: "KeptHistograms",
@@ -79,19 +79,17 @@ class DeviceCounter:
         """
         Args:
             sparse_layers: layers of the group that choose tokens.
-            row_bytes: bytes of one token's K and V in one KV head.
             block_score_bytes: bytes read to score one block in one KV head.
             row_score_bytes: further bytes of a sparse row in one KV head.
         """
         self.num_layers, self.sparse_layers = num_layers, sparse_layers
-        self.num_kv_heads, self.row_bytes = num_kv_heads, row_bytes
+        self.num_kv_heads, self.layout = num_kv_heads, layout
         self.block_score_bytes = block_score_bytes
         self.row_score_bytes = row_score_bytes
         self.kept, self.kept_before = kept, kept.total()
-        # Rows, sparse rows, tokens that dense rows attend, tokens of all contexts,
-        # sealed blocks of sparse rows.
+        # Of sparse rows, and of all: rows, tokens of their contexts, sealed blocks.
         with torch.inference_mode():
-            self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def add(
@@ -99,12 +97,11 @@ class DeviceCounter:
     ) -> None:
         """Count one step's rows; rows without a slot are padding."""
         real = slots >= 0
-        sparse = (budgets >= 0) & real
         lens = seq_lens * real
-        dense = torch.where(sparse, 0, lens)
-        blocks = torch.where(sparse, seq_lens // BLOCK_SIZE, 0)
-        rows = torch.stack((real, sparse, dense, lens, blocks))
-        self.counts += rows.sum(1)
+        blocks = self.layout.fmt.sealed_blocks(lens).clamp_(min=0)
+        rows = torch.stack((real, lens, blocks))
+        self.counts[0] += (rows * (budgets >= 0)).sum(1)
+        self.counts[1] += rows.sum(1)
 
     @torch.inference_mode()  # as the engine's steps, which share the tensor
     def reset(self) -> None:
@@ -113,23 +110,36 @@ class DeviceCounter:
 
     def totals(self) -> SparseStats:
         """Waits for the device."""
-        rows, sparse, dense, context, blocks = self.counts.tolist()
-        dense_layers = self.num_layers - self.sparse_layers
-        tokens = self.sparse_layers * dense + dense_layers * context
+        sparse, rows = self.counts.tolist()
+        dense = [count - part for count, part in zip(rows, sparse)]
         kept = self.kept.total() - self.kept_before  # of all layers and KV heads
-        scores = blocks * self.block_score_bytes + sparse * self.row_score_bytes
+        scores = sparse[2] * self.block_score_bytes + sparse[0] * self.row_score_bytes
+        # What each of the layers and KV heads of one kind reads.
+        read = self.sparse_layers * (self._whole(dense) + scores)
+        read += (self.num_layers - self.sparse_layers) * self._whole(rows)
+        items = self.sparse_layers * self.num_kv_heads
+        # In quantised formats all sealed blocks may hold a token that is kept.
+        sealed = kept - items * self._tail(sparse)
+        listed = self.layout.attended_bytes(kept, sealed, items * sparse[2])
         return SparseStats(
-            decode_tokens=rows,
-            decode_rows=rows * self.num_layers,
-            sparse_rows=sparse * self.sparse_layers,
-            kv_bytes_read=kept * self.row_bytes
-            + self.num_kv_heads
-            * (tokens * self.row_bytes + self.sparse_layers * scores),
+            decode_tokens=rows[0],
+            decode_rows=rows[0] * self.num_layers,
+            sparse_rows=sparse[0] * self.sparse_layers,
+            kv_bytes_read=listed + self.num_kv_heads * read,
             kv_bytes_dense=self.num_kv_heads
             * self.num_layers
-            * context
-            * self.row_bytes,
+            * rows[1]
+            * self.layout.row_bytes,
         )
+
+    def _tail(self, count: list[int]) -> int:
+        """Tokens of these rows that no sealed block holds."""
+        return count[1] - count[2] * BLOCK_SIZE
+
+    def _whole(self, count: list[int]) -> int:
+        """Bytes that these rows read when they attend to everything."""
+        sealed = count[2] * BLOCK_SIZE
+        return self.layout.attended_bytes(count[1], sealed, count[2])
 
 
 @dataclass

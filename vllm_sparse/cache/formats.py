@@ -46,7 +46,7 @@ class KvFormat:
 
     def sealed_blocks(self, seq_len: int, block_size: int = 128) -> int:
         """Blocks of a context that are read from their codes."""
-        return (seq_len - self.quantised) // block_size
+        return (seq_len - int(self.quantised)) // block_size
 
     def tail_tokens(self, seq_len: int, block_size: int = 128) -> int:
         """Tokens after them."""
