@@ -10,6 +10,7 @@ samples (tasks, lengths, seed and Python version).
 
 import argparse
 import json
+from math import expm1, isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,12 +23,23 @@ def engine_name(header: dict) -> str:
 
 
 def change(record: dict, baseline: dict) -> str:
-    """Mean change of bits per character, its standard error, and hits if any."""
+    """Mean change of perplexity, its standard error, and hits if any.
+
+    Where a file has none, of bits per character.
+    """
     pairs = list(zip(record["samples"], baseline["samples"], strict=True))
-    base = mean(b["bits_per_char"] for _, b in pairs)
-    deltas = [(a["bits_per_char"] - b["bits_per_char"]) / base for a, b in pairs]
-    error = stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else 0.0
-    text = f"{mean(deltas):+.1%} ± {error:.1%}"
+    if all("nats_per_token" in sample for pair in pairs for sample in pair):
+        key, scale, what = "nats_per_token", 1.0, ""
+    else:
+        key, what = "bits_per_char", " bits"
+        scale = 1 / mean(b[key] for _, b in pairs)
+    deltas = [scale * (a[key] - b[key]) for a, b in pairs]
+    finite = [delta for delta in deltas if isfinite(delta)]
+    error = stdev(finite) / len(finite) ** 0.5 if len(finite) > 1 else 0.0
+    middle = mean(finite) if what else expm1(mean(finite))
+    text = f"{middle:+.1%} ± {error:.1%}{what}"
+    if len(finite) < len(deltas):
+        text += f" ({len(deltas) - len(finite)} of {len(deltas)} not finite)"
     if "hit" in record["samples"][0]:
         hits = sum(sample["hit"] for sample in record["samples"])
         text += f", {hits:.0f}/{len(pairs)}"

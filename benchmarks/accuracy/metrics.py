@@ -32,6 +32,11 @@ def bits_per_char(result: ForcedResult, num_chars: int) -> float:
     return -sum(result.logprobs[1:]) / math.log(2) / num_chars
 
 
+def nats_per_token(result: ForcedResult) -> float:
+    """Teacher-forced cross-entropy; its exponential is the perplexity."""
+    return -sum(result.logprobs[1:]) / (len(result.logprobs) - 1)
+
+
 def top1(result: ForcedResult, forced_ids: list[int]) -> float:
     """Share of forced tokens that are the likeliest ones."""
     hits = [result.argmax(i) == forced_ids[i] for i in range(1, len(forced_ids))]

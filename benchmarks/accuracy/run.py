@@ -133,6 +133,7 @@ def _measure(
             "index": index,
             "depth": sample.depth,
             "bits_per_char": metrics.bits_per_char(result, chars),
+            "nats_per_token": metrics.nats_per_token(result),
             "top1": metrics.top1(result, sample.forced_ids),
             "agreement": metrics.agreement(result, base),
             "kl": metrics.kl_nats(result, base),
