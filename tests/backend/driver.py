@@ -157,7 +157,7 @@ class Driver:
         cache = empty_cache(
             1 + count, shape.kv_heads, shape.size, shape.dtype, self.fmt
         )
-        if path == "gpu":
+        if path == "gpu" and not self.fmt.quantised:
             # FlashAttention multiplies rows that it masks by zero, and vLLM's caches
             # start as zeros. The sidecar stays poisoned: nothing but we may read it.
             reference.kv_rows(cache, shape.size).zero_()
@@ -378,7 +378,7 @@ class Driver:
             q = query[0].view(self.shape.kv_heads, group, -1)[head]
             where = (q, cache, blocks[0], length, head)
             probs = reference.sparq_probabilities(
-                *where, self.impl.config.rank, *scaling
+                *where, self.impl.config.rank, *scaling, fmt=self.fmt
             )
             count = int(counts[0, head])
             best, got = (t[0, head, :count].long() for t in (indices, got_indices))

@@ -17,6 +17,7 @@ from .test_backend import DRAFT_STEPS, SCENARIOS, num_requests, run_scenario  # 
 
 NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
 CASES = [("cpu", name) for name in NAMES] + [("gpu-on-cpu", "int4")]
+CASES += [pytest.param("gpu", name, marks=pytest.mark.gpu) for name in NAMES]
 on_every_path = pytest.mark.parametrize(("drive", "name"), CASES, indirect=["drive"])
 on_the_cpu = pytest.mark.parametrize("drive", ["cpu"], indirect=True)
 
