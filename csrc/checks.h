@@ -73,10 +73,6 @@ inline const int32_t* int_vector(const Tensor& t,
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
-inline void rows_only(int64_t format) {
-  STD_TORCH_CHECK(format == 0, "quantised formats have no GPU kernels yet");
-}
-
 // kv_cache: [num_blocks, num_kv_heads, kBlockSize, C] with whole chunks contiguous.
 // `format`: KvFormat.code of vllm_sparse/cache/formats.py.
 inline KvCache kv_cache_view(const Tensor& t, int64_t head_size, int64_t format = 0) {

@@ -51,8 +51,8 @@ struct KvCache {
   uint8_t* chunk(int64_t block, int head) const {
     return data + block * block_stride + head * head_stride;
   }
-  bool quantised() const { return key_bits > 0; }
-  int64_t row_bytes() const { return 2ll * head_size * element_size; }
+  VLLM_SPARSE_HOST_DEVICE bool quantised() const { return key_bits > 0; }
+  VLLM_SPARSE_HOST_DEVICE int64_t row_bytes() const { return 2ll * head_size * element_size; }
   int64_t plane_bytes() const { return int64_t{head_size} * kCodeBytes; }
   int64_t codes_offset() const { return quantised() ? 0 : kBlockSize * row_bytes(); }
   int64_t low_codes_offset() const { return codes_offset() + plane_bytes(); }
@@ -75,7 +75,7 @@ struct KvCache {
   }
 
   // Blocks of a context that are read from their codes: never a quantised query's own.
-  int32_t sealed_blocks(int32_t seq_len) const {
+  VLLM_SPARSE_HOST_DEVICE int32_t sealed_blocks(int32_t seq_len) const {
     return (seq_len - (quantised() ? 1 : 0)) / kBlockSize;
   }
   // Of quantised formats, rows of a block that is not full lie in chunks of blocks to come.

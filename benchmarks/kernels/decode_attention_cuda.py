@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.kernels.peers import PEERS, DenseCache
 from vllm_sparse import ops
+from vllm_sparse.cache.formats import FORMATS, resolve_format
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.config import DENSE_BELOW
 from vllm_sparse.testing.compare import assert_close
@@ -34,8 +35,12 @@ class Layer:
     def __init__(self, args, seq_lens: list[int], dense: bool) -> None:
         self.args, self.seq_lens, batch = args, seq_lens, len(seq_lens)
         heads, size, dtype = args.num_kv_heads, args.head_size, torch.bfloat16
-        content = BlockLayout(size, 2).content_bytes // 2
-        self.table = random_table(seq_lens, BLOCK_SIZE)
+        self.fmt = resolve_format(
+            getattr(args, "kv_format", "auto"), None, size, has_mean=False
+        )
+        layout = BlockLayout(size, 2, self.fmt)
+        content = layout.content_bytes // 2
+        self.table = random_table(seq_lens, BLOCK_SIZE, layout.lookahead_blocks)
         shape = (int(self.table.max()) + 1, heads, BLOCK_SIZE, content)
         self.cache = torch.empty(shape, dtype=dtype, device="cuda")
         self.lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
@@ -49,13 +54,7 @@ class Layer:
             key = torch.randn(seq_len, heads, size, device="cuda", dtype=dtype)
             key = (key * strength).to(dtype)
             value = torch.randn_like(key)
-            block = self.table[row][position // BLOCK_SIZE].long()
-            slots = block * BLOCK_SIZE + position % BLOCK_SIZE
-            ops.store_kv(key, value, self.cache, slots)
-            sealed = self.table[row, : seq_len // BLOCK_SIZE].contiguous()
-            before = torch.cat([torch.full_like(sealed[:1], -1), sealed[:-1]])
-            index = torch.arange(len(sealed), device="cuda", dtype=torch.int32)
-            ops.seal_blocks(self.cache, sealed, before, index, size)
+            self.store(row, key, value)
             if dense:
                 page = dense_table[row][position // DENSE_PAGE].long()
                 dense_cache[0][page, position % DENSE_PAGE] = key
@@ -96,43 +95,60 @@ class Layer:
             soft_cap=0.0,
         )
 
+    def store(self, row: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """A whole context."""
+        table, length = self.table[row], len(key)
+        if self.fmt.quantised:
+            starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+            context = (self.cache, table[None], self.lens[row : row + 1], starts)
+            return ops.store_quantised(key, value, *context, self.fmt)
+        position = torch.arange(length, device="cuda")
+        slots = table[position // BLOCK_SIZE].long() * BLOCK_SIZE
+        ops.store_kv(key, value, self.cache, slots + position % BLOCK_SIZE)
+        sealed = table[: length // BLOCK_SIZE].contiguous()
+        before = torch.cat([torch.full_like(sealed[:1], -1), sealed[:-1]])
+        index = torch.arange(len(sealed), device="cuda", dtype=torch.int32)
+        ops.seal_blocks(self.cache, sealed, before, index, key.shape[-1])
+
     def sparq(self) -> None:
         inputs = (*self.context, self.budgets)
-        options, space = self.options, Layer.workspace
-        ops.sparq_attend(
-            *inputs, **options, **self.lists, out=self.out, workspace=space
-        )
+        options = dict(self.options, fmt=self.fmt, workspace=Layer.workspace)
+        ops.sparq_attend(*inputs, **options, **self.lists, out=self.out)
 
     def select(self) -> None:
         inputs = (*self.context, self.budgets)
-        options, space = self.options, Layer.workspace
-        ops.sparq_select(*inputs, **options, **self.lists, workspace=space)
+        options = dict(self.options, fmt=self.fmt, workspace=Layer.workspace)
+        ops.sparq_select(*inputs, **options, **self.lists)
 
     def attend(self, **lists) -> None:
-        scale, space = self.options["scale"], Layer.workspace
+        options = dict(scale=self.options["scale"], workspace=Layer.workspace)
         lists = self.lists if lists == {} else lists
-        ops.attend(*self.context, **lists, scale=scale, out=self.out, workspace=space)
+        ops.attend(*self.context, **lists, **options, out=self.out, fmt=self.fmt)
 
     def dense(self) -> None:
         self.attend(indices=None)
 
     def bytes_needed(self) -> tuple[int, int]:
-        """(sparse, dense) bytes of one call."""
-        layout = BlockLayout(self.args.head_size, 2)
-        heads, row_bytes = self.args.num_kv_heads, layout.row_bytes
-        sparse = 0
+        """(sparse, dense) bytes of one call; lists may touch every block."""
+        layout = BlockLayout(self.args.head_size, 2, self.fmt)
+        heads, sparse, dense = self.args.num_kv_heads, 0, 0
         for length, budget in zip(self.seq_lens, self.budgets.tolist(), strict=True):
+            blocks = self.fmt.sealed_blocks(length)
+            old = blocks * BLOCK_SIZE * self.fmt.quantised
+            whole = layout.attended_bytes(length, old, blocks) * heads
+            dense += whole
             if budget < 0:
-                sparse += length * row_bytes * heads
+                sparse += whole
                 continue
-            scores = layout.score_bytes(length // BLOCK_SIZE, self.args.rank)
-            sparse += (scores + budget * row_bytes) * heads
-        return sparse, sum(self.seq_lens) * row_bytes * heads
+            old = min(budget, old)
+            listed = layout.attended_bytes(budget, old, min(old, blocks))
+            sparse += (layout.score_bytes(blocks, self.args.rank) + listed) * heads
+        return sparse, dense
 
 
-def random_table(seq_lens: list[int], page: int) -> torch.Tensor:
+def random_table(seq_lens: list[int], page: int, ahead: int = 0) -> torch.Tensor:
     """[rows, pages] int32: every row has pages of its own, in random order; 0 pads."""
-    pages = [-(-length // page) for length in seq_lens]
+    pages = [-(-length // page) + ahead for length in seq_lens]
     order = torch.randperm(sum(pages), device="cuda", dtype=torch.int32) + 1
     return torch.nn.utils.rnn.pad_sequence(order.split(pages), batch_first=True)
 
@@ -175,7 +191,8 @@ def measure(args, seq_lens: list[int]) -> dict:
     for name in args.peers:
         try:
             peer = [PEERS[name](layer.dense_cache) for layer in stack]
-            if name != "xformers":  # which attends to other contexts
+            # Codes give other results; xformers attends to other contexts.
+            if name != "xformers" and not stack[0].fmt.quantised:
                 stack[0].dense()
                 expected = stack[0].out.clone()
                 peer[0]()
@@ -189,7 +206,7 @@ def measure(args, seq_lens: list[int]) -> dict:
     result["gb_per_s"] = sparse / result["sparq"] / 1e3
     if "fa3" in result:
         result["ratio"] = result["fa3"] / result["sparq"]
-        result["gb_per_s_fa3"] = dense / result["fa3"] / 1e3
+        result["gb_per_s_fa3"] = layer_bytes / result["fa3"] / 1e3
     return result
 
 
@@ -215,6 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--tail", type=int, default=64, help="tokens short of the length"
     )
+    parser.add_argument("--kv-format", choices=FORMATS, default="auto")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--rotate-bytes", type=int, default=2**30)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["fa3"])

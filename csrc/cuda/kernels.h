@@ -22,13 +22,47 @@ struct StoreRowsArgs : StoreRowsParams {
   int64_t mean_offset;
 };
 
+// Where things lie in a quantised chunk, in bytes, and where the rows of a tail do: KvCache knows,
+// by divisions that are made once, ahead of a launch.
+struct Codes {
+  int low_codes, params, value_codes, value_params, mean;
+  int value_code_bytes, value_param_bytes;  // of a token
+  int rows, ahead;                          // of a chunk; blocks to come that hold a tail
+
+  static Codes of(const KvCache& cache) {
+    if (!cache.quantised()) return {};
+    const auto narrow = [](int64_t x) { return static_cast<int>(x); };
+    return {narrow(cache.low_codes_offset()),
+            narrow(cache.params_offset()),
+            narrow(cache.value_codes_offset()),
+            narrow(cache.value_params_offset()),
+            narrow(cache.prefix_mean_offset()),
+            narrow(cache.value_code_bytes()),
+            narrow(cache.value_param_bytes()),
+            cache.rows_per_block(),
+            cache.lookahead_blocks()};
+  }
+};
+
+struct StoreQuantisedArgs : StoreQuantisedParams {
+  Codes codes;
+  int64_t num_tokens;  // of key and value
+  int max_jobs;        // blocks that new tokens alone may fill
+  // Workspace for these: their places, an order for each KV head, and means of V.
+  int2* jobs;         // [max_jobs] row, place in the context
+  int* order;         // [num_kv_heads, max_jobs]
+  float* block_mean;  // [max_jobs, num_kv_heads, head_size]
+};
+
 struct GatherArgs : GatherParams {
+  Codes codes;
   int64_t max_blocks, num_out_tokens;
 };
 
 // Between scoring and selection. An item is a (row, KV head); heads come in pairs, the last of an
 // odd group is padding.
 struct SelectArgs : SelectParams {
+  Codes codes;
   int64_t max_blocks;  // columns of the block table
   int pairs;           // pairs of query heads of a KV head
   uint8_t* prepared;   // [items] channels and queries, see PreparedItem
@@ -85,6 +119,7 @@ struct DecodeArgs : SelectArgs {
 };
 
 struct AttendArgs : AttendParams {
+  Codes codes;
   int64_t max_blocks;
   int64_t* tokens_read;    // or null
   const int32_t* budgets;  // [num_rows] of the selection ahead, or null: `counts` say
@@ -141,7 +176,9 @@ void launch_store(const Device& device, const StoreArgs& args);
 void launch_seal(const Device& device, const SealArgs& args);
 void launch_store_rows(const Device& device, const StoreRowsArgs& args);
 void launch_seal_rows(const Device& device, const SealRowsArgs& args);
+void launch_store_quantised(const Device& device, const StoreQuantisedArgs& args);
 void launch_gather(const Device& device, const GatherArgs& args);
+void launch_gather_codes(const Device& device, const GatherArgs& args);
 void launch_channels(const Device& device, const SelectArgs& args);
 void launch_score(const Device& device, const SelectArgs& args);
 void launch_select(const Device& device, const SelectArgs& args);
@@ -150,5 +187,6 @@ void launch_attend(const Device& device, AttendArgs args);
 bool decode_covers(const Device& device, const SelectArgs& args);
 void launch_decode(const Device& device, DecodeArgs args);
 void launch_attend_float(const Device& device, AttendArgs args);
+void launch_attend_codes(const Device& device, const AttendArgs& args);
 
 }  // namespace vllm_sparse::cuda

@@ -24,7 +24,7 @@ __device__ inline RowPlan plan_row(const Args& p, int64_t row) {
   r.length =
       static_cast<int>(min(int64_t{max(p.seq_lens[row], 0)}, p.max_blocks * int64_t{kBlockSize}));
   const int budget = p.budgets[row];
-  r.sealed = r.length / kBlockSize;
+  r.sealed = p.cache.sealed_blocks(r.length);
   r.recent = max(0, min(r.length - p.local_window, r.sealed * kBlockSize));
   r.all = budget < 0 || budget >= r.length || r.recent <= p.sink_tokens;
   r.sinks = min(p.sink_tokens, r.recent);

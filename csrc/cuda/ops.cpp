@@ -48,8 +48,8 @@ Tensor workspace_like(const Tensor& like, int64_t bytes) {
 }
 
 // Kernels move K and V 16 bytes at a time.
-KvCache aligned_cache(const Tensor& kv_cache, int64_t head_size) {
-  const KvCache cache = kv_cache_view(kv_cache, head_size);
+KvCache aligned_cache(const Tensor& kv_cache, int64_t head_size, int64_t format = 0) {
+  const KvCache cache = kv_cache_view(kv_cache, head_size, format);
   STD_TORCH_CHECK(
       (reinterpret_cast<uintptr_t>(cache.data) | cache.block_stride | cache.head_stride) % 16 == 0,
       "kv_cache must be aligned to 16 bytes");
@@ -97,10 +97,12 @@ SelectArgs select_args(const Tensor& query,
                        int64_t min_tokens,
                        const Tensor& indices,
                        const Tensor& counts,
-                       const std::optional<Tensor>& kept_mass) {
+                       const std::optional<Tensor>& kept_mass,
+                       int64_t kv_format) {
   check_tensor(query, "query", 3);
   SelectArgs p;
-  p.cache = aligned_cache(kv_cache, query.size(2));
+  p.cache = aligned_cache(kv_cache, query.size(2), kv_format);
+  p.codes = Codes::of(p.cache);
   same_device(query, "query", kv_cache);
   set_query(query, scale, soft_cap, p);
   p.seq_lens = rows_vector(seq_lens, "seq_lens", p.num_rows, kv_cache);
@@ -169,6 +171,15 @@ void run_select(const Device& device, SelectArgs& p, const Workspace& workspace)
   launch_channels(device, p);
   launch_score(device, p);
   launch_select(device, p);
+}
+
+void attend_by_format(const Device& device, const AttendArgs& p) {
+  p.cache.quantised() ? launch_attend_codes(device, p) : launch_attend(device, p);
+}
+
+void check_mean(const AttendArgs& p) {
+  STD_TORCH_CHECK(p.kept_mass == nullptr || p.cache.has_mean,
+                  "kept_mass needs blocks that hold the mean of V");
 }
 
 void outputs_on_device(const Tensor& query,
@@ -258,6 +269,44 @@ void seal_rows(Tensor& kv_cache,
   launch_seal_rows(current_device(index), p);
 }
 
+void store_quantised(const Tensor& key,
+                     const Tensor& value,
+                     Tensor& kv_cache,
+                     const Tensor& block_table,
+                     const Tensor& seq_lens,
+                     const Tensor& query_start_loc,
+                     int64_t kv_format) {
+  check_tensor(key, "key", 3);
+  STD_TORCH_CHECK(kv_format != 0, "store_quantised needs a quantised format");
+  StoreQuantisedArgs p;
+  p.cache = aligned_cache(kv_cache, key.size(2), kv_format);
+  p.codes = Codes::of(p.cache);
+  set_contexts(block_table, seq_lens, -1, p);
+  p.num_rows = seq_lens.size(0);
+  p.query_start_loc = int_vector(query_start_loc, "query_start_loc", p.num_rows + 1, "rows + 1");
+  p.num_tokens = key.size(0) < value.size(0) ? key.size(0) : value.size(0);
+  set_new_tokens(key, value, p.num_tokens, p);
+  same_device(key, "key", kv_cache);
+  same_device(value, "value", kv_cache);
+  same_device(block_table, "block_table", kv_cache);
+  same_device(seq_lens, "seq_lens", kv_cache);
+  same_device(query_start_loc, "query_start_loc", kv_cache);
+  const int32_t index = kv_cache.get_device_index();
+  const DeviceGuard guard(index);
+  // All but the tail that a request begins with is new.
+  p.max_jobs = static_cast<int>(p.num_tokens / kBlockSize);
+  const int64_t heads = p.cache.num_kv_heads;
+  const int64_t of_means = 4 * heads * p.cache.head_size * p.max_jobs;
+  std::optional<Tensor> workspace;
+  if (p.max_jobs > 0) {
+    workspace = workspace_like(kv_cache, of_means + (8 + 4 * heads) * p.max_jobs);
+    p.block_mean = static_cast<float*>(workspace->data_ptr());
+    p.jobs = reinterpret_cast<int2*>(p.block_mean + of_means / 4);
+    p.order = reinterpret_cast<int*>(p.jobs + p.max_jobs);
+  }
+  launch_store_quantised(current_device(index), p);
+}
+
 void gather_kv(const Tensor& kv_cache,
                const Tensor& block_table,
                const Tensor& seq_lens,
@@ -265,10 +314,10 @@ void gather_kv(const Tensor& kv_cache,
                Tensor& key,
                Tensor& value,
                int64_t kv_format) {
-  rows_only(kv_format);
   check_tensor(key, "key", 3);
   GatherArgs p;
-  p.cache = aligned_cache(kv_cache, key.size(2));
+  p.cache = aligned_cache(kv_cache, key.size(2), kv_format);
+  p.codes = Codes::of(p.cache);
   p.num_rows = seq_lens.dim() == 1 ? seq_lens.size(0) : -1;
   p.seq_lens = rows_vector(seq_lens, "seq_lens", -1, kv_cache);
   p.block_table = block_table_of(block_table, p.num_rows, kv_cache);
@@ -292,7 +341,8 @@ void gather_kv(const Tensor& kv_cache,
   p.value = value.data_ptr();
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
-  launch_gather(current_device(index), p);
+  p.cache.quantised() ? launch_gather_codes(current_device(index), p)
+                      : launch_gather(current_device(index), p);
 }
 
 void sparq_select(const Tensor& query,
@@ -312,7 +362,6 @@ void sparq_select(const Tensor& query,
                   std::optional<Tensor> kept_mass,
                   std::optional<Tensor> workspace,
                   int64_t kv_format) {
-  rows_only(kv_format);
   SelectArgs p = select_args(query,
                              kv_cache,
                              block_table,
@@ -327,7 +376,8 @@ void sparq_select(const Tensor& query,
                              min_tokens,
                              indices,
                              counts,
-                             kept_mass);
+                             kept_mass,
+                             kv_format);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
   const DeviceGuard guard(index);
@@ -356,7 +406,6 @@ void sparq_attend(const Tensor& query,
                   std::optional<Tensor> kept_histogram,
                   std::optional<Tensor> workspace,
                   int64_t kv_format) {
-  rows_only(kv_format);
   SelectArgs s = select_args(query,
                              kv_cache,
                              block_table,
@@ -371,9 +420,12 @@ void sparq_attend(const Tensor& query,
                              min_tokens,
                              indices,
                              counts,
-                             kept_mass);
+                             kept_mass,
+                             kv_format);
   AttendArgs p;
   attend_after(s, p);
+  check_mean(p);
+  p.codes = s.codes;
   p.max_blocks = s.max_blocks;
   // Lists that adapt have the lengths that selection writes.
   p.budgets = s.top_p < 1 ? nullptr : s.budgets;
@@ -388,7 +440,7 @@ void sparq_attend(const Tensor& query,
   const Device device = current_device(index);
   plan_select(device, s);
   const Workspace shared(device, s, true, workspace, kv_cache);
-  if (decode_covers(device, s)) {
+  if (!s.cache.quantised() && decode_covers(device, s)) {
     shared.use(s);
     DecodeArgs d = {s, p.out, p.out_stride, p.tokens_read};
     shared.use(d);
@@ -396,7 +448,7 @@ void sparq_attend(const Tensor& query,
   }
   run_select(device, s, shared);
   shared.use(p);
-  launch_attend(device, p);
+  attend_by_format(device, p);
 }
 
 void attend(const Tensor& query,
@@ -412,10 +464,10 @@ void attend(const Tensor& query,
             std::optional<Tensor> tokens_read,
             std::optional<Tensor> workspace,
             int64_t kv_format) {
-  rows_only(kv_format);
   check_tensor(query, "query", 3);
   AttendArgs p;
-  p.cache = aligned_cache(kv_cache, query.size(2));
+  p.cache = aligned_cache(kv_cache, query.size(2), kv_format);
+  p.codes = Codes::of(p.cache);
   same_device(query, "query", kv_cache);
   set_query(query, scale, soft_cap, p);
   p.seq_lens = rows_vector(seq_lens, "seq_lens", p.num_rows, kv_cache);
@@ -435,6 +487,7 @@ void attend(const Tensor& query,
     lists_on_device(*indices, *counts, kept_mass, kv_cache);
   }
   p.kept_mass = check_mass(kept_mass, query);
+  check_mean(p);
   outputs_on_device(query, kv_cache, out, tokens_read, p);
   if (p.num_rows == 0 || p.max_blocks == 0) return;
   const int32_t index = kv_cache.get_device_index();
@@ -445,7 +498,7 @@ void attend(const Tensor& query,
   shape.group = p.group;
   const Workspace partials(device, shape, false, workspace, kv_cache);
   partials.use(p);
-  launch_attend(device, p);
+  attend_by_format(device, p);
 }
 
 int64_t workspace_bytes(int64_t num_rows,
@@ -474,6 +527,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CUDA, m) {
   m.impl("seal_blocks", TORCH_BOX(&vllm_sparse::cuda::seal_blocks));
   m.impl("store_rows", TORCH_BOX(&vllm_sparse::cuda::store_rows));
   m.impl("seal_rows", TORCH_BOX(&vllm_sparse::cuda::seal_rows));
+  m.impl("store_quantised", TORCH_BOX(&vllm_sparse::cuda::store_quantised));
   m.impl("gather_kv", TORCH_BOX(&vllm_sparse::cuda::gather_kv));
   m.impl("sparq_select", TORCH_BOX(&vllm_sparse::cuda::sparq_select));
   m.impl("sparq_attend", TORCH_BOX(&vllm_sparse::cuda::sparq_attend));

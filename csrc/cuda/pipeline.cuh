@@ -33,12 +33,22 @@ __device__ inline void copy_async_4(uint32_t to, const void* from, int bytes) {
                : "memory");
 }
 
+// Sixteen bytes, of which `bytes` (16 or 0) are read and the others become zero.
+__device__ inline void copy_async_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's groups are under way.
 template <int N>
 __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ inline void load_pair(uint32_t (&r)[2], uint32_t from) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
 }
 
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t from) {

@@ -12,7 +12,10 @@ namespace vllm_sparse::cuda {
 
 // A step of two blocks in shared memory: codes of both, then parameters of both.
 constexpr int kCodesOfStep = kStepChannels * kCodeBytes;
-constexpr int kSlotBytes = 2 * (kCodesOfStep + kStepChannels * 4);
+__host__ __device__ constexpr int slot_bytes(int param_bytes) {
+  return 2 * (kCodesOfStep + kStepChannels * param_bytes);
+}
+constexpr int kSlotBytes = slot_bytes(4);
 
 __device__ inline float fast_tanh(float x) {
   float y;
@@ -33,12 +36,40 @@ __device__ inline __half2 max_over_tokens(__half2 x) {
   return x;
 }
 
+// Words of a lane's 16 exponentials of two heads, and (top, sum) of each head. The first other lane
+// with tokens of the same block and heads is kNext away.
+template <int kNext>
+__device__ inline float4 pack_block(const __half2 (&e)[8][2], float2 top, uint32_t (&words)[8]) {
+  __half2 sums[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    words[k] = pack_exponentials(e[k][0], e[k][1]);
+    sums[k] = __hadd2(e[k][0], e[k][1]);
+  }
+#pragma unroll
+  for (int i = 4; i > 0; i /= 2) {
+#pragma unroll
+    for (int k = 0; k < i; ++k) sums[k] = __hadd2(sums[k], sums[k + i]);
+  }
+#pragma unroll
+  for (int i = 4; i < 32; i *= 2) {
+    const int other = i == 4 ? kNext : i;
+    sums[0] = __hadd2(sums[0], as_half2(__shfl_xor_sync(kFullMask, as_word(sums[0]), other)));
+  }
+  const float2 sum = __half22float2(sums[0]);
+  return {top.x, sum.x, top.y, sum.y};
+}
+
 // Products of two blocks with four heads. Columns 0 to 3 of a tile are the first block's heads,
 // columns 4 to 7 the second's: each block's codes meet zeros in the other's columns. Tile 2 n + ab
 // holds, in rows 0 to 7 and 8 to 15, tokens t and t + 4 with t = 8 ab + 16 n + 64 (row & 1) + row /
 // 2. Codes are taken less 8, which keeps the sums small; tiles of odd n are 16 times too large.
 struct Products {
   float acc[8][4], center[4], offset[4];
+
+  static constexpr int kParamBytes = 4;  // of a channel
+  // Which of the two blocks the lane has.
+  static __device__ int lane_block() { return threadIdx.x % 4 / 2; }
 
   __device__ void clear() {
 #pragma unroll
@@ -181,23 +212,7 @@ struct Products {
       top.x += offset[0];
       top.y += offset[1];
     }
-    __half2 sums[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      words[k] = pack_exponentials(e[k][0], e[k][1]);
-      sums[k] = __hadd2(e[k][0], e[k][1]);
-    }
-#pragma unroll
-    for (int i = 4; i > 0; i /= 2) {
-#pragma unroll
-      for (int k = 0; k < i; ++k) sums[k] = __hadd2(sums[k], sums[k + i]);
-    }
-#pragma unroll
-    for (int i = 4; i < 32; i *= 2) {
-      sums[0] = __hadd2(sums[0], as_half2(__shfl_xor_sync(kFullMask, as_word(sums[0]), i)));
-    }
-    const float2 sum = __half22float2(sums[0]);
-    return {top.x, sum.x, top.y, sum.y};
+    return pack_block<4>(e, top, words);
   }
 };
 

@@ -14,9 +14,10 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kSlots = 3;  // steps of a warp under way
 
 // Work of one item: pairs of sealed blocks, then groups of the tokens after them.
-__device__ inline int pairs_of(int length) { return (length / kBlockSize + 1) / 2; }
-__device__ inline int units_of(int length) {
-  return pairs_of(length) + (length % kBlockSize + kTailTokens - 1) / kTailTokens;
+__device__ inline int pairs_of(const RowPlan& plan) { return (plan.sealed + 1) / 2; }
+__device__ inline int units_of(const RowPlan& plan) {
+  const int tail = plan.length - plan.sealed * kBlockSize;
+  return pairs_of(plan) + (tail + kTailTokens - 1) / kTailTokens;
 }
 
 struct Share {
@@ -27,7 +28,7 @@ struct Share {
 // Units of a row that needs scores, 0 of others.
 __device__ inline int row_units(const SelectArgs& p, int row) {
   const RowPlan plan = plan_row(p, row);
-  return plan.all ? 0 : units_of(plan.length) * p.cache.num_kv_heads;
+  return plan.all ? 0 : units_of(plan) * p.cache.num_kv_heads;
 }
 
 // The warp's equal part of all units.
@@ -57,27 +58,32 @@ __device__ Share find_share(const SelectArgs& p) {
 }
 
 // Units [first_unit, first_unit + count) of one item.
-template <bool kFast, bool kCap>
-__device__ void score_item(
-    const SelectArgs& p, uint32_t ring, int row, int head, int length, int first_unit, int count) {
-  const int lane = threadIdx.x % 32, sealed = length / kBlockSize;
+template <bool kFast, bool kCap, int kGroups>
+__device__ void score_item(const SelectArgs& p,
+                           uint32_t ring,
+                           int row,
+                           int head,
+                           const RowPlan& plan,
+                           int first_unit,
+                           int count) {
+  const int lane = threadIdx.x % 32, length = plan.length, sealed = plan.sealed;
   const int64_t item = int64_t{row} * p.cache.num_kv_heads + head;
   const PreparedItem prepared(p, item);
   const int32_t* table = p.block_table + row * p.block_table_stride;
   const int64_t stat_row = item * (p.max_blocks + kBlockSize / kTailTokens);
-  const int pairs = max(0, min(count, pairs_of(length) - first_unit));
+  const int pairs = max(0, min(count, pairs_of(plan) - first_unit));
   const auto tail = [&]() {
     for (int unit = first_unit + pairs; unit < first_unit + count; ++unit) {
-      const int group = unit - pairs_of(length);
+      const int group = unit - pairs_of(plan);
       float2* stats = p.stats + (stat_row + sealed + group) * 2 * p.pairs;
       switch (p.cache.dtype) {
         case Dtype::kHalf:
-          score_tail<__half>(p, prepared, table, head, length, group, stats);
+          score_tail<__half, kGroups != 0>(p, prepared, table, head, length, group, stats);
           break;
         case Dtype::kBFloat16:
-          score_tail<__nv_bfloat16>(p, prepared, table, head, length, group, stats);
+          score_tail<__nv_bfloat16, kGroups != 0>(p, prepared, table, head, length, group, stats);
           break;
-        default: score_tail<float>(p, prepared, table, head, length, group, stats);
+        default: score_tail<float, kGroups != 0>(p, prepared, table, head, length, group, stats);
       }
     }
   };
@@ -90,24 +96,30 @@ __device__ void score_item(
       reinterpret_cast<float4*>(p.stats)[(stat_row + block) * p.pairs + pair] = stats;
     }
   };
-  score_blocks<kFast, kCap, kSlots>(
+  score_blocks<kFast, kCap, kSlots, kGroups>(
       p, prepared, table, head, {2 * first_unit, 2, pairs, sealed - 1}, ring, tail, emit);
 }
 
-template <bool kFast, bool kCap>
-__global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectArgs p) {
+// Thread blocks of a multiprocessor: products of groups take more registers.
+__host__ __device__ constexpr int resident(int groups) { return groups == 4 ? 1 : 2; }
+__host__ __device__ constexpr int ring_bytes(int groups) {
+  return kSlots * slot_bytes(groups == 4 ? 16 : 4);
+}
+
+template <bool kFast, bool kCap, int kGroups>
+__global__ void __launch_bounds__(kThreads, resident(kGroups)) score_kernel(SelectArgs p) {
   extern __shared__ __align__(128) uint8_t dynamic[];
-  const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * kSlots * kSlotBytes;
+  const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * ring_bytes(kGroups);
   let_next_begin();
   Share share = find_share(p);
   wait_for_previous();
   while (share.count > 0) {
     const RowPlan plan = plan_row(p, share.row);
-    const int units = plan.all ? 0 : units_of(plan.length);
+    const int units = plan.all ? 0 : units_of(plan);
     if (units > 0) {
       const int head = share.unit / units, first = share.unit - head * units;
       const int count = min(share.count, units - first);
-      score_item<kFast, kCap>(p, ring, share.row, head, plan.length, first, count);
+      score_item<kFast, kCap, kGroups>(p, ring, share.row, head, plan, first, count);
       share.count -= count;
       share.unit += count;
     }
@@ -118,15 +130,22 @@ __global__ void __launch_bounds__(kThreads, 2) score_kernel(SelectArgs p) {
   }
 }
 
+template <int kGroups>
+void launch_groups(const Device& device, const SelectArgs& p) {
+  const bool fast = p.rank <= kStepChannels && p.group <= 4;
+  const auto kernel =
+      p.soft_cap > 0 ? fast ? score_kernel<true, true, kGroups> : score_kernel<false, true, kGroups>
+      : fast         ? score_kernel<true, false, kGroups>
+                     : score_kernel<false, false, kGroups>;
+  const dim3 grid(resident(kGroups) * device.num_sms);
+  launch(device, kernel, 1, grid, kThreads, kWarps * ring_bytes(kGroups), p, true);
+}
+
 }  // namespace
 
 void launch_score(const Device& device, const SelectArgs& p) {
-  const bool fast = p.rank <= kStepChannels && p.group <= 4;
-  const auto kernel = p.soft_cap > 0 ? fast ? score_kernel<true, true> : score_kernel<false, true>
-                      : fast         ? score_kernel<true, false>
-                                     : score_kernel<false, false>;
-  const dim3 grid(2 * device.num_sms);
-  launch(device, kernel, 1, grid, kThreads, kWarps * kSlots * kSlotBytes, p, true);
+  if (!p.cache.quantised()) return launch_groups<0>(device, p);
+  p.cache.key_groups == 4 ? launch_groups<4>(device, p) : launch_groups<1>(device, p);
 }
 
 }  // namespace vllm_sparse::cuda

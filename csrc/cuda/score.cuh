@@ -4,16 +4,22 @@
 // SparQ's approximate logits (arXiv 2312.04985, section 3) from 4-bit codes: what one warp does.
 #pragma once
 
-#include "products.cuh"
+#include "codes.cuh"
+#include "grouped.cuh"
 
 namespace vllm_sparse::cuda {
 
 #ifdef __CUDACC__
 
+// kGroups: 0 for blocks with rows; else of a channel's scales, in quantised blocks.
+template <int kGroups>
+using ProductsOf = std::conditional_t<kGroups == 4, GroupedProducts, Products>;
+
 // Brings codes and parameters of a step of two blocks into a slot: half a warp a block. With kFast,
 // there is one step and the channels' places are kept in registers.
-template <bool kFast>
+template <bool kFast, int kGroups>
 struct Loader {
+  static constexpr int kParamBytes = ProductsOf<kGroups>::kParamBytes;
   const int* channel;
   int rank;
   uint32_t params_offset;
@@ -24,13 +30,13 @@ struct Loader {
     return channel[first + 4 * copy + threadIdx.x % 16 / 4] * kCodeBytes + threadIdx.x % 4 * 16;
   }
   __device__ uint32_t param_of(int first, int copy) const {
-    return params_offset + channel[first + 16 * copy + threadIdx.x % 16] * 4;
+    return params_offset + channel[first + 16 * copy + threadIdx.x % 16] * kParamBytes;
   }
   __device__ Loader(const SelectArgs& p, const int* channels) : channel(channels), rank(p.rank) {
     const int block = threadIdx.x % 32 / 16, r = threadIdx.x % 16;
-    params_offset = p.cache.head_size * kCodeBytes;
+    params_offset = kGroups ? p.codes.params : p.cache.head_size * kCodeBytes;
     to_code = block * kCodesOfStep + r / 4 * kCodeBytes + (r % 4 ^ r / 8) * 16;
-    to_param = 2 * kCodesOfStep + (block * kStepChannels + r) * 4;
+    to_param = 2 * kCodesOfStep + (block * kStepChannels + r) * kParamBytes;
     if constexpr (kFast) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) code[i] = code_of(0, i);
@@ -54,15 +60,20 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // Padding is 0: NaN times 0 would be NaN.
-      const int bytes = static_cast<int>(threadIdx.x) % 16 + 16 * i < rank - first ? 4 : 0;
-      copy_async_4(
-          slot + to_param + i * 64, codes + (kFast ? param[i] : param_of(first, i)), bytes);
+      const bool inside = static_cast<int>(threadIdx.x) % 16 + 16 * i < rank - first;
+      const uint32_t to = slot + to_param + i * 16 * kParamBytes;
+      const uint8_t* from = codes + (kFast ? param[i] : param_of(first, i));
+      if constexpr (kParamBytes == 16) {
+        copy_async_16(to, from, inside ? 16 : 0);
+      } else {
+        copy_async_4(to, from, inside ? 4 : 0);
+      }
     }
   }
 };
 
 // (top, sum) of a group of tokens that are not sealed, from exact keys: two lanes a token.
-template <class T>
+template <class T, bool kCodes = false>
 __device__ void score_tail(const SelectArgs& p,
                            const PreparedItem& item,
                            const int32_t* table,
@@ -71,11 +82,17 @@ __device__ void score_tail(const SelectArgs& p,
                            int group,
                            float2* stats) {
   const int first_token = group * kTailTokens;
-  const int count = min(kTailTokens, length % kBlockSize - first_token);
-  const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[length / kBlockSize]), head);
+  const int sealed = kCodes ? p.cache.sealed_blocks(length) : length / kBlockSize;
+  const int count = min(kTailTokens, length - sealed * kBlockSize - first_token);
   const int lane = threadIdx.x % 32, t = lane / 2, part = lane % 2;
-  const T* key = reinterpret_cast<const T*>(chunk) +
-                 int64_t{first_token + min(t, count - 1)} * 2 * p.cache.head_size;
+  const int token = first_token + min(t, count - 1);
+  const T* key;
+  if constexpr (kCodes) {
+    key = reinterpret_cast<const T*>(tail_row(p, table, head, sealed, token));
+  } else {
+    const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
+    key = reinterpret_cast<const T*>(chunk) + int64_t{token} * 2 * p.cache.head_size;
+  }
 #pragma unroll 1
   for (int first = 0; first < 2 * p.pairs; first += 4) {
     float x[4] = {};
@@ -136,7 +153,7 @@ struct WarpBlocks {
 // Scores of a warp's blocks, through its `ring` of kSlots steps. Calls `meanwhile` once when the
 // first steps are under way, and emit(block, pair of heads, words, stats) with the exponentials of
 // the lane's 16 tokens and the block's (top, sum) of both heads, see scores.cuh.
-template <bool kFast, bool kCap, int kSlots, class Meanwhile, class Emit>
+template <bool kFast, bool kCap, int kSlots, int kGroups = 0, class Meanwhile, class Emit>
 __device__ void score_blocks(const SelectArgs& p,
                              const PreparedItem& prepared,
                              const int32_t* table,
@@ -145,6 +162,8 @@ __device__ void score_blocks(const SelectArgs& p,
                              uint32_t ring,
                              const Meanwhile& meanwhile,
                              const Emit& emit) {
+  using Product = ProductsOf<kGroups>;
+  constexpr int kBytes = slot_bytes(Product::kParamBytes);
   const int lane = threadIdx.x % 32;
   // Blocks of the lane's half; the pair after the next one is looked up.
   int looked_up = blocks.first + lane / 16;
@@ -155,14 +174,14 @@ __device__ void score_blocks(const SelectArgs& p,
   };
   int32_t id = 0, next_id = 0;
   if (blocks.pairs > 0) id = look_up(), next_id = look_up();
-  const uint8_t* base = p.cache.data + head * p.cache.head_stride +
-                        int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
+  const uint8_t* base = p.cache.data + head * p.cache.head_stride;
+  if (kGroups == 0) base += int64_t{kBlockSize} * 2 * p.cache.head_size * p.cache.element_size;
   const uint32_t num_blocks = static_cast<uint32_t>(p.cache.num_blocks);
   // A pair takes `parts` passes of the ring: steps of channels, again for every four heads.
   const int steps = kFast ? 1 : prepared.padded_rank / kStepChannels;
   const int parts = kFast ? 1 : steps * (prepared.padded_group / 4);
   const int total = blocks.pairs * parts;
-  const Loader<kFast> loader(p, prepared.channel);
+  const Loader<kFast, kGroups> loader(p, prepared.channel);
   const int column = lane / 4 % 4;
   uint32_t query[2][2];
   const auto load_query = [&](int first_head, int step) {
@@ -176,7 +195,7 @@ __device__ void score_blocks(const SelectArgs& p,
   if (kFast) load_query(0, 0);
   int issued_pair = 0, issued_part = 0;
   uint32_t issue_slot = ring, slot = ring;
-  const uint32_t ring_end = ring + kSlots * kSlotBytes;
+  const uint32_t ring_end = ring + kSlots * kBytes;
   const auto issue = [&]() {
     if (issued_pair < blocks.pairs) {
       const uint32_t block = static_cast<uint32_t>(id) < num_blocks ? id : 0;
@@ -189,13 +208,13 @@ __device__ void score_blocks(const SelectArgs& p,
       }
     }
     copy_commit();
-    issue_slot = issue_slot + kSlotBytes == ring_end ? ring : issue_slot + kSlotBytes;
+    issue_slot = issue_slot + kBytes == ring_end ? ring : issue_slot + kBytes;
   };
 #pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) issue();
   meanwhile();
 
-  Products products;
+  Product products;
   int pair = 0, part = 0;
   for (int i = 0; i < total; ++i) {
     copy_wait<kSlots - 2>();
@@ -205,11 +224,11 @@ __device__ void score_blocks(const SelectArgs& p,
     if (step == 0) products.clear();
     if (!kFast) load_query(first_head, step);
     products.template add<kFast>(slot, query);
-    slot = slot + kSlotBytes == ring_end ? ring : slot + kSlotBytes;
+    slot = slot + kBytes == ring_end ? ring : slot + kBytes;
     if (step == steps - 1) {
       uint32_t words[8];
       const float4 stats = products.template finish<kFast, kCap>(p.soft_cap, words);
-      const int block = blocks.first + pair * blocks.stride + lane % 4 / 2;
+      const int block = blocks.first + pair * blocks.stride + Product::lane_block();
       const int pair_of_heads = first_head / 2 + lane % 2;
       if (block <= blocks.last && pair_of_heads < p.pairs) {
         emit(block, pair_of_heads, words, stats);

@@ -12,6 +12,10 @@ from vllm_sparse.ops import reference
 from vllm_sparse.testing.compare import assert_close
 from vllm_sparse.testing.generate import PagedContext, paged_context
 
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
 # num_heads, num_kv_heads, head_size, dtype
 SHAPES = [
@@ -23,6 +27,37 @@ SHAPES = [
     ((7, 1, 64), torch.float32),
 ]
 SEQ_LENS = [1, 127, 128, 129, 256, 400]
+
+
+class Kernels:
+    """The ops on a device, called with tensors on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        # On a GPU, tokens alone are counted.
+        self.counters = 3 if device == "cpu" else 1
+
+    def __getattr__(self, name: str):
+        op = getattr(ops, name)
+        return op if self.device == "cpu" else lambda *a, **k: self._call(op, a, k)
+
+    def _call(self, op, args, options) -> None:
+        tensors = [t for t in (*args, *options.values()) if torch.is_tensor(t)]
+        moved = {id(t): t.to(self.device) for t in tensors}
+        op(
+            *(moved.get(id(t), t) for t in args),
+            **{name: moved.get(id(t), t) for name, t in options.items()},
+        )
+        for t in tensors:
+            t.copy_(moved[id(t)])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def kernels(request):
+    if request.param == "cuda":
+        ops.use("cuda", torch.device("cuda", torch.cuda.current_device()))
+    yield Kernels(request.param)
+    ops.use("auto")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,9 +74,7 @@ def context(
     return paged_context(seq_lens, num_kv_heads, head_size, dtype, generator(), fmt=fmt)
 
 
-def store(
-    ctx: PagedContext, fmt: KvFormat, steps: list[list[int]], by=ops
-) -> torch.Tensor:
+def store(ctx: PagedContext, fmt: KvFormat, steps: list[list[int]], by) -> torch.Tensor:
     """Store contexts step by step; returns the cache.
 
     Args:
@@ -101,11 +134,11 @@ def chunked(lengths: list[int], size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_stored_blocks_equal_the_reference_bit_for_bit(shape, dtype, name):
+def test_stored_blocks_equal_the_reference_bit_for_bit(shape, dtype, name, kernels):
     fmt = resolve_format(name, None, shape[2])
     ctx = context(shape, dtype, fmt)
-    got = parts(ctx, store(ctx, fmt, [SEQ_LENS]), fmt)
-    want = parts(ctx, store(ctx, fmt, [SEQ_LENS], by=reference), fmt)
+    got = parts(ctx, store(ctx, fmt, [SEQ_LENS], kernels), fmt)
+    want = parts(ctx, store(ctx, fmt, [SEQ_LENS], reference), fmt)
     assert torch.equal(got[0], want[0])
     assert_close(got[1], want[1])
     assert torch.equal(got[2], want[2])
@@ -113,12 +146,12 @@ def test_stored_blocks_equal_the_reference_bit_for_bit(shape, dtype, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_depend_on_tokens_alone_not_on_steps(dtype, name):
+def test_blocks_depend_on_tokens_alone_not_on_steps(dtype, name, kernels):
     """One prompt, chunks of any size, tokens one by one, drafts that are rejected."""
     shape, lengths = (6, 2, 64), [700, 257, 128, 129]
     fmt = resolve_format(name, None, 64, has_mean=dtype == torch.float32)
     ctx = context(shape, dtype, fmt, lengths)
-    want = parts(ctx, store(ctx, fmt, [lengths]), fmt)
+    want = parts(ctx, store(ctx, fmt, [lengths], kernels), fmt)
     most = BlockLayout(64, dtype.itemsize, fmt).rows_per_block
     drafts = []
     for at in range(0, 700, 7):
@@ -127,7 +160,7 @@ def test_blocks_depend_on_tokens_alone_not_on_steps(dtype, name):
         drafts.append([min(at + 7, n) for n in lengths])
     ways = [chunked(lengths, size) for size in (100, 300, 1)] + [[*drafts, lengths]]
     for steps in ways:
-        got = parts(ctx, store(ctx, fmt, steps), fmt)
+        got = parts(ctx, store(ctx, fmt, steps, kernels), fmt)
         assert torch.equal(got[0], want[0])
         if fmt.has_mean:
             assert_close(got[1], want[1])
@@ -135,19 +168,19 @@ def test_blocks_depend_on_tokens_alone_not_on_steps(dtype, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rejected_drafts_leave_no_trace(name):
+def test_rejected_drafts_leave_no_trace(name, kernels):
     """Wrong drafts cross a block's end and are replaced by other tokens."""
     fmt = resolve_format(name, None, 64)
     ctx = context((6, 2, 64), torch.bfloat16, fmt, [300])
     wrong = context((6, 2, 64), torch.bfloat16, fmt, [300])
-    cache = store(ctx, fmt, [[126]])
+    cache = store(ctx, fmt, [[126]], kernels)
     wrong.keys[0] = wrong.keys[0] + 1
     for source, first, last in ((wrong, 126, 140), (ctx, 127, 135), (ctx, 135, 300)):
         source = ctx if source is ctx else wrong
         if source is wrong:  # one draft was right
             source.keys[0][126] = ctx.keys[0][126]
             source.values[0][126] = ctx.values[0][126]
-        ops.store_quantised(
+        kernels.store_quantised(
             source.keys[0][first:last],
             source.values[0][first:last],
             cache,
@@ -156,19 +189,19 @@ def test_rejected_drafts_leave_no_trace(name):
             torch.tensor([0, last - first]).int(),
             fmt,
         )
-    got, want = (parts(ctx, t, fmt) for t in (cache, store(ctx, fmt, [[300]])))
+    got, want = (parts(ctx, t, fmt) for t in (cache, store(ctx, fmt, [[300]], kernels)))
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[2], want[2])
 
 
-def test_a_shared_prefix_is_sealed_before_means_are_taken_of_it():
+def test_a_shared_prefix_is_sealed_before_means_are_taken_of_it(kernels):
     fmt = resolve_format("int4", None, 64)
     ctx = context((6, 2, 64), torch.float32, fmt, [384, 384])
     ctx.block_table[1, :2] = ctx.block_table[0, :2]
     ctx.keys[1][:256], ctx.values[1][:256] = ctx.keys[0][:256], ctx.values[0][:256]
     # The second request starts where the first one's prefix ends, in the same step.
     new = [0, 384, 512]
-    ops.store_quantised(
+    kernels.store_quantised(
         torch.cat([ctx.keys[0], ctx.keys[1][256:]]),
         torch.cat([ctx.values[0], ctx.values[1][256:]]),
         ctx.kv_cache,
@@ -186,15 +219,15 @@ def test_a_shared_prefix_is_sealed_before_means_are_taken_of_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_extreme_values_stay_finite(name):
+def test_extreme_values_stay_finite(name, kernels):
     fmt = resolve_format(name, None, 64)
     ctx = context((1, 1, 64), torch.float32, fmt, [129])
     ctx.keys[0][:, 0, 0] = 3.25
     ctx.keys[0][:, 0, 1] = torch.linspace(-1e6, 1e6, 129)
     ctx.values[0][5] = 2.5
     ctx.values[0][6, 0, :2] = torch.tensor([-1e6, 1e6])
-    cache = store(ctx, fmt, [[129]])
-    want = store(ctx, fmt, [[129]], by=reference)
+    cache = store(ctx, fmt, [[129]], kernels)
+    want = store(ctx, fmt, [[129]], reference)
     assert torch.equal(parts(ctx, cache, fmt)[0], parts(ctx, want, fmt)[0])
     chunk = cache[int(ctx.block_table[0, 0]), 0]
     key, value = reference.read_block(chunk, BlockLayout(64, 4, fmt))
@@ -204,7 +237,7 @@ def test_extreme_values_stay_finite(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_gather_reads_every_full_block_from_its_codes(shape, dtype, name):
+def test_gather_reads_every_full_block_from_its_codes(shape, dtype, name, kernels):
     fmt = resolve_format(name, None, shape[2])
     ctx = filled(shape, dtype, fmt)
     starts = torch.tensor([0] + [n + 1 for n in SEQ_LENS[:-1]]).cumsum(0)
@@ -212,7 +245,7 @@ def test_gather_reads_every_full_block_from_its_codes(shape, dtype, name):
     got = [torch.full(size, torch.nan, dtype=dtype) for _ in range(2)]
     want = [t.clone() for t in got]
     args = (ctx.kv_cache, ctx.block_table, ctx.seq_lens, starts)
-    ops.gather_kv(*args, *got, fmt)
+    kernels.gather_kv(*args, *got, fmt)
     reference.gather_kv(*args, *want, fmt)
     for g, w in zip(got, want):
         assert torch.equal(g.isnan(), w.isnan())
@@ -220,10 +253,10 @@ def test_gather_reads_every_full_block_from_its_codes(shape, dtype, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_are_as_near_as_their_bits_allow(name):
+def test_codes_are_as_near_as_their_bits_allow(name, kernels):
     fmt = resolve_format(name, None, 64)
     ctx = context((1, 1, 64), torch.float32, fmt, [129])
-    chunk = store(ctx, fmt, [[129]])[int(ctx.block_table[0, 0]), 0]
+    chunk = store(ctx, fmt, [[129]], kernels)[int(ctx.block_table[0, 0]), 0]
     key, value = reference.read_block(chunk, BlockLayout(64, 4, fmt))
     exact = [t[0][:128, 0] for t in (ctx.keys, ctx.values)]
     key, exact[0] = (t.unflatten(0, (-1, fmt.key_group)) for t in (key, exact[0]))
@@ -251,16 +284,19 @@ def query_of(ctx: PagedContext, num_heads: int, dtype: torch.dtype) -> torch.Ten
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_dense_attention_over_codes_and_tail(shape, dtype, name):
+def test_dense_attention_over_codes_and_tail(shape, dtype, name, kernels):
     num_heads, _, head_size = shape
     fmt = resolve_format(name, None, head_size)
     ctx = filled(shape, dtype, fmt)
     query = query_of(ctx, num_heads, dtype)
     got, want = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
-    read, expected = torch.zeros(3).long(), torch.zeros(3).long()
+    read, expected = (
+        torch.zeros(kernels.counters).long(),
+        torch.zeros(kernels.counters).long(),
+    )
     options = dict(scale=head_size**-0.5, soft_cap=0.0)
-    ops.attend(*args, **options, out=got, tokens_read=read, fmt=fmt)
+    kernels.attend(*args, **options, out=got, tokens_read=read, fmt=fmt)
     nothing = dict(indices=None, counts=None, kept_mass=None, fmt=fmt)
     reference.attend(*args, **nothing, **options, out=want, tokens_read=expected)
     assert_close(got, want)
@@ -270,7 +306,7 @@ def test_dense_attention_over_codes_and_tail(shape, dtype, name):
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p):
+def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p, kernels):
     num_heads, _, head_size = shape
     fmt = resolve_format(name, None, head_size)
     ctx = filled(shape, dtype, fmt)
@@ -288,7 +324,7 @@ def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p):
     )
     # Lists of nearly equal scores may differ: attend is compared on the same lists.
     chosen, want = lists(ctx, num_heads), lists(ctx, num_heads)
-    ops.sparq_select(*args, budgets, **options, **chosen, fmt=fmt)
+    kernels.sparq_select(*args, budgets, **options, **chosen, fmt=fmt)
     reference.sparq_select(*args, budgets, **options, **want, fmt=fmt)
     if top_p == 1.0:
         assert torch.equal(chosen["counts"], want["counts"])
@@ -301,11 +337,11 @@ def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p):
         )
         assert len(kept ^ best) <= max(4, len(best) // 8)
     outs = [torch.full_like(query, torch.nan) for _ in range(3)]
-    counters = [torch.zeros(3).long() for _ in range(3)]
+    counters = [torch.zeros(kernels.counters).long() for _ in range(3)]
     scale = dict(scale=options["scale"], soft_cap=0.0, fmt=fmt)
-    ops.attend(*args, **chosen, **scale, out=outs[0], tokens_read=counters[0])
+    kernels.attend(*args, **chosen, **scale, out=outs[0], tokens_read=counters[0])
     again = lists(ctx, num_heads)
-    ops.sparq_attend(
+    kernels.sparq_attend(
         *args,
         budgets,
         **options,
@@ -321,7 +357,7 @@ def test_sparse_attention_over_codes_and_tail(shape, dtype, name, top_p):
     assert torch.equal(counters[0], counters[1])
 
 
-def test_an_attention_cap_and_long_contexts():
+def test_an_attention_cap_and_long_contexts(kernels):
     """More than one split of 256 tokens, lists that begin inside a block."""
     fmt = resolve_format("int4", None, 64)
     ctx = filled((4, 2, 64), torch.float32, fmt, [1500])
@@ -334,7 +370,7 @@ def test_an_attention_cap_and_long_contexts():
     )
     outs = [torch.empty_like(query) for _ in range(2)]
     args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
-    for op, out in zip((ops.attend, reference.attend), outs):
+    for op, out in zip((kernels.attend, reference.attend), outs):
         op(*args, **chosen, scale=0.3, soft_cap=5.0, out=out, fmt=fmt)
     assert_close(*outs)
 
