@@ -193,12 +193,7 @@ class SparseConfig:
                 f"it must lie between 1 and {head_size}. Example: "
                 f"--additional-config.{NAMESPACE}.rank {default_rank(head_size)}"
             )
-        fmt = self.format(head_size, num_queries_per_kv)
-        if fmt.quantised and device_type != "cpu":
-            raise SparseConfigError(
-                f"{NAMESPACE}.kv_format = {self.kv_format!r} has no GPU kernels yet; "
-                f"leave it out there"
-            )
+        self.format(head_size, num_queries_per_kv)
         dense_below = self.dense_below
         if dense_below == "auto":
             dense_below = DENSE_BELOW[device_type]

@@ -77,6 +77,8 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
         """
         self.refuse_output_scales(output_scale, output_block_scale)
         if attn_metadata is None:
+            if self.fmt.quantised:
+                self._show_scratch(query)
             return output.fill_(0)
         meta = attn_metadata
         tails = [plan.save_tails(kv_cache, self.shape) for plan in meta.quantised]
@@ -125,6 +127,11 @@ class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):
                 output[first:end],
             )
         return output
+
+    def _show_scratch(self, like: torch.Tensor) -> None:
+        """Hold what prefill will, while vLLM measures how much memory is left."""
+        size = (2, self.scratch_tokens, self.num_kv_heads, self.head_size)
+        like.new_empty(size)
 
     def _store(
         self,

@@ -82,6 +82,11 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         if device.type == "cuda":  # tensors name their device by number
             device = torch.device("cuda", torch.cuda.current_device())
         kernels = ops.use(self.config.kernels, device)
+        if self.fmt.quantised and kernels == "triton":
+            raise SparseConfigError(
+                f"sparse.kv_format = {self.fmt.name!r} has no Triton kernels, and the "
+                "CUDA library does not serve this GPU: leave it out"
+            )
         logger.info_once(
             "Sparse attention: %s, %s", self.config, self.describe(kernels)
         )
@@ -98,6 +103,11 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             )
         layout = BlockLayout(
             self.head_size, vllm_config.model_config.dtype.itemsize, self.fmt
+        )
+        # The longest context that prefills in one step, with the step's tokens.
+        self.scratch_tokens = (
+            vllm_config.model_config.max_model_len
+            + vllm_config.scheduler_config.max_num_batched_tokens
         )
         drafts = vllm_config.num_speculative_tokens
         if drafts >= layout.rows_per_block:

@@ -8,8 +8,8 @@ What we rely on in vLLM 0.32.0, and where:
 - ``CpuPlatform.get_attn_backend_cls`` / ``check_and_update_config``: platform.py
 - ``AttentionBackend.customize_spec`` and ``state_content_bytes``, the KV page being
   ``[num_blocks, num_kv_heads, block_size, C]``, head-major: attention/backend.py
-- ``KVCacheSpecRegistry``, ``FullAttentionManager`` and ``FullAttentionSpec``: blocks held
-  ahead of the tokens: cache/managers.py
+- ``KVCacheSpecRegistry``, ``FullAttentionManager`` and ``FullAttentionSpec``: blocks
+  held ahead of the tokens: cache/managers.py
 - ``CommonAttentionMetadata``, ``split_decodes_and_prefills``: attention/*_metadata.py
 - ``_custom_ops.cpu_attn_*``, CPU attention over a KV scratch: attention/cpu_prefill.py
 """
