@@ -292,7 +292,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "auto",
     ),
     "kv_format": (
-        lambda v: v in FORMATS,
+        lambda v: isinstance(v, str) and v in FORMATS,
         f"one of {', '.join(FORMATS)}",
         "int4",
     ),

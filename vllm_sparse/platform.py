@@ -12,6 +12,7 @@ from functools import cache
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from .cache.formats import FORMATS
 from .compat.vllm import init_logger, require_supported
 from .config import BACKEND_DEFAULTS, SparseConfig
 from .plugin import is_ours
@@ -44,6 +45,8 @@ class HonourOurBackends:
                 f"--attention-backend {name} does not serve models with sliding-window "
                 "layers on GPUs yet; leave --attention-backend out"
             )
+        if kind == SLIDING:
+            _refuse_quantised(name)
         if kind is not None:
             init_logger(__name__).info_once(
                 "%s: %s layers are served densely by vLLM's own backend.", name, kind
@@ -86,6 +89,23 @@ def honouring(platform: type) -> type:
 SparseCpuPlatform = honouring(
     resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 )
+
+
+def _refuse_quantised(name: str) -> None:
+    """Sliding-window layers take over blocks that held codes: NaN, on CPUs too."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        return
+    config = SparseConfig.from_additional_config(
+        vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
+    )
+    if FORMATS[config.kv_format].quantised:
+        raise ValueError(
+            f"sparse.kv_format = {config.kv_format!r} does not serve models with "
+            "sliding-window layers: leave it out"
+        )
 
 
 def _kind_left_to_vllm(attn_selector_config) -> str | None:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Perplexity of KV formats, without an engine: which one to build.
 
-    python -m benchmarks.accuracy.kv_formats [--tokens 1536] [--windows 4]
+    python -m benchmarks.accuracy.kv_formats [--tokens 1280] [--windows 3]
 
 Every position is treated as a decode step: it attends to the quantised tokens of the
 blocks before its own, and to the exact ones of its own block (where the format says
@@ -170,8 +170,9 @@ def attend(
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=1536)
-    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("--windows", type=int, default=3, help="of each text")
+    parser.add_argument("--only", nargs="+", help="names, or parts of them")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -191,7 +192,11 @@ def main() -> None:
     )
     sources = TextSources(AutoTokenizer.from_pretrained(path))
     head_size = model.config.hidden_size // model.config.num_attention_heads
-    tried = formats(head_size)
+    tried = {
+        name: kept
+        for name, kept in formats(head_size).items()
+        if name == "none" or not args.only or any(part in name for part in args.only)
+    }
     losses: dict[str, dict[str, list[float]]] = {
         name: {"prose": [], "code": []} for name in tried
     }

@@ -286,9 +286,9 @@ void count_sealed(const AttendParams& p, int64_t item, int32_t count, int64_t* t
 }
 
 // Adds what the rows attend to, tokens per KV head, to a counter; to the next two, if there are
-// any, those of them in sealed blocks, and these blocks.
+// any, those of them in sealed blocks, and these blocks (quantised formats only).
 void count_tokens(const AttendParams& p, const std::optional<Tensor>& counter, int64_t* total) {
-  const bool sealed = total != nullptr && counter->size(0) == 3;
+  const bool sealed = total != nullptr && p.cache.quantised() && counter->size(0) == 3;
   for (int64_t i = 0; total != nullptr && i < p.num_rows * p.cache.num_kv_heads; ++i) {
     const int32_t count = p.counts != nullptr ? p.counts[i] : -1;
     total[0] += count >= 0 ? count : p.seq_lens[i / p.cache.num_kv_heads];
@@ -440,6 +440,8 @@ void attend(const Tensor& query,
                         token,
                         " is not a token of the row's ",
                         seq_len);
+        STD_TORCH_CHECK(!p.cache.quantised() || j == 0 || p.indices[i * p.max_kept + j - 1] < token,
+                        "indices must ascend in quantised formats");
       }
     }
   }

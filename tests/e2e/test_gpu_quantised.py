@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Quantised blocks in vLLM's engine on a GPU, with FULL CUDA graphs."""
+"""Quantised blocks in vLLM's engine on a GPU, with FULL CUDA graphs.
+
+Rounding that differs between batches moves codes by whole steps: texts part at gaps
+twice as large as with plain rows.
+"""
+
+from functools import partial
 
 import pytest
 
@@ -14,7 +20,6 @@ from .test_gpu_engine import (  # noqa: E402
     NUM_LAYERS,
     SETTINGS,
     SPARSE,
-    assert_same_but_for_ties,
     configure,
     generate,
     greedy,
@@ -24,6 +29,9 @@ from .test_gpu_engine import (  # noqa: E402
     stats,
     tokens,
 )
+from .test_gpu_engine import (
+    assert_same_but_for_ties as assert_same,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 INT4 = SPARSE | {"kv_format": "int4"}
+same = partial(assert_same, gap=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def test_int8_gives_flash_attentions_tokens(prompts, dense):  # noqa: F811
         llm.collective_rpc("reset_sparse_stats")
         got = generate(llm, prompts, greedy())
         totals = stats(llm)
-    assert_same_but_for_ties(got, dense, gap=0.3)
+    same(got, dense)
     assert totals["sparse_rows"] == 0
     assert 0.5 < totals["kv_bytes_read"] / totals["kv_bytes_dense"] < 0.7
 
@@ -75,16 +84,16 @@ def test_prefix_cache_hits_do_not_change_the_tokens(llm, prompts, sparse):  # no
     first = generate(llm, prompts, greedy())
     second = generate(llm, prompts, greedy())
     assert [o.num_cached_tokens for o in second][3:6] == [128, 256, 384]
-    assert_same_but_for_ties(first, sparse)
-    assert_same_but_for_ties(second, sparse)
+    same(first, sparse)
+    same(second, sparse)
 
 
 def test_concurrency_does_not_change_the_tokens(llm, prompts, sparse):  # noqa: F811
     for i in (3, 5, 7):
         alone = generate(llm, [prompts[i]], greedy(**COLD))
-        assert_same_but_for_ties(alone, sparse[i : i + 1])
+        same(alone, sparse[i : i + 1])
     many = generate(llm, prompts * 8, greedy(**COLD))
-    assert_same_but_for_ties(many, sparse * 8)
+    same(many, sparse * 8)
 
 
 def test_chunks_of_prompts_beside_decoding(llm, prompts, sparse):  # noqa: F811
@@ -94,7 +103,7 @@ def test_chunks_of_prompts_beside_decoding(llm, prompts, sparse):  # noqa: F811
         got = generate(llm, prompts, greedy(**COLD))
     finally:
         scheduler.max_num_scheduled_tokens = limit
-    assert_same_but_for_ties(got, sparse)
+    same(got, sparse)
 
 
 def test_blocks_ahead_are_given_back(llm, prompts):  # noqa: F811
@@ -125,7 +134,7 @@ def test_drafts_change_nothing(repeating):
             "prompt_lookup_min": 1,
         },
     ) as drafting:
-        assert_same_but_for_ties(generate(drafting, chosen, greedy()), expected)
+        same(generate(drafting, chosen, greedy()), expected)
         totals = stats(drafting)
     assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
 
@@ -134,5 +143,5 @@ def test_graphs_off_gives_the_same_tokens(prompts, sparse, repeating):  # noqa: 
     eager = dict(enforce_eager=True, compilation_config={"mode": 0})
     with ours(additional_config={"sparse": INT4}, **eager) as llm:
         got = generate(llm, prompts, greedy(**COLD))
-    assert_same_but_for_ties(got, sparse)
+    same(got, sparse)
     assert len(got) == len(LENGTHS)

@@ -81,12 +81,16 @@ def test_prefix_cache_hits_do_not_change_the_tokens(engine, prompts, expected): 
 
 
 def test_a_hit_on_blocks_that_decoding_filled(engine, prompts):  # noqa: F811
-    """Unlike with plain rows, a recomputed prompt gives the very same tokens."""
+    """Unlike with plain rows, a recomputed prompt gives the very same tokens, if the
+    answer was decoded densely."""
+    configure(engine, DENSE)
     (answer,) = tokens(generate(engine, [prompts[4]], greedy(86)))
     follow_up = prompts[4] + answer + prompts[0]
     hit = generate(engine, [follow_up], greedy())
     assert hit[0].num_cached_tokens == 384
-    assert tokens(generate(engine, [follow_up], greedy())) == tokens(hit)
+    cold = generate(engine, [follow_up], greedy(**COLD))
+    assert cold[0].num_cached_tokens == 0
+    assert tokens(cold) == tokens(hit)
 
 
 @pytest.mark.parametrize("chunk", [256, 100])

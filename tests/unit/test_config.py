@@ -48,7 +48,7 @@ REFUSED = {
     "dense_layers": [-1, 2.0, "2", None, True],
     "dense_below": [-1, 512.0, "512", None, True],
     "mean_value": [0, 1, None, "on", "true", "AUTO"],
-    "kv_format": ["", "fp8", "int2", 4, None],
+    "kv_format": ["", "fp8", "int2", 4, None, ["int4"]],
     "kv_group_size": [0, -32, 32.0, "32", True],
     "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }

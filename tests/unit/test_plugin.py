@@ -364,10 +364,11 @@ def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
 
 
 def test_quantised_blocks_reach_vllms_spec(monkeypatch):
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     fmt = formats.resolve_format("int4", None, 64, has_mean=False)
-    monkeypatch.setattr(formats, "_chosen", {64: fmt})
+    monkeypatch.setattr(formats, "_chosen", {(64, 3): fmt})
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )
@@ -388,6 +389,16 @@ def test_quantised_blocks_reach_vllms_spec(monkeypatch):
     assert ours.max_memory_usage_bytes(config) == (8 + 4) * ours.page_size_bytes
     merged = type(ours).merge([ours, ours])
     assert merged == ours
+    sliding = SlidingWindowSpec(
+        block_size=128,
+        num_kv_heads=3,
+        head_size=64,
+        dtype=torch.bfloat16,
+        sliding_window=512,
+    )
+    for specs in ([ours, spec], [spec, ours], [ours, sliding], [sliding, ours]):
+        layers = {str(i): s for i, s in enumerate(specs)}
+        assert not is_kv_cache_spec_uniform(layers)
     assert pickle.loads(pickle.dumps(ours)) == ours
 
 

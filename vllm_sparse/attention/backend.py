@@ -140,7 +140,7 @@ class SparqBackend(AttentionBackend):
         if spec.state_content_bytes is not None:
             return spec
         # Called outside vLLM's config context, after the layers were made.
-        fmt = chosen_format(spec.head_size)
+        fmt = chosen_format(spec.head_size, spec.num_kv_heads)
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize, fmt)
         content = {"state_content_bytes": layout.content_bytes}
         if not fmt.quantised:

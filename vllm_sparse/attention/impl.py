@@ -67,7 +67,7 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         )
         self.fmt = options.format(head_size, num_heads // num_kv_heads)
         self._check_format(vllm_config)
-        choose_format(self.fmt, head_size)
+        choose_format(self.fmt, head_size, num_kv_heads)
         self.shape = LayerShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -109,6 +109,13 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             vllm_config.model_config.max_model_len
             + vllm_config.scheduler_config.max_num_batched_tokens
         )
+        # Draft models leave tokens without a slot, which tails do not know.
+        speculation = getattr(vllm_config.speculative_config, "method", "ngram")
+        if speculation not in ("ngram", "suffix"):
+            raise SparseConfigError(
+                f"{chosen} works with the speculative method ngram only, not with "
+                f"{speculation!r}: choose ngram, or leave kv_format out"
+            )
         drafts = vllm_config.num_speculative_tokens
         if drafts >= layout.rows_per_block:
             raise SparseConfigError(

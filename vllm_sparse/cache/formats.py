@@ -98,15 +98,15 @@ def resolve_format(
     return replace(fmt, value_group=value_group, has_mean=has_mean)
 
 
-# By head size, of the layers made last: vLLM sizes their caches right after it has made
-# them, without saying for which engine.
-_chosen: dict[int, KvFormat] = {}
+# By head size and KV heads, of the layers made last: vLLM sizes their caches right
+# after it has made them, without saying for which engine.
+_chosen: dict[tuple[int, int], KvFormat] = {}
 
 
-def choose_format(fmt: KvFormat, head_size: int) -> None:
-    """Remember the format of the layers with this head size."""
-    _chosen[head_size] = fmt
+def choose_format(fmt: KvFormat, head_size: int, num_kv_heads: int) -> None:
+    """Remember the format of the layers of this shape."""
+    _chosen[head_size, num_kv_heads] = fmt
 
 
-def chosen_format(head_size: int) -> KvFormat:
-    return _chosen.get(head_size, ROWS)
+def chosen_format(head_size: int, num_kv_heads: int) -> KvFormat:
+    return _chosen.get((head_size, num_kv_heads), ROWS)

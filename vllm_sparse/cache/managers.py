@@ -40,6 +40,8 @@ class LookaheadSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs):
+        # vLLM tries whether specs are alike, and takes an assertion for a no.
+        assert all(isinstance(spec, LookaheadSpec) for spec in specs)
         ahead = {spec.lookahead_tokens for spec in specs}
         assert len(ahead) == 1, "layers of a group must look equally far ahead"
         return replace(super().merge(specs), lookahead_tokens=ahead.pop())

@@ -295,11 +295,12 @@ def attend(
     """Exact attention over the listed tokens; without lists, over the whole context.
 
     Args:
-        indices, counts, kept_mass: as written by a selector; ``kept_mass`` turns the
-            mean-value term on.
+        indices, counts, kept_mass: as written by a selector, positions ascending;
+            ``kept_mass`` turns the mean-value term on.
         out: [num_rows, num_heads, head_size], written.
         tokens_read: [1] int64 counter, the tokens attended per KV head are added to it;
-            [3] on the CPU: also those of them in sealed blocks, and these blocks.
+            [3] on the CPU: in quantised formats also those of them in sealed blocks,
+            and these blocks.
         workspace: see :func:`workspace_bytes`; without it, the op allocates.
     """
     _ops(kv_cache).attend(

@@ -318,12 +318,14 @@ def sparq_select(
                 kept_mass[row, head * group : (head + 1) * group] = mass
 
 
-def add_read(counter: torch.Tensor, kept: torch.Tensor, sealed: int) -> None:
-    """Count one KV head's tokens; with three counters, also those of them in sealed
-    blocks, and these blocks."""
+def add_read(
+    counter: torch.Tensor, kept: torch.Tensor, length: int, fmt: KvFormat
+) -> None:
+    """Count one KV head's tokens; with three counters and a quantised format, also
+    those of them in sealed blocks, and these blocks."""
     counter[0] += len(kept)
-    if len(counter) == 3:
-        old = kept[kept < sealed * BLOCK_SIZE]
+    if len(counter) == 3 and fmt.quantised:
+        old = kept[kept < fmt.sealed_blocks(length) * BLOCK_SIZE]
         counter[1] += len(old)
         counter[2] += len((old // BLOCK_SIZE).unique())
 
@@ -359,7 +361,7 @@ def attend(
             if counts is not None and counts[row, head] >= 0:
                 kept = indices[row, head, : int(counts[row, head])].long()
             if tokens_read is not None:
-                add_read(tokens_read, kept, fmt.sealed_blocks(length))
+                add_read(tokens_read, kept, length, fmt)
             heads = slice(head * group, (head + 1) * group)
             logits = query[row, heads].float() @ k[kept].T * scale
             if soft_cap > 0:
