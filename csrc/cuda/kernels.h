@@ -127,6 +127,7 @@ struct AttendArgs : AttendParams {
   int cluster;         // thread blocks of an item (attend_float)
   uint32_t* arrivals;  // [kMaxGrid] zero between launches
   float* partials;     // [thread blocks, 2] results of lists that thread blocks share
+  uint8_t* listed;     // [num_rows, num_kv_heads] lists by blocks, see listed.cuh
 };
 
 // Floats of a shared list's partial result: of each query head (top, total) in 16 bytes, then sums.
@@ -188,5 +189,9 @@ bool decode_covers(const Device& device, const SelectArgs& args);
 void launch_decode(const Device& device, DecodeArgs args);
 void launch_attend_float(const Device& device, AttendArgs args);
 void launch_attend_codes(const Device& device, const AttendArgs& args);
+void launch_listed(const Device& device, const AttendArgs& args);
+// Whether the tensor cores' kernel for quantised blocks covers a shape.
+bool blocks_cover(const Device& device, const AttendArgs& args);
+void launch_attend_blocks(const Device& device, const AttendArgs& args);
 
 }  // namespace vllm_sparse::cuda

@@ -157,6 +157,7 @@ struct Workspace {
     p.keys = reinterpret_cast<uint16_t*>(data + plan.keys);
   }
   void use(AttendArgs& p) const {
+    p.listed = data + plan.scores;  // scores are not needed any more
     p.arrivals = reinterpret_cast<uint32_t*>(data);
     p.partials = reinterpret_cast<float*>(data + plan.partials);
   }
@@ -174,7 +175,8 @@ void run_select(const Device& device, SelectArgs& p, const Workspace& workspace)
 }
 
 void attend_by_format(const Device& device, const AttendArgs& p) {
-  p.cache.quantised() ? launch_attend_codes(device, p) : launch_attend(device, p);
+  if (!p.cache.quantised()) return launch_attend(device, p);
+  blocks_cover(device, p) ? launch_attend_blocks(device, p) : launch_attend_codes(device, p);
 }
 
 void check_mean(const AttendArgs& p) {
@@ -496,7 +498,14 @@ void attend(const Tensor& query,
   SelectArgs shape = {};
   shape.cache = p.cache;
   shape.group = p.group;
-  const Workspace partials(device, shape, false, workspace, kv_cache);
+  const bool by_blocks = p.cache.quantised() && indices.has_value();
+  if (by_blocks) {
+    shape.num_rows = p.num_rows;
+    shape.max_blocks = p.max_blocks;
+    shape.top_p = 1;
+    plan_select(device, shape);
+  }
+  const Workspace partials(device, shape, by_blocks, workspace, kv_cache);
   partials.use(p);
   attend_by_format(device, p);
 }

@@ -47,13 +47,14 @@ struct Share {
   }
 };
 
+template <int kWarps = kMaxWarps, class Items = Cursor>
 __device__ Share find_share(const AttendArgs& p, int subs, int items) {
-  __shared__ int warp_sums[kMaxWarps], begin_item, begin_first;
+  __shared__ int warp_sums[kWarps], begin_item, begin_first;
   const int threads = blockDim.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int per_thread = (items + threads - 1) / threads;
   const int first = min(items, threadIdx.x * per_thread), end = min(items, first + per_thread);
   int sum = 0;
-  Cursor c;
+  Items c;
   for (c.item = first; c.item < end; ++c.item) {
     c.load(p, subs);
     sum += c.tiles;

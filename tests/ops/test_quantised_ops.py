@@ -9,7 +9,7 @@ from vllm_sparse import ops
 from vllm_sparse.cache.formats import FORMATS, ROWS, KvFormat, resolve_format
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.ops import reference
-from vllm_sparse.testing.compare import assert_close
+from vllm_sparse.testing.compare import TOLERANCE, assert_close
 from vllm_sparse.testing.generate import PagedContext, paged_context
 
 GPU = [
@@ -373,6 +373,57 @@ def test_an_attention_cap_and_long_contexts(kernels):
     for op, out in zip((kernels.attend, reference.attend), outs):
         op(*args, **chosen, scale=0.3, soft_cap=5.0, out=out, fmt=fmt)
     assert_close(*outs)
+
+
+def random_lists(ctx: PagedContext, num_heads: int):
+    """Few tokens of many blocks, many of few, single blocks, everything."""
+    chosen = lists(ctx, num_heads, with_mass=False)
+    size = int(ctx.seq_lens.max())
+    chosen["indices"] = torch.zeros(*chosen["counts"].shape, size, dtype=torch.int32)
+    for row, length in enumerate(ctx.seq_lens.tolist()):
+        for head in range(ctx.kv_cache.shape[1]):
+            share = (0.02, 0.5, -1.0, 0.001)[(row + head) % 4]
+            keep = torch.rand(length, generator=generator(row)) < share
+            keep[-20:] = True
+            if share == 0.5:
+                keep[: length // 2] = False
+            kept = keep.nonzero()[:, 0].int()
+            chosen["indices"][row, head, : len(kept)] = kept
+            chosen["counts"][row, head] = -1 if share < 0 else len(kept)
+    return chosen
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["dense", "lists"])
+@pytest.mark.parametrize("soft_cap", [0.0, 20.0])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 2, 128), (7, 1, 128), (6, 3, 64), (16, 2, 64)], ids=str
+)
+@pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=GPU)], indirect=True)
+def test_shares_of_long_contexts(shape, dtype, name, soft_cap, listed, kernels):
+    """Several thread blocks, and several query heads' worth of them, share a row."""
+    num_heads, _, head_size = shape
+    fmt = resolve_format(name, None, head_size)
+    lengths = [1, 5000, 128, 129, 9000, 700]
+    ctx = context(shape, dtype, fmt, lengths)
+    ctx.kv_cache = store(ctx, fmt, [lengths], kernels)
+    query = query_of(ctx, num_heads, dtype)
+    chosen = dict(indices=None, counts=None, kept_mass=None)
+    if listed:
+        chosen = random_lists(ctx, num_heads)
+        chosen["kept_mass"] = torch.rand(len(lengths), num_heads)
+    got, want = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
+    counters = [torch.zeros(1).long() for _ in range(2)]
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    options = dict(scale=head_size**-0.5, soft_cap=soft_cap, fmt=fmt)
+    kernels.attend(*args, **chosen, **options, out=got, tokens_read=counters[0])
+    reference.attend(*args, **chosen, **options, out=want, tokens_read=counters[1])
+    # Row by row, as long rows' numbers are small; each keeps fp16's rounding of scaled
+    # queries and probabilities, which whole batches average out.
+    for row in range(len(lengths)):
+        assert_close(got[row], want[row], 1.5 * TOLERANCE[dtype])
+    assert torch.equal(*counters)
 
 
 def test_contracts():
