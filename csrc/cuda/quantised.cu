@@ -10,7 +10,7 @@ namespace vllm_sparse::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 512;
 
 __device__ inline __half clamped_half(float x) {
   return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
@@ -66,20 +66,36 @@ struct Range {
   __device__ float place(float x) const { return __fdiv_rn(__fsub_rn(x, base), divisor); }
 };
 
-// One channel of K, by the thread that has it. The operations and their order are the reference's.
+// K of a block: a thread takes 16 tokens of a channel, which share a nibble of its words. The
+// operations and their order are the reference's.
 template <class T, int kBits, int kGroups>
-__device__ void quantise_channel(const T* const* rows, int d, uint8_t* chunk, const Codes& codes) {
-  constexpr int kTokens = kBlockSize / kGroups, kNibbles = 8 / kGroups;
-  uint32_t words[kLanes] = {}, low_words[kBits == 8 ? kLanes : 1] = {};
-  __half2* params = reinterpret_cast<__half2*>(chunk + codes.params) + d * kGroups;
-#pragma unroll 1
-  for (int g = 0; g < kGroups; ++g) {
-    float low = INFINITY, high = -INFINITY;
-#pragma unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const float k = to_float(rows[g * kTokens + t][d]);
-      low = fminf(low, k);
-      high = fmaxf(high, k);
+__device__ void quantise_keys(const StoreQuantisedArgs& p, const T* const* rows, uint8_t* chunk) {
+  constexpr int kParts = kBlockSize / kLanes, kChannels = kThreads / kParts;
+  constexpr int kPlanes = kBits / 4, kEach = kParts / kGroups;  // parts of a group
+  __shared__ float2 ends[kParts][kChannels];
+  __shared__ uint32_t words[kPlanes][kChannels][kLanes + 1];
+  const int part = threadIdx.x / kChannels, c = threadIdx.x % kChannels;
+  for (int first = 0; first < p.cache.head_size; first += kChannels) {
+    const int d = first + c, count = min(kChannels, p.cache.head_size - first);
+    float k[kLanes], low = INFINITY, high = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      k[i] = c < count ? to_float(rows[part * kLanes + i][d]) : 0;
+      low = fminf(low, k[i]);
+      high = fmaxf(high, k[i]);
+    }
+    __syncthreads();  // the words of the channels before are stored
+    ends[part][c] = {low, high};
+    for (int i = threadIdx.x; i < kPlanes * kChannels * (kLanes + 1); i += kThreads) {
+      (&words[0][0][0])[i] = 0;
+    }
+    __syncthreads();
+    const int group = part / kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float2 other = ends[group * kEach + i][c];
+      low = fminf(low, other.x);
+      high = fmaxf(high, other.y);
     }
     Range range;
     if constexpr (kBits == 8) {
@@ -90,32 +106,32 @@ __device__ void quantise_channel(const T* const* rows, int d, uint8_t* chunk, co
     } else {
       range.round(__fdiv_rn(__fsub_rn(high, low), 15.0f), low);
     }
-    params[g] = __halves2half2(range.scale, range.minimum);
-#pragma unroll 1
-    for (int j = g * kNibbles; j < (g + 1) * kNibbles; ++j) {
+    if (c < count && part % kEach == 0) {
+      reinterpret_cast<__half2*>(chunk + p.codes.params)[d * kGroups + group] =
+          __halves2half2(range.scale, range.minimum);
+    }
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) {
-        const float x = range.place(to_float(rows[j * kLanes + i][d]));
-        if constexpr (kBits == 8) {
-          const uint32_t code =
-              static_cast<uint32_t>(fminf(fmaxf(rintf(__fadd_rn(x, 7.5f)), 0.0f), 255.0f));
-          words[i] |= (code >> 4) << (4 * j);
-          low_words[i] |= (code & 15) << (4 * j);
-        } else {
-          words[i] |= static_cast<uint32_t>(fminf(fmaxf(rintf(x), 0.0f), 15.0f)) << (4 * j);
-        }
+    for (int i = 0; i < kLanes; ++i) {
+      const float x = range.place(k[i]);
+      if constexpr (kBits == 8) {
+        const uint32_t code =
+            static_cast<uint32_t>(fminf(fmaxf(rintf(__fadd_rn(x, 7.5f)), 0.0f), 255.0f));
+        atomicOr(&words[0][c][i], (code >> 4) << (4 * part));
+        atomicOr(&words[1][c][i], (code & 15) << (4 * part));
+      } else {
+        const uint32_t code = static_cast<uint32_t>(fminf(fmaxf(rintf(x), 0.0f), 15.0f));
+        atomicOr(&words[0][c][i], code << (4 * part));
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(chunk + (plane ? p.codes.low_codes : 0));
+      for (int i = threadIdx.x; i < count * kLanes; i += kThreads) {
+        to[first * kLanes + i] = words[plane][i / kLanes][i % kLanes];
       }
     }
   }
-  const auto store = [&](const uint32_t* from, uint8_t* to) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      reinterpret_cast<uint4*>(to + d * kCodeBytes)[i] =
-          make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
-    }
-  };
-  store(words, chunk);
-  if constexpr (kBits == 8) store(low_words, chunk + codes.low_codes);
 }
 
 // V of a block: half a warp takes a group of channels of a token.
@@ -190,22 +206,32 @@ __device__ void seal_block(const StoreQuantisedArgs& p,
   if (value) {
     quantise_values<T>(p, rows, chunk);
     if (!p.cache.has_mean) return;
-    for (int d = threadIdx.x; d < size; d += kThreads) {
+    constexpr int kParts = 8, kTokens = kBlockSize / kParts;
+    __shared__ float partial[kParts][kThreads / kParts];
+    const int part = threadIdx.x / (kThreads / kParts), c = threadIdx.x % (kThreads / kParts);
+    for (int first = 0; first < size; first += kThreads / kParts) {
+      const int d = first + c;
       float sum = 0;
-#pragma unroll 16
-      for (int t = 0; t < kBlockSize; ++t) sum += to_float(rows[t][d]);
-      mean(d, sum / kBlockSize);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (d < size) sum += to_float(rows[part * kTokens + t][d]);
+      }
+      partial[part][c] = sum;
+      __syncthreads();
+      if (part == 0 && d < size) {
+        for (int i = 1; i < kParts; ++i) sum += partial[i][c];
+        mean(d, sum / kBlockSize);
+      }
+      __syncthreads();
     }
     return;
   }
-  for (int d = threadIdx.x; d < size; d += kThreads) {
-    if (p.cache.key_bits == 8) {
-      quantise_channel<T, 8, 1>(rows, d, chunk, p.codes);
-    } else if (p.cache.key_groups == 1) {
-      quantise_channel<T, 4, 1>(rows, d, chunk, p.codes);
-    } else {
-      quantise_channel<T, 4, 4>(rows, d, chunk, p.codes);
-    }
+  if (p.cache.key_bits == 8) {
+    quantise_keys<T, 8, 1>(p, rows, chunk);
+  } else if (p.cache.key_groups == 1) {
+    quantise_keys<T, 4, 1>(p, rows, chunk);
+  } else {
+    quantise_keys<T, 4, 4>(p, rows, chunk);
   }
 }
 
