@@ -304,6 +304,19 @@ def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     assert answer == CPU_ATTN.get_path()
 
 
+@pytest.mark.parametrize(("name", "fits"), [("int4", False), ("auto", True)])
+def test_sliding_windows_beside_a_quantised_cache_are_refused(name, fits, monkeypatch):
+    config = SimpleNamespace(additional_config={"sparse": {"kv_format": name}})
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
+    asked = layer(has_sliding_window=True)
+    if fits:
+        answer = SparseCpuPlatform.get_attn_backend_cls(SPARQ, asked)
+        assert answer == CPU_ATTN.get_path()
+        return
+    with pytest.raises(ValueError, match="kv_format = 'int4' does not serve models"):
+        SparseCpuPlatform.get_attn_backend_cls(SPARQ, asked)
+
+
 class Gpu:
     """Stands for a GPU platform of vLLM's, of any compute capability."""
 
