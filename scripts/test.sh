@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 #
-# Run the tests that need no GPU and, where there is nvcc, compile the CUDA kernels for all
-# architectures. Arguments go to pytest, and then the kernels are left out:
+# Run the tests that need no GPU and, where there is nvcc, compile the CUDA kernels for two
+# architectures (scripts/compile_gate.py alone: for all). Arguments go to pytest, and then the kernels are left out:
 #   scripts/test.sh -m slow      scripts/test.sh tests/unit -k config
 set -euo pipefail
 
@@ -16,5 +16,5 @@ python "$here/get_model.py" >/dev/null
 export VLLM_LOGGING_LEVEL="${VLLM_LOGGING_LEVEL:-WARNING}" VLLM_NO_USAGE_STATS=1
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
 cd "$here/.."
-if [ $# -eq 0 ]; then python scripts/compile_gate.py; fi
+if [ $# -eq 0 ]; then python scripts/compile_gate.py --archs 80 90a; fi
 exec python -m pytest --durations=5 "$@"
