@@ -175,9 +175,11 @@ def test_drafts_change_nothing(llm, prompts):  # noqa: F811
 # Engines in this process end what the shared one needs: it is not used any more.
 
 
-def test_a_batch_that_does_not_fit_in_bf16_runs_in_int4(prompts):  # noqa: F811
+def test_a_batch_that_does_not_fit_in_bf16_runs_in_int4(prompts, monkeypatch):  # noqa: F811
     """The same memory: in vLLM's own cache requests wait for each other or are
     preempted, in ours all decode at once."""
+    # It would replace the size that is asked for.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     batch = [(prompts[5][20 * i :] + prompts[4] * 4)[:1200] for i in range(3)]
     memory = 40 * 2**20  # 1,800 tokens of bf16; the batch has 3,600
     together, preempted = {}, {}
