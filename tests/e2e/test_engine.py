@@ -24,6 +24,12 @@ from vllm_sparse.config import default_rank  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
 DENSE = {"top_k": 1.0, "dense_below": 0}
 SPARSE = {"top_k": 0.2, "dense_below": 64, "local_window": 16, "sink_tokens": 4}
@@ -464,12 +470,7 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
         attention_backend="sparq",
         worker_extension_cls=EXTENSION,
         additional_config={"sparse": SPARSE},
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
+        speculative_config=NGRAM,
     ) as drafting:
         assert tokens(generate(drafting, chosen, greedy())) == expected
         totals = stats(drafting)

@@ -13,6 +13,7 @@ import torch  # noqa: E402
 
 from .test_engine import (  # noqa: E402
     EXTENSION,
+    NGRAM,
     NUM_LAYERS,
     SPARSE,
     configure,
@@ -202,12 +203,7 @@ def repeating(llm, prompts):
 def test_drafted_tokens_are_verified_by_sparse_rows(repeating):
     chosen, expected = repeating
     with ours(
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
+        speculative_config=NGRAM,
     ) as drafting:
         assert_same_but_for_ties(generate(drafting, chosen, greedy()), expected)
         totals = stats(drafting)

@@ -17,6 +17,7 @@ from .test_gpu_engine import (  # noqa: E402
     COLD,
     LENGTHS,
     NEW_TOKENS,
+    NGRAM,
     NUM_LAYERS,
     SETTINGS,
     SPARSE,
@@ -127,12 +128,7 @@ def test_drafts_change_nothing(repeating):
     chosen, expected = repeating
     with ours(
         additional_config={"sparse": INT4},
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
+        speculative_config=NGRAM,
     ) as drafting:
         same(generate(drafting, chosen, greedy()), expected)
         totals = stats(drafting)

@@ -18,6 +18,7 @@ from .test_engine import (  # noqa: E402
     COLD,
     EXTENSION,
     NEW_TOKENS,
+    NGRAM,
     SPARSE,
     add,
     configure,
@@ -160,12 +161,7 @@ def test_drafts_change_nothing(llm, prompts):  # noqa: F811
         attention_backend="sparq",
         worker_extension_cls=EXTENSION,
         additional_config={"sparse": SPARSE},
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
+        speculative_config=NGRAM,
     ) as drafting:
         assert tokens(generate(drafting, chosen, greedy())) == plain
         totals = stats(drafting)
