@@ -84,10 +84,11 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size, int64_t format 
   const int key_group = static_cast<int>(format >> 32 & 0xffff);
   cache.key_groups = format == 0 ? 1 : kBlockSize / (key_group > 0 ? key_group : kBlockSize);
   cache.has_mean = format == 0 || (format >> 48 & 1) != 0;
+  cache.key_rows = (format >> 49 & 1) != 0;
   if (format != 0) {
     // 8-bit K has one scale for the block: halves of a code share it.
     const bool key = (cache.key_bits == 4 && (key_group == 32 || key_group == kBlockSize)) ||
-                     (cache.key_bits == 8 && key_group == kBlockSize);
+                     (cache.key_bits == 8 && key_group == kBlockSize && !cache.key_rows);
     const bool value = (cache.value_bits == 4 || cache.value_bits == 8) && cache.value_group > 0 &&
                        cache.value_group % 16 == 0 && head_size % cache.value_group == 0;
     STD_TORCH_CHECK(

@@ -47,6 +47,7 @@ struct KvCache {
   // Quantised formats; 0: rows, then the sidecar.
   int key_bits = 0, value_bits = 0, value_group = 0, key_groups = 1;
   bool has_mean = true;
+  bool key_rows = false;  // K also by token, 8 bits
 
   uint8_t* chunk(int64_t block, int head) const {
     return data + block * block_stride + head * head_stride;
@@ -57,16 +58,20 @@ struct KvCache {
   int64_t codes_offset() const { return quantised() ? 0 : kBlockSize * row_bytes(); }
   int64_t low_codes_offset() const { return codes_offset() + plane_bytes(); }
   int64_t params_offset() const { return codes_offset() + (key_bits == 8 ? 2 : 1) * plane_bytes(); }
+  int64_t key_rows_offset() const { return params_offset() + int64_t{head_size} * 4 * key_groups; }
   int64_t value_codes_offset() const {
-    return params_offset() + int64_t{head_size} * 4 * key_groups;
+    return key_rows_offset() + (key_rows ? int64_t{head_size} * kBlockSize : 0);
   }
   int64_t value_code_bytes() const { return int64_t{head_size} * value_bits / 8; }
   int64_t value_params_offset() const {
     return value_codes_offset() + kBlockSize * value_code_bytes();
   }
   int64_t value_param_bytes() const { return quantised() ? head_size / value_group * 4 : 0; }
-  int64_t prefix_mean_offset() const {
+  int64_t key_row_params_offset() const {
     return value_params_offset() + kBlockSize * value_param_bytes();
+  }
+  int64_t prefix_mean_offset() const {
+    return key_row_params_offset() + (key_rows ? kBlockSize * 4 : 0);
   }
   int64_t content_bytes() const {
     const int64_t used = prefix_mean_offset() + (has_mean ? int64_t{head_size} * 2 : 0);

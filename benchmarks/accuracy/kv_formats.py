@@ -87,8 +87,9 @@ def int4_per_token_head(x: torch.Tensor) -> torch.Tensor:
     """vLLM's: random signs and Hadamard, then 4 bits and a 4-bit zero point for each
     token and head (v1/attention/ops/int4_per_token_head.py)."""
     size = x.shape[-1]
-    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(42))
-    rotation = hadamard(size) * (2.0 * signs - 1)[:, None]
+    seeded = torch.Generator("cpu").manual_seed(42)
+    signs = torch.randint(0, 2, (size,), generator=seeded, device="cpu")
+    rotation = hadamard(size) * (2.0 * signs.to(x.device) - 1)[:, None]
     y = x @ rotation
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     scale = ((high - low) / 15).clamp(min=1e-6)

@@ -76,8 +76,9 @@ def test_a_cached_prefix_is_read_in_the_step_that_fills_it(drive, name, user_fir
 
 
 @pytest.mark.parametrize("drive", ["cpu", "gpu-on-cpu"], indirect=True)
-def test_statistics_are_bytes_of_codes_and_rows(drive):
-    driver = drive(GQA, SPARSE | {"kv_format": "int4"}, 1)
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_statistics_are_bytes_of_codes_and_rows(drive, name):
+    driver = drive(GQA, SPARSE | {"kv_format": name}, 1)
     driver.step(Part(0, 299))
     driver.step(decode(0))
     layout = driver.impl.shape.layout
@@ -87,7 +88,7 @@ def test_statistics_are_bytes_of_codes_and_rows(drive):
     scores = layout.score_bytes(2, config.rank)
     rows = (300 - 256) * layout.row_bytes
     kept = 60 - (300 - 256)
-    codes = kept * layout.value_token_bytes
+    codes = kept * layout.token_bytes
     least, most = (
         heads * (scores + rows + codes + blocks * layout.key_block_bytes)
         for blocks in (1, 2)

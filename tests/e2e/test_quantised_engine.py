@@ -209,7 +209,7 @@ def test_a_batch_that_does_not_fit_in_bf16_runs_in_int4(prompts, monkeypatch):  
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_format": "int2"}, "one of auto, int8, int4, k4v8"),
+        ({"kv_format": "int2"}, "one of auto, int8, int4, k4v8, k8v4"),
         ({"kv_group_size": 32}, "needs a quantised"),
         ({"kv_format": "int4", "kernels": "triton"}, "no Triton kernels"),
         ({"kv_format": "int4", "kv_group_size": 48}, r"one of \[16, 32, 64\]"),

@@ -32,7 +32,7 @@ ACCEPTED = {
     "dense_layers": [0, 2, 1000],
     "dense_below": [0, 1, 10**9, "auto"],
     "mean_value": [True, False, "auto"],
-    "kv_format": ["auto", "int8", "int4", "k4v8"],
+    "kv_format": ["auto", "int8", "int4", "k4v8", "k8v4"],
     "kv_group_size": [None, 16, 128],
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
@@ -64,7 +64,7 @@ ALLOWED = {
     "dense_layers": "an integer of at least 0",
     "dense_below": 'an integer of at least 0 or "auto"',
     "mean_value": 'true, false or "auto"',
-    "kv_format": "one of auto, int8, int4, k4v8",
+    "kv_format": "one of auto, int8, int4, k4v8, k8v4",
     "kv_group_size": "a number of channels, such as 16, 32 or 64",
     "kernels": "one of auto, cuda, triton, cpu",
 }

@@ -18,10 +18,12 @@ class KvFormat:
 
     Attributes:
         name: as ``sparse.kv_format`` calls it.
-        key_bits: 4 or 8; 0: rows.
+        key_bits: 4 or 8, of K by channel; 0: rows.
         value_bits: 4 or 8; 0: rows.
         value_group: channels of V that share a scale.
         key_group: tokens of a channel of K that share a scale: the block, or 32.
+        key_rows: K is kept a second time, 8 bits by token with a scale for each token.
+            Selection reads the first, attention the second.
         has_mean: the block also holds the mean of V up to its end.
     """
 
@@ -30,6 +32,7 @@ class KvFormat:
     value_bits: int = 0
     value_group: int = 0
     key_group: int = 128
+    key_rows: bool = False
     has_mean: bool = True
 
     @property
@@ -42,7 +45,8 @@ class KvFormat:
         if not self.quantised:
             return 0
         groups = self.value_group << 16 | self.key_group << 32
-        return self.key_bits | self.value_bits << 8 | groups | self.has_mean << 48
+        flags = self.has_mean << 48 | self.key_rows << 49
+        return self.key_bits | self.value_bits << 8 | groups | flags
 
     def sealed_blocks(self, seq_len: int, block_size: int = 128) -> int:
         """Blocks of a context that are read from their codes."""
@@ -61,6 +65,7 @@ FORMATS = {
         KvFormat("int8", key_bits=8, value_bits=8, value_group=64),
         KvFormat("int4", key_bits=4, value_bits=4, value_group=32, key_group=32),
         KvFormat("k4v8", key_bits=4, value_bits=8, value_group=64, key_group=32),
+        KvFormat("k8v4", key_bits=4, value_bits=4, value_group=32, key_rows=True),
     )
 }
 

@@ -23,8 +23,10 @@ Quantised formats (formats.py) have no rows; their chunk holds::
     codes         [D][BLOCK_SIZE/2]         the upper 4 bits of K's codes, as above
     low codes     [D][BLOCK_SIZE/2]         8-bit K only: the lower 4 bits, likewise
     params        [D][128/key group][2]     as above, for each group of tokens
+    key rows      [BLOCK_SIZE][D]           K by token, 8 bits, where the format has it
     value codes   [BLOCK_SIZE][D * bits/8]  token-major
     value params  [BLOCK_SIZE][D/group][2]  float16, scale and minimum
+    key row params [BLOCK_SIZE][2]          likewise, of a token's key row
     prefix_mean   [D]                       where the mean-value term is on
     padding
 
@@ -112,8 +114,14 @@ class BlockLayout:
         return self.key_groups * 2 * PARAM_BYTES
 
     @property
-    def value_codes_offset(self) -> int:
+    def key_rows_offset(self) -> int:
+        """With K by token; else where it would be."""
         return self.params_offset + self.head_size * self.channel_param_bytes
+
+    @property
+    def value_codes_offset(self) -> int:
+        key_rows = BLOCK_SIZE * self.head_size if self.fmt.key_rows else 0
+        return self.key_rows_offset + key_rows
 
     @property
     def value_code_bytes(self) -> int:
@@ -132,8 +140,14 @@ class BlockLayout:
         return self.head_size // self.fmt.value_group * 2 * PARAM_BYTES
 
     @property
-    def prefix_mean_offset(self) -> int:
+    def key_row_params_offset(self) -> int:
+        """With K by token; else where they would be."""
         return self.value_params_offset + BLOCK_SIZE * self.value_param_bytes
+
+    @property
+    def prefix_mean_offset(self) -> int:
+        params = BLOCK_SIZE * 2 * PARAM_BYTES if self.fmt.key_rows else 0
+        return self.key_row_params_offset + params
 
     @property
     def content_bytes(self) -> int:
@@ -156,13 +170,14 @@ class BlockLayout:
 
     @property
     def key_block_bytes(self) -> int:
-        """All of a sealed block's K, quantised formats."""
-        return self.value_codes_offset
+        """A sealed block's K that is read whole where one token of it is."""
+        return 0 if self.fmt.key_rows else self.value_codes_offset
 
     @property
-    def value_token_bytes(self) -> int:
-        """A sealed token's V, quantised formats."""
-        return self.value_code_bytes + self.value_param_bytes
+    def token_bytes(self) -> int:
+        """What is read of a sealed token alone, quantised formats: V, and K by token."""
+        key = self.head_size + 2 * PARAM_BYTES if self.fmt.key_rows else 0
+        return key + self.value_code_bytes + self.value_param_bytes
 
     def attended_bytes(
         self, tokens: int, sealed_tokens: int = 0, sealed_blocks: int = 0
@@ -171,12 +186,13 @@ class BlockLayout:
 
         Args:
             sealed_tokens: those of them in sealed blocks.
-            sealed_blocks: these blocks, whose K is read whole in quantised formats.
+            sealed_blocks: these blocks, whose K by channel is read whole where there
+                is no other.
         """
         if not self.fmt.quantised:
             return tokens * self.row_bytes
         rows = (tokens - sealed_tokens) * self.row_bytes
-        codes = sealed_tokens * self.value_token_bytes
+        codes = sealed_tokens * self.token_bytes
         return rows + codes + sealed_blocks * self.key_block_bytes
 
     @property

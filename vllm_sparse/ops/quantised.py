@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What the quantised formats mean: plain fp32 PyTorch, part of :mod:`.reference`.
 
-KIVI's asymmetric quantiser (arXiv 2402.02750, section 3.1): K per channel over a block,
-V per token in groups of channels. Layout: :mod:`vllm_sparse.cache.layout`.
+KIVI's asymmetric quantiser (arXiv 2402.02750, section 3.1): K per channel over a block
+(and per token, where the format keeps it so too), V per token in groups of channels. Layout: :mod:`vllm_sparse.cache.layout`.
 """
 
 import torch
@@ -93,6 +93,12 @@ def write_block(
         groups = key.T.unflatten(-1, (-1, fmt.key_group))
         codes, params = quantise(groups, fmt.key_bits)
         parts = [(lay.codes_offset, pack_codes(codes.flatten(1).T))]
+    if fmt.key_rows:
+        row_codes, row_params = quantise(key, 8)
+        parts += [
+            (lay.key_rows_offset, row_codes),
+            (lay.key_row_params_offset, row_params),
+        ]
     groups = value.unflatten(-1, (-1, fmt.value_group))
     value_codes, value_params = quantise(groups, fmt.value_bits)
     parts += [
@@ -113,7 +119,9 @@ def read_block(
 
     key = dequantise_k(chunk, lay)
     size = lay.head_size
-    if lay.fmt.key_bits == 8:
+    if lay.fmt.key_rows:
+        key = read_key_rows(chunk, lay)
+    elif lay.fmt.key_bits == 8:
         plane = size * lay.channel_code_bytes
         low = unpack_codes(_sidecar(chunk, lay.low_codes_offset, plane))
         key = key + (low.float() - 7.5) * (key_params(chunk, lay)[0] / 16)
@@ -127,6 +135,17 @@ def read_block(
     scale, minimum = params.float().view(BLOCK_SIZE, -1, 1, 2).unbind(-1)
     value = codes.float().unflatten(-1, (-1, lay.fmt.value_group)) * scale + minimum
     return key, value.flatten(1)
+
+
+def read_key_rows(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
+    """K by token of a sealed chunk: [BLOCK_SIZE, head_size] fp32."""
+    from .reference import _sidecar
+
+    codes = _sidecar(chunk, lay.key_rows_offset, BLOCK_SIZE * lay.head_size)
+    params = _sidecar(chunk, lay.key_row_params_offset, BLOCK_SIZE * 4)
+    scale, minimum = params.view(torch.float16).float().view(BLOCK_SIZE, 2).unbind(-1)
+    codes = codes.view(BLOCK_SIZE, -1).float()
+    return codes * scale[:, None] + minimum[:, None]
 
 
 def tail_rows(
