@@ -152,20 +152,24 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: Format
 ) -> torch.Tensor:
     """Causal attention of all positions: [heads, tokens, head_size] each."""
-    tokens, group = query.shape[1], query.shape[0] // key.shape[0]
-    position = torch.arange(tokens)
-    causal = position[:, None] >= position[None, :]
-    old = position[:, None] // BLOCK_SIZE > position[None, :] // BLOCK_SIZE
+    group = query.shape[0] // key.shape[0]
+    query = query.unflatten(0, (-1, group))
+    key_read, value_read = kept.key(key), kept.value(value)
     if not kept.exact_block:
-        old = causal
-    key, value, key_read, value_read = (
-        t.repeat_interleave(group, 0)
-        for t in (key, value, kept.key(key), kept.value(value))
-    )
-    logits = torch.where(old, query @ key_read.mT, query @ key.mT)
-    logits = logits * query.shape[-1] ** -0.5
-    probs = logits.masked_fill(~causal, -math.inf).softmax(-1)
-    return (probs * old) @ value_read + (probs * ~old) @ value
+        key, value = key_read, value_read
+    future = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=torch.bool, device=key.device)
+    out = torch.empty_like(query)
+    for first in range(0, query.shape[2], BLOCK_SIZE):
+        block = slice(first, first + BLOCK_SIZE)
+        q = query[:, :, block] * query.shape[-1] ** -0.5
+        count = q.shape[2]
+        k = torch.cat([key_read[:, :first], key[:, block]], dim=1)
+        v = torch.cat([value_read[:, :first], value[:, block]], dim=1)
+        logits = q @ k[:, None].mT
+        own = logits[..., first:]
+        own.masked_fill_(future[:count, :count].triu(1), -math.inf)
+        out[:, :, block] = logits.softmax(-1) @ v[:, None]
+    return out.flatten(0, 1)
 
 
 @torch.inference_mode()

@@ -175,7 +175,7 @@ class BlockLayout:
 
     @property
     def token_bytes(self) -> int:
-        """What is read of a sealed token alone, quantised formats: V, and K by token."""
+        """What a sealed token has to itself, quantised formats: V, and K by token."""
         key = self.head_size + 2 * PARAM_BYTES if self.fmt.key_rows else 0
         return key + self.value_code_bytes + self.value_param_bytes
 

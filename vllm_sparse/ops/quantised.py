@@ -3,7 +3,8 @@
 """What the quantised formats mean: plain fp32 PyTorch, part of :mod:`.reference`.
 
 KIVI's asymmetric quantiser (arXiv 2402.02750, section 3.1): K per channel over a block
-(and per token, where the format keeps it so too), V per token in groups of channels. Layout: :mod:`vllm_sparse.cache.layout`.
+(and per token, where the format keeps it so too), V per token in groups of channels.
+Layout: :mod:`vllm_sparse.cache.layout`.
 """
 
 import torch
