@@ -98,9 +98,19 @@ def _refuse_quantised(name: str) -> None:
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
         return
-    config = SparseConfig.from_additional_config(
-        vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
+    refuse_quantised(
+        SparseConfig.from_additional_config(
+            vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
+        )
     )
+
+
+def refuse_quantised(config: SparseConfig) -> None:
+    """Raise where sliding-window layers would lie beside quantised blocks.
+
+    Raises:
+        ValueError: says which option to leave out.
+    """
     if FORMATS[config.kv_format].quantised:
         raise ValueError(
             f"sparse.kv_format = {config.kv_format!r} does not serve models with "

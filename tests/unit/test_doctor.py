@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the doctor says of models and machines; no engine is started."""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.doctor import cli, environment, gain
+from vllm_sparse.doctor.environment import OK, Check
+from vllm_sparse.doctor.model import (
+    FULL,
+    SLIDING,
+    DoctorError,
+    inspect_model,
+    parse_config,
+)
+
+LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    num_hidden_layers=4,
+    max_position_embeddings=65536,
+    vocab_size=512,
+    torch_dtype="bfloat16",
+)
+GEMMA = LLAMA | dict(
+    architectures=["Gemma3ForCausalLM"],
+    model_type="gemma3_text",
+    head_dim=256,
+    sliding_window=512,
+    layer_types=["sliding_attention"] * 3 + ["full_attention"],
+)
+MISTRAL = LLAMA | dict(
+    architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=4096
+)
+MLA = LLAMA | dict(
+    architectures=["DeepseekV2ForCausalLM"],
+    model_type="deepseek_v2",
+    kv_lora_rank=512,
+    q_lora_rank=None,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    num_key_value_heads=8,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(config: dict) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+def inspect(name: str, **options):
+    return inspect_model(name, "sparq", SparseConfig(**options))
+
+
+def kinds(model) -> list[tuple]:
+    return [(k.kind, k.count, k.reason is None, k.refused) for k in model.layers]
+
+
+def test_every_layer_of_a_plain_model_is_sparse(folder):
+    model = inspect(folder(LLAMA))
+    assert kinds(model) == [(FULL, 4, True, False)]
+    assert (model.head_size, model.num_heads, model.num_kv_heads) == (128, 8, 2)
+    assert model.max_model_len == 65536 and not model.refused
+    split = inspect_model(folder(LLAMA), "sparq", SparseConfig(), 2)
+    assert (split.num_heads, split.num_kv_heads) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(dense_layers=3), [(FULL, 3, False, False), (FULL, 1, True, False)]),
+        (dict(selector="dense"), [(FULL, 4, False, False)]),
+    ],
+)
+def test_layers_that_options_make_dense(folder, options, expected):
+    assert kinds(inspect(folder(LLAMA), **options)) == expected
+
+
+def test_sliding_window_layers_stay_vllms(folder):
+    model = inspect(folder(GEMMA))
+    assert sorted(kinds(model)) == [(FULL, 1, True, False), (SLIDING, 3, False, False)]
+    assert kinds(inspect(folder(MISTRAL))) == [(SLIDING, 4, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        (MLA, {}, "MLA"),
+        (LLAMA | dict(head_dim=112), {}, "head size 112 is not one of"),
+        (LLAMA, dict(rank=200), "rank = 200 exceeds"),
+        (GEMMA, dict(kv_format="int4"), "sliding-window"),
+    ],
+)
+def test_refusals_are_those_of_the_engine(folder, config, options, says):
+    model = inspect(folder(config), **options)
+    assert model.refused
+    assert says in "".join(kind.reason or "" for kind in model.layers)
+
+
+def test_questions_without_an_answer(folder):
+    with pytest.raises(DoctorError, match="cannot be split"):
+        inspect_model(folder(LLAMA), "sparq", SparseConfig(), 3)
+    with pytest.raises(DoctorError, match="Did you mean 'top_k'"):
+        parse_config("sparq", {"sparse": {"topk": 1}})
+    assert parse_config("twilight", {}).top_p == 0.9
+
+
+def test_gain_is_the_ratio_of_bytes(folder):
+    model = inspect(folder(LLAMA))
+    config = SparseConfig(rank=32, top_k=1024, dense_below=4096)
+    got = gain.expected_gain(model, config, "cpu", 32768, 16)
+    items = 16 * 2 * 4  # rows, KV heads, layers
+    assert got.tokens_kept == got.tokens_kept_most == 1024
+    assert got.kv_bytes_dense == items * 32768 * 512
+    codes = 256 * 32 * (64 + 4)  # sealed blocks, channels, bytes of one
+    assert got.kv_bytes_sparse == items * (codes + 1024 * 512)
+    assert got.attention_gain == got.kv_bytes_dense / got.kv_bytes_sparse
+    assert got.step_gain is None
+    short = gain.expected_gain(model, config, "cpu", 4000, 1)
+    assert short.tokens_kept == 4000 and short.attention_gain == 1
+
+
+def test_gain_with_weights_and_adaptive_budgets(folder):
+    name = folder(LLAMA)
+    with open(f"{name}/model.safetensors", "wb") as file:
+        file.write(bytes(1000))
+    model = inspect(name)
+    config = parse_config("twilight", {"sparse": {"max_tokens": 2048}})
+    got = gain.expected_gain(model, config, "cuda", 32768, 1)
+    assert (got.tokens_kept, got.tokens_kept_most) == (128, 2048)
+    assert got.kv_bytes_sparse < got.kv_bytes_sparse_most
+    both = (1000 + got.kv_bytes_dense) / (1000 + got.kv_bytes_sparse)
+    assert got.step_gain == both
+
+
+@pytest.mark.parametrize(("kv_format", "least"), [("auto", 0.8), ("int4", 3.0)])
+def test_memory_is_what_the_engine_allocates(folder, kv_format, least):
+    model = inspect(folder(LLAMA))
+    got = gain.memory(model, SparseConfig(kv_format=kv_format))
+    assert got.bytes_per_token_dense == 4 * 2 * 512
+    assert got.bytes_per_token_dense / got.bytes_per_token > least
+    assert (got.held_bytes > 0) == (kv_format == "int4")
+
+
+def test_a_plugin_left_out_is_a_problem(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "something_else")
+    found = {check.name: check for check in environment.check_environment()}
+    assert found["vllm.general_plugins"].status == environment.PROBLEM
+    assert "VLLM_PLUGINS" in found["vllm.general_plugins"].detail
+    assert found["kernels' results"].status == environment.OK
+
+
+def test_the_command(folder):
+    command = [sys.executable, "-m", "vllm_sparse", "doctor", "--json", "--model"]
+    command += [folder(LLAMA), "--context", "8192", "--batch", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert all(check["status"] != "problem" for check in report["checks"])
+    assert report["arguments"] == ["--attention-backend", "sparq"]
+    assert not report["refused"] and len(report["gains"]) == 1
+
+
+@pytest.mark.parametrize("config", [MLA, LLAMA | dict(num_attention_heads=3)])
+def test_status_of_what_would_not_start(folder, config, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_environment", lambda: [Check("vLLM", OK, "0")])
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    asked = parser.parse_args(["--model", folder(config), "-tp", "2"])
+    assert cli.run(asked) == 1
+    shown = capsys.readouterr().out
+    assert "REFUSED" in shown or "PROBLEM" in shown
+    assert "Serve it with" not in shown
