@@ -36,18 +36,15 @@ def more_formats(head_size: int) -> dict[str, Format]:
     value = per_token(4, 32)
     result = {
         f"K {bits} bit per {group}, V 4": Format(
-            per_channel(bits, group), value, (bits + 16 / group * 2 + 5) / 2
+            per_channel(bits, group), value, (bits + 32 / group + 5) / 2
         )
-        for bits, group in ((4, 16), (5, 32), (5, 128), (6, 32), (6, 128), (8, 128))
+        for bits, group in ((4, 16), (5, 32), (5, 128), (6, 128))
     }
     result["K exact, V 4"] = Format(exact, value, (16 + 5) / 2)
     result["K 4 per 32, V exact"] = Format(per_channel(4, 32), exact, (5 + 16) / 2)
-    for bits, group in ((8, head_size), (8, 32), (6, 32), (5, 32), (4, 16)):
-        result[f"K {bits} bit by token per {group}, V 4"] = Format(
-            per_token(bits, group), value, (bits + 32 / group + 5) / 2
-        )
-    result["K 4, V 4, no exact block"] = Format(
-        per_channel(4, 32), value, 5, exact_block=False
+    # k8v4, without the 4-bit K that only selection reads
+    result["K 8 bit by token, V 4"] = Format(
+        per_token(8, head_size), value, (8 + 32 / head_size + 5) / 2
     )
 
     def shared(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +60,7 @@ def more_formats(head_size: int) -> dict[str, Format]:
         done = (codes * scale + low_codes).transpose(-1, -2).flatten(1, 3)
         return torch.cat([done, x[:, full:]], dim=1)
 
-    result["K 4 per 32, parameters of 8 bits"] = Format(shared, value, 4.75)
+    result["K 4 per 32, 8-bit parameters"] = Format(shared, value, 4.75)
     return result
 
 
