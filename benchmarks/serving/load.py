@@ -27,15 +27,19 @@ from pathlib import Path
 from typing import Any
 
 QUESTION = 64  # tokens after a shared document
-# vLLM's command line asks for a distribution named vllm; its CPU build has another.
-BENCH = (
-    "import argparse, asyncio\n"
-    "from vllm.benchmarks.serve import add_cli_args, main_async\n"
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-    "parser = FlexibleArgumentParser()\n"
-    "add_cli_args(parser)\n"
-    "asyncio.run(main_async(parser.parse_args()))\n"
-)
+# ``vllm bench serve`` again and again in one process, whose imports take long; its
+# arguments come as lines of JSON. (vLLM's command line asks for a distribution named
+# vllm; its CPU build has another name.)
+BENCH = """
+import asyncio, json, sys
+from vllm.benchmarks.serve import add_cli_args, main_async
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+for line in sys.stdin:
+    asyncio.run(main_async(parser.parse_args(json.loads(line))))
+    print("@done", flush=True)
+"""
 KEPT = (
     "completed",
     "duration",
@@ -77,9 +81,10 @@ def server(engine: str, args: argparse.Namespace, log: Path):
         deadline = time.monotonic() + args.start_seconds
         while not healthy(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{engine} did not start:\n{log.read_text()[-3000:]}"
-                )
+                text = log.read_text()
+                errors = [line for line in text.splitlines() if "Error" in line]
+                shown = "\n".join(errors[:5]) + text[-1500:]
+                raise RuntimeError(f"{engine} did not start:\n{shown}")
             time.sleep(1)
         yield url
     finally:
@@ -113,43 +118,69 @@ def our_metrics(url: str) -> dict[str, float]:
     return result
 
 
-def bench(
-    url: str, case: str, rate: float, seed: int, args: argparse.Namespace
-) -> dict[str, Any]:
-    """One run of ``vllm bench serve``."""
-    kind, length, count = case.split(":")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", BENCH, "--backend", "openai"]
-        command += ["--base-url", url, "--endpoint", "/v1/completions"]
-        command += ["--model", str(args.model), "--seed", str(seed)]
-        command += ["--tokenizer", str(args.tokenizer or args.model)]
-        command += ["--num-prompts", count, "--ignore-eos", "--temperature", "0"]
-        command += [
-            "--request-rate",
-            str(rate),
-            "--percentile-metrics",
-            "ttft,tpot,itl",
-        ]
+class Client:
+    """``vllm bench serve``, waiting for what to do."""
+
+    def __init__(self, url: str, args: argparse.Namespace) -> None:
+        self.url, self.args = url, args
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BENCH],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def bench(
+        self, case: str, rate: float, seed: int, output_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """One run.
+
+        Raises:
+            RuntimeError: with the end of its output.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            output_tokens = output_tokens or self.args.output_tokens
+            arguments = self._arguments(case, rate, seed, output_tokens)
+            arguments += ["--save-result", "--result-dir", folder]
+            arguments += ["--result-filename", "result.json"]
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.write(json.dumps(arguments) + "\n")
+            self.process.stdin.flush()
+            shown: list[str] = []
+            for text in self.process.stdout:
+                if text.startswith("@done"):
+                    break
+                shown.append(text)
+            path = Path(folder) / "result.json"
+            if not path.exists():
+                raise RuntimeError(f"the load failed:\n{''.join(shown)[-3000:]}")
+            result = json.loads(path.read_text())
+        return {name: result[name] for name in KEPT if name in result}
+
+    def _arguments(
+        self, case: str, rate: float, seed: int, output_tokens: int
+    ) -> list[str]:
+        args = self.args
+        kind, length, count = case.split(":")
+        result = ["--backend", "openai", "--endpoint", "/v1/completions"]
+        result += ["--base-url", self.url, "--model", str(args.model)]
+        result += ["--tokenizer", str(args.tokenizer or args.model)]
+        result += ["--seed", str(seed), "--num-prompts", count, "--ignore-eos"]
+        result += ["--temperature", "0", "--request-rate", str(rate)]
+        result += ["--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm"]
         if kind == "cold":
-            command += ["--dataset-name", "random", "--random-input-len", length]
-            command += ["--random-output-len", str(args.output_tokens)]
-        else:
-            document = str(int(length) - QUESTION)
-            command += ["--dataset-name", "prefix_repetition"]
-            command += ["--prefix-repetition-prefix-len", document]
-            command += ["--prefix-repetition-suffix-len", str(QUESTION)]
-            command += ["--prefix-repetition-num-prefixes", str(args.documents)]
-            command += ["--prefix-repetition-output-len", str(args.output_tokens)]
-        command += ["--save-result", "--result-dir", folder]
-        command += ["--result-filename", "result.json"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        path = Path(folder) / "result.json"
-        if done.returncode or not path.exists():
-            raise RuntimeError(
-                f"the load failed:\n{(done.stdout + done.stderr)[-3000:]}"
-            )
-        result = json.loads(path.read_text())
-    return {name: result[name] for name in KEPT if name in result}
+            result += ["--dataset-name", "random", "--random-input-len", length]
+            return result + ["--random-output-len", str(output_tokens)]
+        result += ["--dataset-name", "prefix_repetition"]
+        result += ["--prefix-repetition-prefix-len", str(int(length) - QUESTION)]
+        result += ["--prefix-repetition-suffix-len", str(QUESTION)]
+        result += ["--prefix-repetition-num-prefixes", str(args.documents)]
+        return result + ["--prefix-repetition-output-len", str(output_tokens)]
 
 
 def measure(
@@ -162,25 +193,25 @@ def measure(
     """
     rows = []
     with server(engine, args, folder / f"{engine}.log") as url:
-        for case in args.cases:
-            warm = case.rsplit(":", 1)[0] + f":{args.documents}"
-            # Compiles what compiles late; of shared documents, fills the cache: the
-            # dataset draws the same ones for a seed.
-            bench(url, warm, float("inf"), 1, args)
-            for share in (None, *args.rates):
-                rate = float("inf")
-                if share is not None:
-                    rate = share * limits[case]
-                row = bench(url, case, rate, 1 if "shared" in case else 2, args)
-                if share is None:
-                    limits.setdefault(case, row["request_throughput"])
-                row |= {"case": case, "share": share, "rate": rate}
-                rows.append(row)
-                print(line(engine, row), flush=True)
+        client = Client(url, args)
+        try:
+            for case in args.cases:
+                # Of shared documents, this fills the cache: a seed and a number of
+                # requests draw the same ones.
+                warm = case if "shared" in case else case.rsplit(":", 1)[0] + ":2"
+                client.bench(warm, float("inf"), 0, output_tokens=1)
+                for i, share in enumerate((None, *args.rates)):
+                    rate = float("inf") if share is None else share * limits[case]
+                    row = client.bench(case, rate, 0 if "shared" in case else i + 1)
+                    if share is None:
+                        limits.setdefault(case, row["request_throughput"])
+                    row |= {"case": case, "share": share, "rate": rate}
+                    rows.append(row | {"engine": engine})
+                    print(line(engine, row), flush=True)
+        finally:
+            client.close()
         metrics = our_metrics(url)
-    return [row | {"engine": engine} for row in rows] + (
-        [{"engine": engine, "metrics": metrics}] if metrics else []
-    )
+    return rows + ([{"engine": engine, "metrics": metrics}] if metrics else [])
 
 
 def line(engine: str, row: dict[str, Any]) -> str:
