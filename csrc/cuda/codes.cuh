@@ -26,9 +26,14 @@ __device__ inline float2 scale_and_minimum(const uint8_t* params) {
   return __half22float2(*reinterpret_cast<const __half2*>(params));
 }
 
-// A sealed token's key in channel d.
+// A sealed token's key in channel d, as attention reads it.
 __device__ inline float key_of(
     const KvCache& cache, const Codes& codes, const uint8_t* chunk, int d, int token) {
+  if (cache.key_rows) {
+    const float2 p = scale_and_minimum(chunk + codes.key_row_params + token * 4);
+    const uint32_t code = chunk[codes.key_rows + token * cache.head_size + d];
+    return fmaf(static_cast<float>(code), p.x, p.y);
+  }
   const int word = d * kLanes + token % kLanes, shift = token / kLanes * 4;
   const int group = token * cache.key_groups / kBlockSize;
   const float2 p = scale_and_minimum(chunk + codes.params + (d * cache.key_groups + group) * 4);

@@ -60,15 +60,21 @@ __device__ void gather_keys(
   }
 }
 
+// Of a block: codes by token, in groups of channels.
+struct TokenCodes {
+  int bits, group, code_bytes, param_bytes;  // bytes of a token
+  const uint8_t *codes, *params;
+};
+
 template <class T>
-__device__ void gather_values(const GatherArgs& p, const uint8_t* chunk, T* out, int64_t stride) {
-  const int eights = p.cache.head_size / 8;
+__device__ void gather_tokens(int head_size, const TokenCodes& from, T* out, int64_t stride) {
+  const int eights = head_size / 8;
   for (int task = threadIdx.x; task < eights * kBlockSize; task += kThreads) {
     const int d = task % eights * 8, token = task / eights;
-    const uint8_t* row = chunk + p.codes.value_codes + token * p.codes.value_code_bytes;
-    const uint8_t* params = chunk + p.codes.value_params + token * p.codes.value_param_bytes;
-    const float2 range = scale_and_minimum(params + d / p.cache.value_group * 4);
-    const bool nibbles = p.cache.value_bits == 4;
+    const uint8_t* row = from.codes + token * from.code_bytes;
+    const float2 range =
+        scale_and_minimum(from.params + token * from.param_bytes + d / from.group * 4);
+    const bool nibbles = from.bits == 4;
     const uint2 raw = *reinterpret_cast<const uint2*>(row + (nibbles ? d / 16 * 8 : d));
     float v[8];
 #pragma unroll
@@ -105,13 +111,24 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs p) {
     return;
   }
   const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[index]), head);
+  const TokenCodes values = {p.cache.value_bits,
+                             p.cache.value_group,
+                             p.codes.value_code_bytes,
+                             p.codes.value_param_bytes,
+                             chunk + p.codes.value_codes,
+                             chunk + p.codes.value_params};
+  if (p.cache.key_rows) {
+    const uint8_t *rows = chunk + p.codes.key_rows, *params = chunk + p.codes.key_row_params;
+    gather_tokens(size, {8, size, size, 4, rows, params}, key, stride);
+    return gather_tokens(size, values, value, stride);
+  }
   const int planes = p.cache.key_bits / 4;
   for (int i = threadIdx.x; i < planes * size * kLanes / 4; i += kThreads) {
     const uint4 four = reinterpret_cast<const uint4*>(chunk)[i];
     uint32_t* to = words + i / (kLanes / 4) * kPitch + i % (kLanes / 4) * 4;
     to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
   }
-  gather_values(p, chunk, value, stride);
+  gather_tokens(size, values, value, stride);
   __syncthreads();
   if (p.cache.key_groups == 1) {
     gather_keys<T, 1>(p, chunk, key, stride, words);

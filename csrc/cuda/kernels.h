@@ -26,6 +26,7 @@ struct StoreRowsArgs : StoreRowsParams {
 // by divisions that are made once, ahead of a launch.
 struct Codes {
   int low_codes, params, value_codes, value_params, mean;
+  int key_rows, key_row_params;             // 0: K is read by channel
   int value_code_bytes, value_param_bytes;  // of a token
   int rows, ahead;                          // of a chunk; blocks to come that hold a tail
 
@@ -37,6 +38,8 @@ struct Codes {
             narrow(cache.value_codes_offset()),
             narrow(cache.value_params_offset()),
             narrow(cache.prefix_mean_offset()),
+            cache.key_rows ? narrow(cache.key_rows_offset()) : 0,
+            cache.key_rows ? narrow(cache.key_row_params_offset()) : 0,
             narrow(cache.value_code_bytes()),
             narrow(cache.value_param_bytes()),
             cache.rows_per_block(),

@@ -53,7 +53,6 @@ KvCache aligned_cache(const Tensor& kv_cache, int64_t head_size, int64_t format 
   STD_TORCH_CHECK(
       (reinterpret_cast<uintptr_t>(cache.data) | cache.block_stride | cache.head_stride) % 16 == 0,
       "kv_cache must be aligned to 16 bytes");
-  STD_TORCH_CHECK(!cache.key_rows, "kv_format k8v4 has no CUDA kernels");
   return cache;
 }
 

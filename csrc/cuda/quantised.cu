@@ -134,16 +134,22 @@ __device__ void quantise_keys(const StoreQuantisedArgs& p, const T* const* rows,
   }
 }
 
-// V of a block: half a warp takes a group of channels of a token.
+// Codes by token, in groups of channels, and where they go in a chunk.
+struct TokenCodes {
+  int bits, group, code_bytes, param_bytes;  // bytes of a token
+  uint8_t *codes, *params;
+};
+
+// Half a warp takes a group of channels of a token.
 template <class T>
-__device__ void quantise_values(const StoreQuantisedArgs& p, const T* const* rows, uint8_t* chunk) {
-  constexpr int kMost = 128 / 16;  // sixteens of channels of a group
-  const int each = p.cache.value_group / 16, groups = p.cache.head_size / p.cache.value_group;
+__device__ void quantise_tokens(int head_size, const T* const* rows, const TokenCodes& out) {
+  constexpr int kMost = kMaxHeadSize / 16;  // sixteens of channels of a group
+  const int each = out.group / 16, groups = head_size / out.group;
   const int c = threadIdx.x % 16;
-  const float most = p.cache.value_bits == 8 ? 255.0f : 15.0f;
+  const float most = out.bits == 8 ? 255.0f : 15.0f;
   for (int task = threadIdx.x / 16; task < kBlockSize * groups; task += kThreads / 16) {
     const int token = task / groups, group = task % groups;
-    const int first = group * p.cache.value_group;
+    const int first = group * out.group;
     float x[kMost], low = INFINITY, high = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
@@ -159,18 +165,17 @@ __device__ void quantise_values(const StoreQuantisedArgs& p, const T* const* row
     Range range;
     range.round(__fdiv_rn(__fsub_rn(high, low), most), low);
     if (c == 0) {
-      reinterpret_cast<__half2*>(chunk + p.codes.value_params +
-                                 token * p.codes.value_param_bytes)[group] =
+      reinterpret_cast<__half2*>(out.params + token * out.param_bytes)[group] =
           __halves2half2(range.scale, range.minimum);
     }
-    uint8_t* to = chunk + p.codes.value_codes + token * p.codes.value_code_bytes;
+    uint8_t* to = out.codes + token * out.code_bytes;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       if (i >= each) break;
       const uint32_t code =
           static_cast<uint32_t>(fminf(fmaxf(rintf(range.place(x[i])), 0.0f), most));
       const uint32_t other = __shfl_down_sync(kFullMask, code, 8, 16);
-      if (p.cache.value_bits == 8) {
+      if (out.bits == 8) {
         to[first + 16 * i + c] = static_cast<uint8_t>(code);
       } else if (c < 8) {
         to[(first + 16 * i) / 2 + c] = static_cast<uint8_t>(code | other << 4);
@@ -204,7 +209,14 @@ __device__ void seal_block(const StoreQuantisedArgs& p,
   __syncthreads();
   uint8_t* chunk = chunk_of(p.cache, id, head);
   if (value) {
-    quantise_values<T>(p, rows, chunk);
+    quantise_tokens<T>(size,
+                       rows,
+                       {p.cache.value_bits,
+                        p.cache.value_group,
+                        p.codes.value_code_bytes,
+                        p.codes.value_param_bytes,
+                        chunk + p.codes.value_codes,
+                        chunk + p.codes.value_params});
     if (!p.cache.has_mean) return;
     constexpr int kParts = 8, kTokens = kBlockSize / kParts;
     __shared__ float partial[kParts][kThreads / kParts];
@@ -225,6 +237,10 @@ __device__ void seal_block(const StoreQuantisedArgs& p,
       __syncthreads();
     }
     return;
+  }
+  if (p.cache.key_rows) {
+    uint8_t *to = chunk + p.codes.key_rows, *params = chunk + p.codes.key_row_params;
+    quantise_tokens<T>(size, rows, {8, size, size, 4, to, params});
   }
   if (p.cache.key_bits == 8) {
     quantise_keys<T, 8, 1>(p, rows, chunk);
