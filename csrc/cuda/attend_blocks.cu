@@ -6,7 +6,7 @@
 // Every warp has room for one block: K of the next comes while V of this one is read, and so on.
 #include "attend_blocks.cuh"
 #include "listed.cuh"
-#include "tiles.cuh"
+#include "merge_items.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -83,7 +83,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
   constexpr int D = S::kSize, kPitch = D + 4;
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ float2 ends[kMostWarps][kBlockHeads];
-  __shared__ bool is_last;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
   const int subs = (p.group + kBlockHeads - 1) / kBlockHeads;
   const int items = static_cast<int>(p.num_rows) * p.cache.num_kv_heads * subs;
@@ -157,65 +156,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       atomicAdd(reinterpret_cast<unsigned long long*>(p.tokens_read), count);
     }
 
-    const bool whole = begin == here.first && end == here.first + here.tiles;
-    const int starter = share.block_of(here.first);
-    const int64_t partial = partial_floats(p.group, D);
-    float* mine = p.partials + (2 * int64_t{blockIdx.x} + (blockIdx.x == starter)) * partial;
     const auto finish = [&](int h, int d, const Merged& merged, const float4& sum) {
-      const float inverse = merged.total > 0 ? 1 / merged.total : 0;
-      const float x[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = merged.total > 0 ? x[i] * inverse : 0;
-        store_result_of_codes<T>(p, here.row, here.head, query_head + h, d + i, here.length, y);
-      }
+      store_words_of_codes<T>(p, here.row, here.head, query_head + h, d, here.length, merged, sum);
     };
     __syncthreads();
     a.store(merge + warp * kBlockHeads * kPitch, kPitch, ends[warp]);
-    __syncthreads();
-    for (int i = threadIdx.x; i * 4 < heads * D; i += blockDim.x) {
-      const int h = i * 4 / D, d = i * 4 % D;
-      Merged merged;
-      float4 sum = {};
-      for (int w = 0; w < warps; ++w) {
-        const float* from = merge + (w * kBlockHeads + h) * kPitch + d;
-        merged.add(ends[w][h].x, ends[w][h].y, *reinterpret_cast<const float4*>(from), sum);
-      }
-      if (whole) {
-        finish(h, d, merged, sum);
-      } else {
-        float* to = mine + h * (D + 4);
-        reinterpret_cast<float4*>(to)[0] = make_float4(merged.top, merged.total, 0, 0);
-        *reinterpret_cast<float4*>(to + 4 + d) = sum;
-      }
-    }
-    if (!whole) {
-      const int last = share.block_of(here.first + here.tiles - 1);
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        // Wraps to zero with the last arrival, for the next launch.
-        const uint32_t others = last - starter;
-        is_last = atomicInc(p.arrivals + starter, others) == others;
-      }
-      __syncthreads();
-      if (is_last) {
-        __threadfence();
-        for (int i = threadIdx.x; i * 4 < heads * D; i += blockDim.x) {
-          const int h = i * 4 / D, d = i * 4 % D;
-          Merged merged;
-          float4 sum = {};
-#pragma unroll 4
-          for (int b = starter; b <= last; ++b) {
-            const float* from =
-                p.partials + (2 * int64_t{b} + (b == starter)) * partial + h * (D + 4);
-            const float4 head = __ldcg(reinterpret_cast<const float4*>(from));
-            merged.add(head.x, head.y, __ldcg(reinterpret_cast<const float4*>(from + 4 + d)), sum);
-          }
-          finish(h, d, merged, sum);
-        }
-      }
-    }
+    merge_item<kBlockHeads, D>(p, share, here, begin, end, heads, merge, ends, finish);
     begin = end;
   }
   copy_wait<0>();

@@ -10,9 +10,8 @@ namespace vllm_sparse::cuda {
 
 #ifdef __CUDACC__
 
-constexpr int kBlockHeads = 4;     // query heads of a warp
-constexpr int kTailUnit = 32;      // rows of a unit of work
-constexpr float kWeightShift = 4;  // probabilities are 2^4 too large, as are their sums
+constexpr int kBlockHeads = 4;  // query heads of a warp
+constexpr int kTailUnit = 32;   // rows of a unit of work
 
 // The lane's sums of head lane % 4.
 template <class S, class T>

@@ -13,6 +13,7 @@
 
 #include "accumulate.cuh"
 #include "codes.cuh"
+#include "factors.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -33,8 +34,9 @@ struct BlockShape {
   static constexpr int kTiles = D / 16;  // of V's products
 
   static bool covers(const KvCache& cache) {
-    return cache.head_size == D && cache.key_bits == kKeyBits && cache.value_bits == kValueBits &&
-           cache.key_groups == kKeyGroups && cache.value_group == kValueGroup;
+    return cache.head_size == D && cache.key_bits == kKeyBits && !cache.key_rows &&
+           cache.value_bits == kValueBits && cache.key_groups == kKeyGroups &&
+           cache.value_group == kValueGroup;
   }
   // Moves the 16-byte pieces of V's rows, so that those which are read together lie in different
   // banks: rows t ... t + 3 and 64 after these.
@@ -92,18 +94,6 @@ __device__ inline void copy_values(const uint8_t* values,
     }
   }
 }
-
-__device__ inline uint32_t load_word(uint32_t from) {
-  uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-  return x;
-}
-
-// Scales in the lower and minima in the upper halves of two words.
-__device__ inline uint32_t both_scales(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
-__device__ inline uint32_t both_minima(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
-
-constexpr int kAttendShift = 4;  // queries are 2^kAttendShift too large: few products are denormal
 
 // Logits times `scale` of the lane's head: x[2 n + ab][i] of the tokens of rows lane / 4 + 8 i.
 template <class S>

@@ -4,6 +4,7 @@
 // Quantised chunks as the kernels read them.
 #pragma once
 
+#include "accumulate.cuh"
 #include "lists.cuh"
 
 namespace vllm_sparse::cuda {
@@ -87,6 +88,25 @@ __device__ inline void store_result_of_codes(
   }
   T* out = reinterpret_cast<T*>(static_cast<uint8_t*>(p.out) + row * p.out_stride);
   out[int64_t{query_head} * p.cache.head_size + d] = from_float(y, T());
+}
+
+// Four elements from d on.
+template <class T>
+__device__ inline void store_words_of_codes(const AttendArgs& p,
+                                            int64_t row,
+                                            int head,
+                                            int query_head,
+                                            int d,
+                                            int length,
+                                            const Merged& merged,
+                                            const float4& sum) {
+  const float inverse = merged.total > 0 ? 1 / merged.total : 0;
+  const float x[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float y = merged.total > 0 ? x[i] * inverse : 0;
+    store_result_of_codes<T>(p, row, head, query_head, d + i, length, y);
+  }
 }
 
 #endif  // __CUDACC__

@@ -196,5 +196,8 @@ void launch_listed(const Device& device, const AttendArgs& args);
 // Whether the tensor cores' kernel for quantised blocks covers a shape.
 bool blocks_cover(const Device& device, const AttendArgs& args);
 void launch_attend_blocks(const Device& device, const AttendArgs& args);
+// Likewise where blocks hold K by token.
+bool code_rows_cover(const Device& device, const AttendArgs& p);
+void launch_attend_code_rows(const Device& device, const AttendArgs& args);
 
 }  // namespace vllm_sparse::cuda

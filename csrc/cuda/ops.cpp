@@ -176,6 +176,7 @@ void run_select(const Device& device, SelectArgs& p, const Workspace& workspace)
 
 void attend_by_format(const Device& device, const AttendArgs& p) {
   if (!p.cache.quantised()) return launch_attend(device, p);
+  if (code_rows_cover(device, p)) return launch_attend_code_rows(device, p);
   blocks_cover(device, p) ? launch_attend_blocks(device, p) : launch_attend_codes(device, p);
 }
 
@@ -498,7 +499,7 @@ void attend(const Tensor& query,
   SelectArgs shape = {};
   shape.cache = p.cache;
   shape.group = p.group;
-  const bool by_blocks = p.cache.quantised() && indices.has_value();
+  const bool by_blocks = p.cache.quantised() && !p.cache.key_rows && indices.has_value();
   if (by_blocks) {
     shape.num_rows = p.num_rows;
     shape.max_blocks = p.max_blocks;

@@ -39,6 +39,12 @@ __device__ inline void copy_async_16(uint32_t to, const void* from, int bytes) {
                : "memory");
 }
 
+// Bytes that neighbours share a sector with: 4, 8 or 16.
+template <int N>
+__device__ inline void copy_async_params(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(N) : "memory");
+}
+
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's groups are under way.
