@@ -130,6 +130,9 @@ struct Accumulator {
     }
   }
 
+  __device__ void store(int heads, float* merge, int pitch, float2* ends) {
+    store(0, kD, heads, merge, pitch, ends);
+  }
   // Elements [first, end) of the result to merge[head][pitch], with the first of them (top, total)
   // of every head to `ends`. Both are constants once loops are unrolled.
   __device__ void store(int first, int end, int heads, float* merge, int pitch, float2* ends) {

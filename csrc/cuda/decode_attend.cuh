@@ -102,18 +102,14 @@ __device__ void attend_tiles(
 
 // Joins what the warps have of an item and sends it to those thread blocks that store it: words of
 // four elements go round.
-template <class T, int kD>
-__device__ void merge_warps(const DecodeArgs& p,
-                            Accumulator<T, kD, 8>& a,
-                            float* merge,
-                            unsigned rank,
-                            unsigned C,
-                            Shared& shared) {
+template <int kD, class Sums>
+__device__ void merge_warps(
+    const DecodeArgs& p, Sums& a, float* merge, unsigned rank, unsigned C, Shared& shared) {
   constexpr int kPitch = kD + 4;
   const unsigned h = threadIdx.x / 32, lane = threadIdx.x % 32, words = p.cache.head_size / 4;
   const unsigned most = p.group * words / C + 1;
   __syncthreads();
-  a.store(0, kD, p.group, merge + h * kMaxHeads * kPitch, kPitch, shared.merge.ends[h]);
+  a.store(p.group, merge + h * kMaxHeads * kPitch, kPitch, shared.merge.ends[h]);
   __syncthreads();
   static_assert(kWarps == kMaxHeads && kD <= 128);
   if (h >= p.group) return;

@@ -48,7 +48,7 @@ struct RunningSum {
   }
 };
 
-template <class T, bool kFast>
+template <class T, bool kFast, int kGroups>
 __device__ void score_part(const DecodeArgs& p,
                            const RowPlan& plan,
                            const PreparedItem& prepared,
@@ -74,7 +74,7 @@ __device__ void score_part(const DecodeArgs& p,
     // Groups go to the thread blocks and warps that have least to score.
     const int group = (kWarps - 1 - warp) * p.cluster + p.cluster - 1 - rank;
     if (plan.sealed * kBlockSize + group * kTailTokens < plan.length) {
-      score_tail<T>(
+      score_tail<T, kGroups != 0>(
           p, prepared, table, head, plan.length, group, shared.select.stats[kWarps + warp]);
     }
   };
@@ -92,7 +92,7 @@ __device__ void score_part(const DecodeArgs& p,
       if (kQuads == 1 || pair / 2 == i) running[i].add(stats);
     }
   };
-  score_blocks<kFast, false, kSlots>(p, prepared, table, head, blocks, ring, tail, emit);
+  score_blocks<kFast, false, kSlots, kGroups>(p, prepared, table, head, blocks, ring, tail, emit);
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
     float4& s = running[i].s;
@@ -192,8 +192,9 @@ __device__ void pool_part(const DecodeArgs& p,
   }
 }
 
-// What comes before attention: the item's list of tokens and how many there are.
-template <class T, bool kFast>
+// What comes before attention: the item's list of tokens and how many there are. kGroups: see
+// score_blocks.
+template <class T, bool kFast, int kGroups>
 __device__ int list_tokens(const DecodeArgs& p,
                            const RowPlan& plan,
                            int64_t item,
@@ -217,7 +218,7 @@ __device__ int list_tokens(const DecodeArgs& p,
                          bytes,
                          p.pairs};
   const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * kSlots * kSlotBytes;
-  score_part<T, kFast>(p, plan, prepared, table, head, rank, part, ring, scores, shared);
+  score_part<T, kFast, kGroups>(p, plan, prepared, table, head, rank, part, ring, scores, shared);
   __syncthreads();
   uint32_t* histogram = reinterpret_cast<uint32_t*>(dynamic);
 #pragma unroll

@@ -189,6 +189,9 @@ void launch_select(const Device& device, const SelectArgs& args);
 void launch_attend(const Device& device, AttendArgs args);
 // Whether one kernel does what channels, score, select and attend do.
 bool decode_covers(const Device& device, const SelectArgs& args);
+using DecodeKernel = void (*)(DecodeArgs);
+DecodeKernel decode_kernel_of_rows(const DecodeArgs& args);
+DecodeKernel decode_kernel_of_codes(const DecodeArgs& args);
 void launch_decode(const Device& device, DecodeArgs args);
 void launch_attend_float(const Device& device, AttendArgs args);
 void launch_attend_codes(const Device& device, const AttendArgs& args);

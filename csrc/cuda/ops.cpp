@@ -443,7 +443,7 @@ void sparq_attend(const Tensor& query,
   const Device device = current_device(index);
   plan_select(device, s);
   const Workspace shared(device, s, true, workspace, kv_cache);
-  if (!s.cache.quantised() && decode_covers(device, s)) {
+  if (decode_covers(device, s)) {
     shared.use(s);
     DecodeArgs d = {s, p.out, p.out_stride, p.tokens_read};
     shared.use(d);
