@@ -429,6 +429,84 @@ def test_shares_of_long_contexts(shape, dtype, name, soft_cap, listed, kernels):
     assert torch.equal(*counters)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 0.95])
+@pytest.mark.parametrize(
+    ("shape", "rank", "dtype"),
+    [
+        ((8, 2, 128), 32, torch.bfloat16),
+        ((8, 2, 128), 20, torch.float16),
+        ((7, 1, 128), 48, torch.float16),
+        ((6, 3, 64), 16, torch.bfloat16),
+        ((16, 2, 64), 40, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [9000],
+        [1, 128, 129, 700, 4097, 2175, 300, 1291],
+        [520 + 61 * i for i in range(40)],
+        [20000] + 70 * [385],
+    ],
+    ids=["one", "few", "many", "one among many"],
+)
+@pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=GPU)], indirect=True)
+def test_one_kernel_decodes_where_k_is_kept_by_token(
+    lengths, shape, rank, dtype, top_p, kernels
+):
+    """Clusters of several sizes, ragged tails, lists that thread blocks share."""
+    num_heads, num_kv_heads, head_size = shape
+    fmt = resolve_format("k8v4", None, head_size, has_mean=False)
+    ctx = context(shape, dtype, fmt, lengths)
+    ctx.kv_cache = store(ctx, fmt, [lengths], kernels)
+    query = query_of(ctx, num_heads, dtype)
+    budgets = torch.tensor([max(n // 3, 150) for n in lengths]).int()
+    if len(lengths) > 1:
+        budgets[0] = -1 if lengths[0] == 1 else 15000
+    args = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    options = dict(
+        rank=rank,
+        local_window=16,
+        sink_tokens=4,
+        scale=head_size**-0.5,
+        soft_cap=0.0,
+        top_p=top_p,
+        min_tokens=20,
+    )
+    size = (len(lengths), num_kv_heads)
+
+    def buffers():
+        return dict(
+            indices=torch.full((*size, 16000), -7, dtype=torch.int32),
+            counts=torch.full(size, -7, dtype=torch.int32),
+            kept_mass=None,
+        )
+
+    chain, got = buffers(), buffers()
+    kernels.sparq_select(*args, budgets, **options, **chain, fmt=fmt)
+    out, want = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
+    counters = [torch.zeros(1).long() for _ in range(2)]
+    given = dict(out=out, tokens_read=counters[0], fmt=fmt)
+    kernels.sparq_attend(*args, budgets, **options, **got, **given)
+    difference = (chain["counts"] - got["counts"]).abs()
+    assert (difference <= (0 if top_p == 1 else 2 + got["counts"] // 100)).all()
+    for row in range(len(lengths)):
+        for head in range(num_kv_heads):
+            count = int(got["counts"][row, head])
+            kept, best = (
+                set(t["indices"][row, head, : max(count, 0)].tolist())
+                for t in (got, chain)
+            )
+            assert len(kept) == max(count, 0)
+            assert len(kept - best) <= max(2, count // 50)
+    scale = dict(scale=options["scale"], soft_cap=0.0, fmt=fmt)
+    reference.attend(*args, **got, **scale, out=want, tokens_read=counters[1])
+    for row in range(len(lengths)):
+        assert_close(out[row], want[row], 1.5 * TOLERANCE[dtype])
+    assert torch.equal(*counters)
+
+
 def test_contracts():
     fmt = resolve_format("int4", None, 64)
     ctx = filled((4, 2, 64), torch.float32, fmt, [300])
