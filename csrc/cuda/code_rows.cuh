@@ -92,8 +92,19 @@ struct CodeAccumulator {
     return 32 * m + u / 4 * 16 + u % 4 * 2 + j;
   }
 
-  // `query`: of the first of `heads` heads.
+  // `query`: of the first of `heads` heads. Rows may be added before queries are loaded.
   __device__ void begin(const T* query, int heads) {
+    clear();
+    load(query, heads);
+  }
+  __device__ void clear() {
+#pragma unroll
+    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+    least[0] = least[1] = least[2] = least[3] = 0;
+    m[0] = m[1] = -INFINITY;
+    l[0] = l[1] = 0;
+  }
+  __device__ void load(const T* query, int heads) {
     const int lane = threadIdx.x % 32, head = lane / 4;
     float ones[4] = {};
 #pragma unroll
@@ -119,11 +130,6 @@ struct CodeAccumulator {
     }
     q_sum[0] = ones[0];
     q_sum[1] = ones[1];
-#pragma unroll
-    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-    least[0] = least[1] = least[2] = least[3] = 0;
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0;
   }
 
   __device__ void multiply(float even, float odd, float low, float high) {
@@ -248,12 +254,28 @@ struct CodeAccumulator {
                            float scale,
                            float cap) {
     const int lane = threadIdx.x % 32, pair = lane % 4;
+    // All that is read is under way before the first product.
+    uint4 keys[D / 32][2];
+    uint2 values[kGroups][4];  // tokens u and u + 8, then 8 more channels
+#pragma unroll
+    for (int k = 0; k < D / 32; ++k) {
+      keys[k][0] = *reinterpret_cast<const uint4*>(low + 32 * k + 8 * pair);
+      keys[k][1] = *reinterpret_cast<const uint4*>(high + 32 * k + 8 * pair);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      // Words of the channels that this lane's columns become once transposed.
+      const int d = D + 32 * g + pair / 2 * 16 + pair % 2 * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[g][i] = *reinterpret_cast<const uint2*>((i / 2 ? high : low) + d + i % 2 * 8);
+      }
+    }
     float x[4] = {};
 #pragma unroll
     for (int k = 0; k < D / 32; ++k) {
       const int d = 32 * k + 8 * pair;
-      const uint4 r = *reinterpret_cast<const uint4*>(low + d);
-      const uint4 s = *reinterpret_cast<const uint4*>(high + d);
+      const uint4 r = keys[k][0], s = keys[k][1];
       uint32_t of_query[4] = {};
       if (lane / 4 < heads) {
 #pragma unroll
@@ -271,22 +293,15 @@ struct CodeAccumulator {
     const uint32_t p[2] = {transpose(pack<T>(x[0], x[1])), transpose(pack<T>(x[2], x[3]))};
     multiply(1, 1, kUnit, kHighUnit);
 #pragma unroll
-    for (int m = 0; m < kGroups; ++m) {
-      // Words of the channels that this lane's columns become once transposed.
-      const int d = D + 32 * m + pair / 2 * 16 + pair % 2 * 4;
-      uint2 v[4];  // tokens u and u + 8, then 8 more channels
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = *reinterpret_cast<const uint2*>((i / 2 ? high : low) + d + i % 2 * 8);
-      }
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         uint32_t a[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          a[i] = transpose(__byte_perm(v[i].x, v[i].y, j ? 0x7632 : 0x5410));
+          a[i] = transpose(__byte_perm(values[g][i].x, values[g][i].y, j ? 0x7632 : 0x5410));
         }
-        mma<T>(o[2 * m + j], a, p[0], p[1], o[2 * m + j]);
+        mma<T>(o[2 * g + j], a, p[0], p[1], o[2 * g + j]);
       }
     }
     multiply(1, 1, 1 / kUnit, 1 / kHighUnit);

@@ -104,11 +104,23 @@ __device__ inline void cluster_arrive(int size) {
 #endif
 }
 
-// Until all have called cluster_arrive.
+// Likewise, and what was written before is handed over.
+__device__ inline void cluster_release(int size) {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  if (size > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// Until all have called one of these.
 __device__ inline void cluster_wait(int size) {
 #if __CUDA_ARCH__ >= 900
   __syncwarp();
-  if (size > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 

@@ -73,11 +73,17 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     }
   };
   const float scale = p.scale * kLog2e;
-  begin();
   if constexpr (kCodes) {
+    if (!plan.all) cluster_release(C);
+    a.clear();
     attend_tail(p, plan.length, plan.sealed, job.table, job.head, job.query, rank, scale, a);
+    a.load(job.query, p.group);
+    cluster_wait(C);
+  } else {
+    begin();
+    plan.all ? cluster_wait(C) : cluster_sync(C);
   }
-  plan.all ? cluster_wait(C) : cluster_sync(C);  // the list is complete
+  // The list is complete, and all are through with the memory that attention takes.
   Cut cut = cut_list<kShares>(p, job.tiled);
   if (rank == 0 && threadIdx.x == 0) {
     p.counts[job.item] = plan.all ? -1 : job.count;
