@@ -74,7 +74,7 @@ __device__ void score_part(const DecodeArgs& p,
     // Groups go to the thread blocks and warps that have least to score.
     const int group = (kWarps - 1 - warp) * p.cluster + p.cluster - 1 - rank;
     if (plan.sealed * kBlockSize + group * kTailTokens < plan.length) {
-      score_tail<T, kGroups != 0>(
+      score_tail<T, kGroups != 0, kGroups != 0>(
           p, prepared, table, head, plan.length, group, shared.select.stats[kWarps + warp]);
     }
   };

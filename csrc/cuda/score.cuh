@@ -73,7 +73,8 @@ struct Loader {
 };
 
 // (top, sum) of a group of tokens that are not sealed, from exact keys: two lanes a token.
-template <class T, bool kCodes = false>
+// kAhead: the same warp's attention reads their values soon.
+template <class T, bool kCodes = false, bool kAhead = false>
 __device__ void score_tail(const SelectArgs& p,
                            const PreparedItem& item,
                            const int32_t* table,
@@ -89,10 +90,11 @@ __device__ void score_tail(const SelectArgs& p,
   const T* key;
   if constexpr (kCodes) {
     key = reinterpret_cast<const T*>(tail_row(p, table, head, sealed, token));
-    // Attention reads the values soon.
-    const T* value = key + p.cache.head_size + part * p.cache.head_size / 2;
-    prefetch_l2(value);
-    prefetch_l2(value + p.cache.head_size / 4);
+    if constexpr (kAhead) {
+      const T* value = key + p.cache.head_size + part * p.cache.head_size / 2;
+      prefetch_l2(value);
+      prefetch_l2(value + p.cache.head_size / 4);
+    }
   } else {
     const uint8_t* chunk = chunk_of(p.cache, safe_block(p.cache, table[sealed]), head);
     key = reinterpret_cast<const T*>(chunk) + int64_t{token} * 2 * p.cache.head_size;
