@@ -13,11 +13,13 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .cache.formats import FORMATS
+from .compat.live import install as install_live_figures
 from .compat.vllm import init_logger, require_supported
 from .config import BACKEND_DEFAULTS, SparseConfig
-from .plugin import is_ours
+from .plugin import chosen_in, is_ours
 
 SLIDING = "sliding-window"
+EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
 
 
 class HonourOurBackends:
@@ -74,6 +76,10 @@ class HonourOurBackends:
             SparseConfig.from_additional_config(
                 vllm_config.additional_config, BACKEND_DEFAULTS[backend.name]
             )
+        if chosen_in(vllm_config):
+            install_live_figures()
+            parallel = vllm_config.parallel_config
+            parallel.worker_extension_cls = parallel.worker_extension_cls or EXTENSION
         super().check_and_update_config(vllm_config)
 
 

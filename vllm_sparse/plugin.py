@@ -38,12 +38,23 @@ def restore(name: str):
     register()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from .compat.live import install
+
+    # This process was sent the configuration of an engine of ours.
+    install()
     return AttentionBackendEnum[name]
 
 
 def is_ours(backend) -> bool:
     """Whether ``backend`` (an enum member or None) is one of this package's."""
     return getattr(backend, "name", None) in BACKENDS
+
+
+def chosen_in(vllm_config) -> bool:
+    """Whether an engine so configured has one of our backends in any layer."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(map(is_ours, chosen))
 
 
 def activate_cpu_platform() -> str | None:

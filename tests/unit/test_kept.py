@@ -44,24 +44,3 @@ def test_heads_add_up():
     both = histogram([[100, 3000], [120, 2000]])
     assert summary(both).mean == (100 + 3000 + 120 + 2000) / 4
     assert summary(both[0]).mean == 110
-
-
-def test_the_log_line_covers_groups_of_layers_with_other_heads(monkeypatch):
-    from vllm_sparse.attention import stats
-
-    lines = []
-    monkeypatch.setattr(
-        stats.logger, "info", lambda text, *args: lines.append(text % args)
-    )
-    recorder = stats.StatsRecorder(_last_log=-1e9)
-    groups = []
-    for name, heads, kept in (("a", 3, 100), ("b", 8, 300)):
-        group = stats.KeptHistograms([name], heads, torch.device("cpu"))
-        counts = torch.full((5, heads), kept, dtype=torch.int32)
-        add_counts(counts, group.by_layer[name])
-        recorder.histograms.add(group)
-        groups.append(group)
-    recorder.totals.decode_tokens = recorder.totals.decode_rows = 5
-    recorder.totals.kv_bytes_dense = 100
-    recorder.log_now_and_then()
-    assert "keep 245 tokens per KV head" in lines[0]  # (3 * 100 + 8 * 300) / 11

@@ -7,14 +7,22 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionImplBase,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ..cache.formats import ROWS, KvFormat
 from ..config import SparseConfig, SparseConfigError
 from ..selectors.base import tokens_kept
-from .stats import KeptHistograms, recorder
+from .counters import KeptHistograms, LayerKinds
+from .impl import SparseAttentionImpl
+from .stats import recorder
 
 M = TypeVar("M", bound=AttentionMetadata)
 
@@ -43,6 +51,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         )
         self.kept = KeptHistograms(layer_names, self.num_kv_heads, device)
         recorder.histograms.add(self.kept)
+        self._unsupported_layers = self._count_unsupported()
         self.configure(
             SparseConfig.from_additional_config(
                 vllm_config.additional_config, self.defaults
@@ -53,6 +62,36 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         """Take other options: at construction, or between requests in evaluation."""
         self.config = self.resolved(config)
         self.fmt = self._format(self.config)
+        self.layers = self._layer_kinds()
+
+    def _layer_kinds(self) -> LayerKinds:
+        choosing, first = len(self.layer_names), self.config.dense_layers
+        if self.config.selector == "dense":
+            choosing = 0
+        elif first:
+            choosing = sum(extract_layer_index(n) >= first for n in self.layer_names)
+        return LayerKinds(
+            choosing, len(self.layer_names) - choosing, self._unsupported_layers
+        )
+
+    def _count_unsupported(self) -> int:
+        """Attention layers that vLLM's own backend serves.
+
+        They have the same rows as ours, but no builder of ours sees them: the builder
+        that has the model's first layer of ours counts them.
+        """
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
+        ours = [n for n, i in impls.items() if isinstance(i, SparseAttentionImpl)]
+        if not ours or ours[0] not in self.layer_names:
+            return 0
+        decoding = (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+        return sum(
+            isinstance(impl, AttentionImplBase)
+            and name not in ours
+            and getattr(layers[name], "attn_type", None) in decoding
+            for name, impl in impls.items()
+        )
 
     def check(self, config: SparseConfig) -> None:
         """Raise if the running engine cannot take these options; change nothing.

@@ -73,7 +73,6 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         starts = common.query_start_loc_cpu.tolist()
         seq_lens = common.seq_lens[: common.num_reqs]
         lens = seq_lens.tolist()
-        recorder.log_now_and_then()
         seal = new = prefill = None
         if self.fmt.quantised:
             last = common.num_reqs
@@ -85,6 +84,8 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         else:
             seal = seal_jobs(common.block_table_tensor, starts, lens)
         if num_prefills:
+            prompts = common.num_actual_tokens - num_decode_tokens
+            recorder.add_rows(self.layers, prefill=prompts)
             prefill = self._prefill_rows(common, starts, seq_lens, num_decodes)
         return SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -109,10 +110,13 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
             else [False] * len(lens)
         )
         rows, row_lens, budgets = [], [], []
+        prompts = short = 0
         for req in range(num_decodes):
             query_len = starts[req + 1] - starts[req]
+            prompts += query_len * prefilling[req]
             for i in range(query_len):
                 seq_len = lens[req] - query_len + 1 + i
+                short += seq_len < self.config.dense_below and not prefilling[req]
                 rows.append(req)
                 row_lens.append(seq_len)
                 # A prompt's last token is prefill even when it comes alone, or a
@@ -124,7 +128,15 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
                 )
         if not rows:
             return None
+        sparse = sum(budget >= 0 for budget in budgets)
         recorder.totals.decode_tokens += len(rows)
+        recorder.add_rows(
+            self.layers,
+            sparse=sparse,
+            short=short,
+            covered=len(rows) - sparse - short - prompts,
+            prefill=prompts,
+        )
         block_table = common.block_table_tensor
         one_each = rows == list(range(num_decodes))
         indices = counts = None

@@ -10,7 +10,6 @@ over context lengths, and everything that a graph reads stays at one address.
 from dataclasses import dataclass, replace
 
 import torch
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -23,10 +22,11 @@ from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig, SparseConfigError
 from ..selectors import DecodeRows
 from .builder import SparseMetadataBuilder, budget_for
+from .counters import DeviceCounter
 from .gpu_prefill import GpuPrefillRows
 from .quantised_prefill import QuantisedPrefill, plan_quantised_prefill
 from .seal import SealJobs, seal_jobs
-from .stats import DeviceCounter, recorder
+from .stats import recorder
 
 # Decode rows share this much memory for scores and lists; more rows take turns.
 SCRATCH_BYTES = 512 * 2**20
@@ -129,20 +129,14 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         ):
             self._buffers = None  # no graph holds them: see check
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize, self.fmt)
-        sparse = len(self.layer_names)
-        if config.selector == "dense":
-            sparse = 0
-        elif config.dense_layers:
-            indices = map(extract_layer_index, self.layer_names)
-            sparse = sum(i >= config.dense_layers for i in indices)
         counter = DeviceCounter(
             device=self.device,
-            num_layers=len(self.layer_names),
-            sparse_layers=sparse,
+            layers=self.layers,
             num_kv_heads=self.num_kv_heads,
             layout=layout,
             block_score_bytes=layout.score_bytes(1, config.rank),
             row_score_bytes=2 * spec.head_size if config.mean_value else 0,
+            dense_below=config.dense_below,
             kept=self.kept,
         )
         recorder.replace_counter(self.counter, counter)
@@ -158,7 +152,6 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
-        recorder.log_now_and_then()
         decode, requests, prefill, seal = [], None, None, None
         quantised: list[QuantisedPrefill] = []
         if num_decode_tokens:
@@ -171,6 +164,9 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
                 query_start_loc=common.query_start_loc[: last + 1],
                 one_token_each=self._one_token_each(num_decodes, num_decode_tokens),
             )
+        if num_prefills:
+            new = common.query_start_loc_cpu[common.num_reqs].item()
+            recorder.add_rows(self.layers, prefill=new - num_decode_tokens)
         if num_prefills and self.fmt.quantised:
             quantised = self._quantised_prefill(common, num_decodes)
         elif num_prefills:
@@ -246,7 +242,8 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             # A prompt's last token is prefill even when it comes alone, or a
             # prefix-cache hit would change the first answer token.
             budgets.masked_fill_(dense, -1)
-        self.counter.add(seq_lens, budgets, common.slot_mapping[:num_rows])
+        slots = common.slot_mapping[:num_rows]
+        self.counter.add(seq_lens, budgets, slots, dense)
         parts = []
         for first in range(0, num_rows, buffers.rows_at_once):
             rows = slice(first, min(first + buffers.rows_at_once, num_rows))
