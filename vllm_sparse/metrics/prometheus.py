@@ -116,8 +116,9 @@ class SparseStatLogger(AggregateStatLoggerBase):
             "rows_sparse": figures.rows_sparse,
             "kv_bytes_read": figures.kv_bytes_read,
             "kv_bytes_dense": figures.kv_bytes_dense,
-            "kv_bytes_saved": "The difference, where it is one.",
-    "kept_tokens_sum": figures.kept[-1],
+            # Counters do not fall: codes that cost more than they save are left out.
+            "kv_bytes_saved": max(0, figures.kv_bytes_saved),
+            "kept_tokens_sum": figures.kept[-1],
         }
         for name, metric in self._counters.items():
             metric.labels(*labels).inc(counts[name])
@@ -131,9 +132,6 @@ class SparseStatLogger(AggregateStatLoggerBase):
         values = {
             "sparse_row_share": figures.sparse_share,
             "kv_read_fraction": figures.kv_fraction,
-            "kv_bytes_saved": figures.kv_bytes_saved
-            if figures.kv_bytes_dense
-            else None,
         }
         if figures.kept_tokens.rows:
             values["kept_tokens_p50"] = figures.kept_tokens.p50
