@@ -5,6 +5,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ pytest.importorskip("vllm")
 import torch  # noqa: E402
 
 from scripts.get_model import get_model  # noqa: E402
+from vllm_sparse.metrics import live_figures  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -82,33 +84,65 @@ def wait_until_healthy(process, url: str, log: Path) -> None:
     raise AssertionError(f"no server: {log.read_text()[-4000:]}")
 
 
+def complete(url: str, prompt: str | list[int], tokens: int, **options) -> dict:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens} | options
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body | {"temperature": 0}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+def sparse_metrics(url: str) -> dict[str, float]:
+    """Our metrics; the names of those of engine 0 without vLLM's labels."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    found = re.findall(r"^vllm_sparse:(\S+) (\S+)$", text, re.M)
+    ours = 'engine="0",model_name="tiny"'
+    return {
+        name.replace(ours, "").replace("{}", "").replace("{,", "{"): float(value)
+        for name, value in found
+    }
+
+
 def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     log = tmp_path / "server.log"
     arguments = ["--attention-backend", "sparq", "--enforce-eager"]
     arguments += ["--additional-config.sparse.top_k", "0.25"]
+    arguments += ["--additional-config.sparse.dense_below", "256"]
     arguments += ["--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"]
     arguments += ["--served-model-name", "tiny"]
     with server(log, *arguments) as (process, url):
         wait_until_healthy(process, url, log)
-        body = {
-            "model": "tiny",
-            "prompt": "The capital of France is the city of",
-            "max_tokens": 5,
-            "temperature": 0,
-        }
-        request = urllib.request.Request(
-            f"{url}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer = json.load(response)
+        assert sparse_metrics(url)["rows_sparse_total"] == 0
+        answer = complete(url, "The capital of France is the city of", 5)
+        complete(url, [*range(100, 400)], 8, ignore_eos=True)
+        metrics = sparse_metrics(url)
     assert "Paris" in answer["choices"][0]["text"]
     assert answer["usage"]["completion_tokens"] == 5
     output = log.read_text()
     assert "Sparse attention: SparseConfig(selector='sparq'" in output
     assert "top_k=0.25" in output
     assert process.poll() is not None
+    # Two prompts, and all tokens but the first of each answer, in 30 layers.
+    prompt = answer["usage"]["prompt_tokens"]
+    assert metrics['rows_dense_total{reason="prefill"}'] == 30 * (prompt + 300)
+    assert metrics['rows_dense_total{reason="short_context"}'] == 30 * 4
+    assert metrics['rows_dense_total{reason="budget_covers_context"}'] == 0
+    assert metrics["rows_sparse_total"] == 30 * 7
+    # Contexts of 301 to 307 keep a quarter, in each of three KV heads.
+    assert metrics["kept_tokens_sum_total"] == 30 * 3 * (3 * 76 + 4 * 77)
+    assert metrics['kept_tokens_bucket_total{le="63"}'] == 0
+    assert metrics['kept_tokens_bucket_total{le="95"}'] == 30 * 3 * 7
+    # The last report is of the second request.
+    assert metrics["sparse_row_share"] == 1
+    assert metrics["kept_tokens_p50"] == metrics["kept_tokens_p99"] == 76
+    assert 0.25 < metrics["kv_read_fraction"] < 0.4
+    saved = metrics["kv_bytes_dense_total"] - metrics["kv_bytes_read_total"]
+    assert metrics["kv_bytes_saved_total"] == saved > 0
+    assert "Engine 000: sparse attention: 0.0% of 120 decode rows sparse" in output
 
 
 def test_serve_stops_on_a_bad_option_before_loading_anything(tmp_path):
@@ -155,11 +189,11 @@ def hybrid_model(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def engine(model: Path, **options):
+def engine(model: Path, in_process: bool = True, **options):
     from vllm import LLM
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(in_process)))
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
         environment = dict(os.environ)
@@ -228,4 +262,22 @@ def test_sliding_window_layers_beside_ours(hybrid_model):
         assert len(answers(llm)) == 3
         (sparse,) = llm.collective_rpc("sparse_stats")
         assert sparse["sparse_rows"] == sparse["decode_rows"] == 2 * 3 * 19
+        alone = live_figures(llm)
     assert len({tuple(ids) for ids in expected}) == 3
+    # Prompts in all four layers; the sliding-window layers serve decode rows too.
+    assert alone.rows_sparse == alone.rows_dense["unsupported_layer"] == 2 * 3 * 19
+    assert alone.rows_dense["prefill"] == 4 * (700 + 129 + 300)
+    assert alone.sparse_share == 0.5
+    assert alone.kept_tokens.rows == 2 * 3 * 19 * 2
+
+    # Two workers with a KV head each, in processes of their own: the sums are the same.
+    with engine(
+        hybrid_model,
+        in_process=False,
+        attention_backend="sparq",
+        additional_config={"sparse": options},
+        tensor_parallel_size=2,
+        disable_log_stats=True,
+    ) as llm:
+        assert len(answers(llm)) == 3
+        assert live_figures(llm) == alone
