@@ -133,7 +133,7 @@ def test_serve_answers_with_the_options_of_the_command_line(tmp_path):
     assert metrics['rows_dense_total{reason="budget_covers_context"}'] == 0
     assert metrics["rows_sparse_total"] == 30 * 7
     # Contexts of 301 to 307 keep a quarter, in each of three KV heads.
-    assert metrics["kept_tokens_sum_total"] == 30 * 3 * (3 * 76 + 4 * 77)
+    assert metrics["kept_tokens_sum_total"] == 30 * 3 * (4 * 76 + 3 * 77)
     assert metrics['kept_tokens_bucket_total{le="63"}'] == 0
     assert metrics['kept_tokens_bucket_total{le="95"}'] == 30 * 3 * 7
     # The last report is of the second request.

@@ -167,7 +167,7 @@ def test_workers_are_asked_at_intervals_and_when_the_engine_falls_idle(clock, li
     assert len(lines) == 1 and "Engine 003: sparse attention: 100.0% of 2" in lines[0]
     clock.seconds += reporter.LOG_SECONDS + 1
     engine.step(rows_short_context=8)
-    assert "46.7% of 15 decode rows sparse; rows served dense: 8 short" in lines[1]
+    assert "46.7% of 15 decode rows sparse; rows served dense: 4 pre" in lines[1]
 
 
 def test_without_statistics_there_is_the_log_alone(clock, lines):
