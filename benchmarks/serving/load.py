@@ -234,12 +234,13 @@ def main() -> None:
     add("--documents", type=int, default=4, help="that shared prompts begin with")
     add("--output-tokens", type=int, default=256)
     add("--rates", type=float, nargs="*", default=[0.9])
+    add("--limits", type=json.loads, default={}, help="of a former run, by case")
     add("--start-seconds", type=float, default=300)
     add("--server-args", nargs=argparse.REMAINDER, default=[], help="last: for vLLM")
     add("--output", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    limits: dict[str, float] = {}
+    limits: dict[str, float] = args.limits
     print("| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     results = []
