@@ -194,6 +194,13 @@ def test_errors_end_the_figures_and_nothing_else(clock, lines):
     assert engine.step() == {} and len(lines) == 1
 
 
+def test_the_older_ray_executor_is_waited_for():
+    ask = live._waiting(lambda method, args: [method, *args])
+    assert ask("report", args=(True,)) == ["report", True]
+    future = ask("report", args=(False,), non_block=True)
+    assert future.done() and future.result() == ["report", False]
+
+
 def test_counts_survive_vllms_wire_format():
     sent = SchedulerStats()
     live.put(sent, {"rows_sparse": 2**50, "kept_9": 1})

@@ -24,6 +24,7 @@ To go when vLLM lets attention backends add to its statistics.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import wraps
 
 from .vllm import init_logger
@@ -88,9 +89,13 @@ def _report_from(engine_core, vllm_config) -> None:
 
     scheduler = engine_core.scheduler
     parallel = vllm_config.parallel_config
+    executor = engine_core.model_executor
+    ask = executor.collective_rpc
+    if type(executor).__name__ == "RayDistributedExecutor":
+        ask = _waiting(ask)
     reporter = Reporter(
         make_stats=scheduler.make_stats,
-        collective_rpc=engine_core.model_executor.collective_rpc,
+        collective_rpc=ask,
         is_idle=lambda: (
             not (scheduler.has_unfinished_requests() or engine_core.batch_queue)
         ),
@@ -99,6 +104,21 @@ def _report_from(engine_core, vllm_config) -> None:
     )
     reporter.start()
     scheduler.make_stats = reporter.make_stats
+
+
+def _waiting(collective_rpc: Callable) -> Callable:
+    """For vLLM's older Ray executor, whose futures take all answers for a model's
+    output and fail: the answer is waited for, a few milliseconds per report."""
+
+    def ask(*args, non_block: bool = False, **kwargs):
+        replies = collective_rpc(*args, **kwargs)
+        if not non_block:
+            return replies
+        future: Future = Future()
+        future.set_result(replies)
+        return future
+
+    return ask
 
 
 def _log_in(manager, vllm_config) -> None:

@@ -11,6 +11,7 @@ What we rely on in vLLM 0.32.0, and where:
 - ``KVCacheSpecRegistry``, ``FullAttentionManager`` and ``FullAttentionSpec``: blocks
   held ahead of the tokens: cache/managers.py
 - ``CommonAttentionMetadata``, ``split_decodes_and_prefills``: attention/*_metadata.py
+- how statistics travel from workers to the front end: compat/live.py
 - ``_custom_ops.cpu_attn_*``, CPU attention over a KV scratch: attention/cpu_prefill.py
 """
 

@@ -20,7 +20,7 @@ logger = init_logger(__name__)
 
 REPORT_SECONDS = 2.0
 LOG_SECONDS = 30.0
-# Ray's futures do not say when they are done: after this long they are.
+# Multiprocess executors' futures are done only when a later step's answer was read.
 ANSWER_SECONDS = 1.0
 
 
