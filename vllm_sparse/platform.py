@@ -19,7 +19,6 @@ from .config import BACKEND_DEFAULTS, SparseConfig
 from .plugin import chosen_in, is_ours
 
 SLIDING = "sliding-window"
-EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
 
 
 class HonourOurBackends:
@@ -78,8 +77,6 @@ class HonourOurBackends:
             )
         if chosen_in(vllm_config):
             install_live_figures()
-            parallel = vllm_config.parallel_config
-            parallel.worker_extension_cls = parallel.worker_extension_cls or EXTENSION
         super().check_and_update_config(vllm_config)
 
 

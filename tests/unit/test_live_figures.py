@@ -28,7 +28,8 @@ from vllm_sparse.attention.live import LiveReader  # noqa: E402
 from vllm_sparse.attention.stats import StatsRecorder  # noqa: E402
 from vllm_sparse.cache.layout import BlockLayout  # noqa: E402
 from vllm_sparse.compat import live  # noqa: E402
-from vllm_sparse.metrics import Figures, add_up, live_figures, reporter  # noqa: E402
+from vllm_sparse.metrics import Figures, live_figures, reporter  # noqa: E402
+from vllm_sparse.metrics.figures import add_up  # noqa: E402
 from vllm_sparse.metrics.prometheus import BUCKETS, SparseStatLogger  # noqa: E402
 from vllm_sparse.ops.kept import KEPT_BINS, add_counts  # noqa: E402
 
@@ -106,6 +107,7 @@ class Engine:
 
     def __init__(self, **settings) -> None:
         self.counts, self.idle, self.asked = Counter(), False, []
+        self.resets = 0
         self.reporter = reporter.Reporter(
             make_stats=self.make_stats,
             collective_rpc=self.rpc,
@@ -119,7 +121,7 @@ class Engine:
 
     def rpc(self, method, args, non_block=False):
         self.asked.append(args[0])
-        replies = [dict(self.counts) | {"tp_rank": 0}]
+        replies = [dict(self.counts) | {"tp_rank": 0, "resets": self.resets}]
         if not non_block:
             return replies
         return SimpleNamespace(done=lambda: True, result=lambda: replies)
@@ -160,10 +162,11 @@ def test_workers_are_asked_at_intervals_and_when_the_engine_falls_idle(clock, li
     engine.idle = True
     assert engine.step(rows_prefill=4) == {"rows_sparse": 5, "rows_prefill": 4}
     assert engine.step() == {}
+    assert engine.reporter.figures() == {"rows_sparse": 7, "rows_prefill": 4}
     # Counts that were reset: from there on.
-    engine.counts.clear()
-    assert engine.step() == {}
-    assert engine.step(rows_sparse=2) == {"rows_sparse": 2}
+    engine.counts, engine.resets = Counter(rows_sparse=1), 1
+    assert engine.step(rows_sparse=1) == {"rows_sparse": 2}
+    assert engine.reporter.figures() == {"rows_sparse": 2}
     assert len(lines) == 1 and "Engine 003: sparse attention: 100.0% of 2" in lines[0]
     clock.seconds += reporter.LOG_SECONDS + 1
     engine.step(rows_short_context=8)
@@ -273,8 +276,7 @@ def test_a_broken_report_ends_the_metrics_alone(stat_logger, monkeypatch):
 
 def config(backend) -> SimpleNamespace:
     attention = SimpleNamespace(backend=backend, backend_per_kind=None)
-    parallel = SimpleNamespace(worker_extension_cls="builtins.dict")
-    return SimpleNamespace(attention_config=attention, parallel_config=parallel)
+    return SimpleNamespace(attention_config=attention)
 
 
 def test_only_engines_of_ours_are_changed_and_never_broken(monkeypatch):
@@ -299,17 +301,26 @@ def test_only_engines_of_ours_are_changed_and_never_broken(monkeypatch):
     assert seen == [core] and len(lines) == 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "said"), [(None, "choose"), ("SPARQ", "must derive from")]
-)
-def test_the_call_says_why_there_are_no_figures(backend, said):
+def test_the_call_says_why_there_are_no_figures():
     plugin.register()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    chosen = config(backend and AttentionBackendEnum[backend])
-    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=chosen))
-    with pytest.raises(ValueError, match=said):
+    engine = SimpleNamespace(vllm_config=config(None), engine_core=object())
+    llm = SimpleNamespace(llm_engine=engine)
+    with pytest.raises(ValueError, match="choose attention_backend"):
         live_figures(llm)
+    engine.vllm_config = config(AttentionBackendEnum["SPARQ"])
+    with pytest.raises(RuntimeError, match="the engine's log"):
+        live_figures(llm)
+
+
+def test_figures_of_a_part_of_the_time():
+    first = Figures.of_counts({"rows_sparse": 3, "rows_prefill": 5, "kept_9": 3})
+    later = Figures.of_counts({"rows_sparse": 4, "rows_prefill": 5, "kept_9": 4})
+    assert later - first == Figures.of_counts({"rows_sparse": 1, "kept_9": 1})
+    assert str(first).startswith("100.0% of 3 decode rows sparse, sparse rows keep")
+    assert str(first).endswith("; rows served dense: 5 prefill")
+    assert str(Figures.of_counts({})) == "no decode rows yet; rows served dense: none"
 
 
 def test_the_dashboard_shows_metrics_that_exist(stat_logger):

@@ -89,7 +89,8 @@ _reader = LiveReader(recorder)
 
 
 def report(worker, wait: bool) -> dict[str, int]:
-    """Run in a worker: its counts, and under ``tp_rank`` which heads they are of.
+    """Run in a worker: its counts, under ``tp_rank`` which heads they are of, and under
+    ``resets`` how often they began anew.
 
     Args:
         worker: the worker or vLLM's wrapper of it, as ``collective_rpc`` gives it.
@@ -100,4 +101,4 @@ def report(worker, wait: bool) -> dict[str, int]:
     tp_rank = 0
     if parallel_state.model_parallel_is_initialized():
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    return _reader.read(wait) | {"tp_rank": tp_rank}
+    return _reader.read(wait) | {"tp_rank": tp_rank, "resets": recorder.resets}

@@ -110,18 +110,11 @@ recorder = StatsRecorder()
 
 
 class WorkerExtension:
-    """Worker methods for ``collective_rpc``: our backends set it as vLLM's
-    ``worker_extension_cls`` where no other is given; others may derive from it."""
+    """Worker methods for ``LLM(worker_extension_cls=...)`` and ``collective_rpc``."""
 
     def sparse_stats(self) -> dict[str, int]:
         """Totals of this worker: the fields of :class:`SparseStats`."""
         return recorder.snapshot()
-
-    def sparse_figures(self) -> dict[str, int]:
-        """This worker's part of :class:`vllm_sparse.metrics.Figures`."""
-        from .live import report
-
-        return report(self, wait=True)
 
     def sparse_kept_tokens(self) -> dict[str, list[dict[str, float]]]:
         """Tokens that sparse rows kept since the last reset, per KV head, by layer:

@@ -20,6 +20,9 @@ and captures graphs. So two constructors are wrapped:
 ``SchedulerStats.num_kv_fetch_reqs_by_stage`` carries the counts: a dict[str, int] that
 is msgpack'd with the rest; vLLM reads its own three keys, if a KV connector is set.
 
+``live_figures`` asks the engine core by a utility call, as vLLM's own methods of
+``LLM`` do: ``call_utility`` of the client, or ``engine_core`` of one in this process.
+
 To go when vLLM lets attention backends add to its statistics.
 """
 
@@ -62,6 +65,21 @@ def take(scheduler_stats) -> dict[str, int]:
     return {name.removeprefix(PREFIX): carrier.pop(name) for name in names}
 
 
+def ask(llm) -> dict[str, int]:
+    """An ``LLM``'s counts: of its engine core, wherever that is.
+
+    Raises:
+        RuntimeError: when it has none.
+    """
+    client = llm.llm_engine.engine_core
+    try:
+        if hasattr(client, "engine_core"):
+            return client.engine_core.sparse_figures()
+        return client.call_utility("sparse_figures")
+    except Exception as error:
+        raise RuntimeError("no live figures: the engine's log says why") from error
+
+
 def _after_init(cls: type, then: Callable) -> None:
     """Call ``then(self, vllm_config)`` at the end of every construction."""
     original = cls.__init__
@@ -90,12 +108,12 @@ def _report_from(engine_core, vllm_config) -> None:
     scheduler = engine_core.scheduler
     parallel = vllm_config.parallel_config
     executor = engine_core.model_executor
-    ask = executor.collective_rpc
+    collective_rpc = executor.collective_rpc
     if type(executor).__name__ == "RayDistributedExecutor":
-        ask = _waiting(ask)
+        collective_rpc = _waiting(collective_rpc)
     reporter = Reporter(
         make_stats=scheduler.make_stats,
-        collective_rpc=ask,
+        collective_rpc=collective_rpc,
         is_idle=lambda: (
             not (scheduler.has_unfinished_requests() or engine_core.batch_queue)
         ),
@@ -104,13 +122,14 @@ def _report_from(engine_core, vllm_config) -> None:
     )
     reporter.start()
     scheduler.make_stats = reporter.make_stats
+    engine_core.sparse_figures = reporter.figures
 
 
 def _waiting(collective_rpc: Callable) -> Callable:
     """For vLLM's older Ray executor, whose futures take all answers for a model's
     output and fail: the answer is waited for, a few milliseconds per report."""
 
-    def ask(*args, non_block: bool = False, **kwargs):
+    def rpc(*args, non_block: bool = False, **kwargs):
         replies = collective_rpc(*args, **kwargs)
         if not non_block:
             return replies
@@ -118,7 +137,7 @@ def _waiting(collective_rpc: Callable) -> Callable:
         future.set_result(replies)
         return future
 
-    return ask
+    return rpc
 
 
 def _log_in(manager, vllm_config) -> None:

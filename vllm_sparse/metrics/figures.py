@@ -49,6 +49,19 @@ class Figures:
             kept=tuple(counts.get(f"kept_{i}", 0) for i in range(KEPT_BINS)),
         )
 
+    def __sub__(self, earlier: "Figures") -> "Figures":
+        """What was counted after ``earlier``, of the same engine."""
+        return Figures(
+            rows_sparse=self.rows_sparse - earlier.rows_sparse,
+            rows_dense={
+                name: count - earlier.rows_dense[name]
+                for name, count in self.rows_dense.items()
+            },
+            kv_bytes_read=self.kv_bytes_read - earlier.kv_bytes_read,
+            kv_bytes_dense=self.kv_bytes_dense - earlier.kv_bytes_dense,
+            kept=tuple(now - then for now, then in zip(self.kept, earlier.kept)),
+        )
+
     @property
     def decode_rows(self) -> int:
         """Rows of decoded tokens: all but those of prompts."""
@@ -109,7 +122,7 @@ def add_up(replies: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for reply in replies:
         for name, count in reply.items():
-            rows = name.startswith("rows_")
-            if name != "tp_rank" and (not rows or reply["tp_rank"] == first):
+            rows = name.startswith("rows_") and reply["tp_rank"] == first
+            if rows or name.startswith("k"):
                 total[name] += count
     return total

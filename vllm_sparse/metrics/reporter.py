@@ -52,6 +52,9 @@ class Reporter:
         self._working = True
         self._answer = None  # a future, while the workers are asked
         self._asked = self._logged = float("-inf")
+        self._resets: int | None = None
+        # Up to the start; up to the last answer.
+        self._before: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
         # New since the front end was told, and since the last line in the log.
         self._to_send: Counter[str] = Counter()
@@ -59,8 +62,16 @@ class Reporter:
 
     def start(self) -> None:
         """What was counted up to now (vLLM's warm-up) is left out of all reports."""
-        self._seen = add_up(self._collective_rpc(report, args=(True,)))
+        self._before = self._seen = self._counts(
+            self._collective_rpc(report, args=(True,))
+        )
         self._asked = time.monotonic()
+
+    def figures(self) -> dict[str, int]:
+        """Counts since the start or the last reset; waits for the workers."""
+        self._answer = None  # it would be older than this one
+        counts = self._counts(self._collective_rpc(report, args=(True,)))
+        return dict(counts - self._before)
 
     def make_stats(self, *args, **kwargs):
         """The scheduler's statistics, with what is new since the last ones."""
@@ -94,8 +105,7 @@ class Reporter:
             self._answer = self._collective_rpc(report, args=(False,), non_block=True)
 
     def _add(self, replies: list[dict[str, int]], now: float) -> None:
-        counts = add_up(replies)
-        # Counts that were reset begin anew: nothing negative is reported.
+        counts = self._counts(replies)
         new, self._seen = counts - self._seen, counts
         self._to_send += new
         self._to_log += new
@@ -108,3 +118,9 @@ class Reporter:
             )
             self._to_log.clear()
             self._logged = now
+
+    def _counts(self, replies: list[dict[str, int]]) -> Counter[str]:
+        if replies[0]["resets"] != self._resets:
+            self._resets = replies[0]["resets"]
+            self._before, self._seen = Counter(), Counter()
+        return add_up(replies)
