@@ -9,7 +9,7 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/setup_env.sh
-. "$here/setup_env.sh" cpu bench dev
+. "$here/setup_env.sh" cpu bench dev ray
 
 # Tests with a real model find it in the cache.
 python "$here/get_model.py" >/dev/null

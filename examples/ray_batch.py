@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Answer a file of prompts with several vLLM engines, each of them a Ray actor.
+
+    python examples/ray_batch.py prompts.jsonl answers.jsonl --model MODEL \\
+        --engines 2 --additional-config '{"sparse": {"top_k": 0.125}}'
+
+A line of the input is ``{"prompt": "..."}`` with any further fields. The output has the
+same lines in the same order, with ``text``, ``finish_reason`` and ``tokens`` (how many
+were generated). Needs Ray: ``pip install vllm_sparse[ray]``.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from tqdm import tqdm
+
+
+class Engine:
+    """One vLLM engine in the actor's own process."""
+
+    def __init__(self, settings: dict, sampling: dict) -> None:
+        """Start it; arguments of ``vllm.LLM`` and of ``vllm.SamplingParams``."""
+        from vllm import LLM, SamplingParams
+
+        self.llm = LLM(**settings)
+        self.params = SamplingParams(**sampling)
+
+    def ready(self) -> None:
+        """Return once the engine is there."""
+
+    def answer(self, rows: list[dict]) -> list[dict]:
+        """The rows with what the engine generated for their prompts."""
+        prompts = [row["prompt"] for row in rows]
+        outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
+        return [
+            row
+            | {
+                "text": output.outputs[0].text,
+                "finish_reason": output.outputs[0].finish_reason,
+                "tokens": len(output.outputs[0].token_ids),
+            }
+            for row, output in zip(rows, outputs, strict=True)
+        ]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The input's lines; empty ones are skipped.
+
+    Raises:
+        SystemExit: a line is not a JSON object with a string "prompt"; names the line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row["prompt"], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise SystemExit(
+                f"{path}, line {number}: expected a JSON object with a string "
+                f'"prompt", got {line[:80]!r}'
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def start_engines(args: argparse.Namespace) -> list:
+    """The actors, all of them ready."""
+    if args.address:
+        ray.init(address=args.address)
+    else:
+        # Prompts and answers are small: vLLM needs the memory more than Ray's store.
+        ray.init(include_dashboard=False, object_store_memory=2**27)
+    resources = ray.cluster_resources()
+    gpus = args.tensor_parallel_size if resources.get("GPU") else 0
+    cpus = args.cpus_per_engine or max(1, int(resources["CPU"]) // args.engines)
+    needed = {"CPU": cpus * args.engines, "GPU": gpus * args.engines}
+    for kind, count in needed.items():
+        if count > resources.get(kind, 0):
+            raise SystemExit(
+                f"{args.engines} engines need {count} {kind}s, but Ray has "
+                f"{resources.get(kind, 0):g}: lower --engines, "
+                "--tensor-parallel-size or --cpus-per-engine"
+            )
+    environment = {
+        # The actor is the engine's process; one more would only start more slowly.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # By itself vLLM binds each engine of a machine to the same cores. Ray lets it
+        # have as many threads as it has CPUs.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Engine).options(
+        runtime_env={"env_vars": environment}
+    )
+    settings = {
+        "model": args.model,
+        "attention_backend": args.attention_backend,
+        "additional_config": args.additional_config,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        # Ray has chosen this actor's GPUs; vLLM must not ask it for others.
+        "distributed_executor_backend": "mp" if args.tensor_parallel_size > 1 else None,
+        "disable_log_stats": True,
+    } | args.engine_args
+    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    engines = [actor.remote(settings, sampling) for _ in range(args.engines)]
+    ray.get([engine.ready.remote() for engine in engines])
+    return engines
+
+
+def answers(engines: list, batches: list[list[dict]]) -> Iterator[tuple[int, list]]:
+    """(number of the batch, its answers), as they become ready."""
+    waiting = deque(enumerate(batches))
+    running = {}
+
+    def give(engine) -> None:
+        if waiting:
+            number, batch = waiting.popleft()
+            running[engine.answer.remote(batch)] = number, engine
+
+    for engine in engines:
+        give(engine)
+    while running:
+        (done,), _ = ray.wait(list(running))
+        number, engine = running.pop(done)
+        give(engine)
+        yield number, ray.get(done)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("input", type=Path, help="JSON lines with a prompt each")
+    add("output", type=Path)
+    add("--model", required=True)
+    add("--engines", type=int, default=1)
+    add("--attention-backend", default="sparq")
+    add("--additional-config", type=json.loads, default={}, metavar="JSON")
+    add(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM"
+    )
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
+    add("--cpus-per-engine", type=int, help="default: an equal share of Ray's")
+    add(
+        "--batch-size", type=int, default=64, help="prompts that an engine gets at once"
+    )
+    add("--max-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0)
+    add(
+        "--address", help="of a running Ray cluster; default: a local one, for this run"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    rows = read_rows(args.input)
+    size = args.batch_size
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    ready: dict[int, list[dict]] = {}
+    written = 0
+    try:
+        engines = start_engines(args)
+        with args.output.open("w") as file, tqdm(total=len(rows), unit="prompt") as bar:
+            for number, answered in answers(engines, batches):
+                ready[number] = answered
+                bar.update(len(answered))
+                while written in ready:
+                    for row in ready.pop(written):
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    written += 1
+    except ray.exceptions.RayError as error:
+        done = min(written * size, len(rows))
+        sys.exit(f"{error}\nAn engine failed; {done} of {len(rows)} prompts answered.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Serve a model with Ray Serve, a vLLM engine in every replica.
+
+    python examples/ray_serve.py --model MODEL --replicas 2 \\
+        --additional-config '{"sparse": {"top_k": 0.125}}'
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "Hello", "max_tokens": 16}'
+
+Requests and answers are the part of OpenAI's completions that ``Completion`` names; for
+all of it put a load balancer before several ``vllm serve``. Requests that arrive
+together are decoded together. Needs Ray: ``pip install vllm_sparse[ray]``.
+"""
+
+import argparse
+import json
+import os
+import uuid
+
+import ray
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+app = FastAPI()
+
+
+class Completion(BaseModel):
+    """A request; other fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    model: str | None = None
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = None
+
+
+@serve.deployment
+@serve.ingress(app)
+class Engine:
+    """A replica: one engine, decoding all of its requests together."""
+
+    def __init__(self, settings: dict) -> None:
+        """Start the engine; arguments of ``vllm.AsyncEngineArgs``."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        self.model = settings["model"]
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces the replica when this raises."""
+        await self.engine.check_health()
+
+    @app.post("/v1/completions")
+    async def complete(self, request: Completion) -> dict:
+        """Answer one request."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(**request.model_dump(exclude={"prompt", "model"}))
+        name = f"cmpl-{uuid.uuid4().hex}"
+        async for output in self.engine.generate(request.prompt, params, name):
+            last = output
+        (answer,) = last.outputs
+        return {
+            "id": name,
+            "object": "text_completion",
+            "model": self.model,
+            "choices": [
+                {"index": 0, "text": answer.text, "finish_reason": answer.finish_reason}
+            ],
+            "usage": {
+                "prompt_tokens": len(last.prompt_token_ids),
+                "completion_tokens": len(answer.token_ids),
+            },
+        }
+
+
+def deployment(args: argparse.Namespace) -> serve.Application:
+    """The application, with Ray's resources divided among the replicas."""
+    resources = ray.cluster_resources()
+    gpus = args.tensor_parallel_size if resources.get("GPU") else 0
+    cpus = args.cpus_per_replica or max(1, int(resources["CPU"]) // args.replicas)
+    needed = {"CPU": cpus * args.replicas, "GPU": gpus * args.replicas}
+    for kind, count in needed.items():
+        if count > resources.get(kind, 0):
+            raise SystemExit(
+                f"{args.replicas} replicas need {count} {kind}s, but Ray has "
+                f"{resources.get(kind, 0):g}: lower --replicas, "
+                "--tensor-parallel-size or --cpus-per-replica"
+            )
+    environment = {
+        # On CPUs: no further process for the engine's only worker.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # By itself vLLM binds each engine of a machine to the same cores. Ray lets it
+        # have as many threads as it has CPUs.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    settings = {
+        "model": args.model,
+        "attention_backend": args.attention_backend,
+        "additional_config": args.additional_config,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        # Ray has chosen this replica's GPUs; vLLM must not ask it for others.
+        "distributed_executor_backend": "mp" if args.tensor_parallel_size > 1 else None,
+    } | args.engine_args
+    return Engine.options(
+        num_replicas=args.replicas,
+        max_ongoing_requests=args.max_ongoing_requests,
+        ray_actor_options={
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": environment},
+        },
+    ).bind(settings)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True)
+    add("--replicas", type=int, default=1)
+    add("--attention-backend", default="sparq")
+    add("--additional-config", type=json.loads, default={}, metavar="JSON")
+    add(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM"
+    )
+    add("--tensor-parallel-size", type=int, default=1, help="GPUs of a replica")
+    add("--cpus-per-replica", type=int, help="default: an equal share of Ray's")
+    add("--max-ongoing-requests", type=int, default=256, help="of a replica")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add(
+        "--address", help="of a running Ray cluster; default: a local one, for this run"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.address:
+        ray.init(address=args.address)
+    else:
+        # Prompts and answers are small: vLLM needs the memory more than Ray's store.
+        ray.init(include_dashboard=False, object_store_memory=2**27)
+    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.run(deployment(args), blocking=True)
+
+
+if __name__ == "__main__":
+    main()
