@@ -9,7 +9,7 @@ Ours answer for our backends and are vLLM's in everything else.
 
 from functools import cache
 
-from vllm.platforms import cpu_platform_plugin
+from vllm.platforms import PlatformEnum, cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from .cache.formats import FORMATS
@@ -37,6 +37,12 @@ class HonourOurBackends:
             )
         require_supported()
         name = selected_backend.name.lower()
+        if cls._enum not in (PlatformEnum.CPU, PlatformEnum.CUDA):
+            raise ValueError(
+                f"--attention-backend {name} serves CPUs and NVIDIA GPUs, but vLLM runs "
+                f"on its platform {cls.__name__.removeprefix('Sparse')}; leave "
+                "--attention-backend out"
+            )
         kind = _kind_left_to_vllm(attn_selector_config)
         if kind == SLIDING and cls.device_type == "cuda":
             # vLLM hands a block from one kind of layer to another without clearing it

@@ -23,7 +23,7 @@ pytest.importorskip("vllm")
 import vllm  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
-from vllm.platforms.interface import DeviceCapability  # noqa: E402
+from vllm.platforms.interface import DeviceCapability, PlatformEnum  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm.v1.attention.backends.registry import (  # noqa: E402
     AttentionBackendEnum,
@@ -320,6 +320,7 @@ def test_sliding_windows_beside_a_quantised_cache_are_refused(name, fits, monkey
 class Gpu:
     """Stands for a GPU platform of vLLM's, of any compute capability."""
 
+    _enum = PlatformEnum.CUDA
     device_type = "cuda"
     capability = DeviceCapability(9, 0)
 

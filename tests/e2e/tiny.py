@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Models of a few hundred kilobytes, made on the spot with random weights."""
+
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 512
+
+
+def save_llama(folder: Path, num_kv_heads: int = 2) -> Path:
+    """A Llama of three layers with twice as many query heads of size 64; fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2 * num_kv_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # Strong enough that attention matters for the next token.
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.float().save_pretrained(folder)
+    return folder
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+        for n in lengths
+    ]
