@@ -15,6 +15,8 @@ processes of its own; one that fails leaves an error in the result and the other
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -190,14 +192,16 @@ def in_subprocess(part: str, checkpoint: str, seconds: float) -> dict:
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                code = process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return {"error": f"not done after {seconds:g} s"}
         if code == 0:
             return json.loads(result.read_text())
         text = log.read_text()
         print(text[-3000:], flush=True)
-        lines = [s for s in text.splitlines() if "Error" in s] or [text[-300:]]
-        return {"error": f"exit status {code}: {lines[-1]}"}
+        # The first error is the cause, processes above repeat that there was one.
+        error = re.search(r"^(\(\w+ pid=\d+\) )?\w*Error: .*", text, re.MULTILINE)
+        return {"error": error[0] if error else f"exit status {code}"}
 
 
 def print_tables(results: list[dict]) -> None:

@@ -10,6 +10,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -492,8 +493,35 @@ def test_twilight_is_sparq_with_adaptive_budgets(prompts):
     assert 128 <= min(kept) < max(kept) < 460  # min_tokens, and not all
 
 
+def assert_a_killed_worker_ends_the_engine(llm: LLM, prompt: list[int]) -> None:
+    """While a request runs: vLLM's own error, soon, and no process is left.
+
+    Args:
+        llm: an engine in processes of its own; it is dead afterwards.
+    """
+    import psutil
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    family = psutil.Process().children(recursive=True)
+    family = [p for p in family if p.name().startswith("VLLM")]
+    worker = next(p for p in reversed(family) if "Worker" in p.name())
+    add(llm, "endless", prompt, greedy(1000, detokenize=False))
+    for _ in range(3):
+        llm.llm_engine.step()
+    worker.kill()
+    start = time.monotonic()
+    with pytest.raises(EngineDeadError, match="See stack trace"):
+        while True:
+            llm.llm_engine.step()
+    assert time.monotonic() - start < 60
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+
 def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
-    """Dense decoding in bf16 against vLLM's backend, each step on its own tokens."""
+    """Dense decoding in bf16 against vLLM's backend, each step on its own tokens.
+
+    At last the worker is killed: starting such an engine again takes half a minute.
+    """
     params = greedy(logprobs=0)
     with running(dtype="bfloat16", attention_backend="CPU_ATTN") as llm:
         dense = generate(llm, prompts, params)
@@ -509,6 +537,7 @@ def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
         configure(llm, SPARSE)
         generate(llm, prompts[4:], greedy(4))
         assert stats(llm)["sparse_rows"] == 2 * 3 * NUM_LAYERS
+        assert_a_killed_worker_ends_the_engine(llm, prompts[4])
     differences: list[float] = []
     for a, b, pa, pb in zip(
         tokens(dense), tokens(ours), logprobs(dense), logprobs(ours), strict=True

@@ -2,17 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Tensor parallelism over two processes, and one of them killed while it decodes."""
 
-import time
-
 import pytest
 
 pytest.importorskip("vllm")
 
-import psutil  # noqa: E402
-
 from .test_engine import (  # noqa: E402
     EXTENSION,
-    add,
+    assert_a_killed_worker_ends_the_engine,
     generate,
     greedy,
     running,
@@ -20,7 +16,8 @@ from .test_engine import (  # noqa: E402
 )
 from .tiny import random_prompts, save_llama  # noqa: E402
 
-pytestmark = pytest.mark.engine
+# Four processes on two cores.
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 def undisturbed(**options):
@@ -32,8 +29,6 @@ def test_two_ranks_give_one_ranks_tokens_and_end_together(tmp_path, monkeypatch)
 
     One start of two ranks serves all three: it takes four processes.
     """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
     settings = dict(
         model=str(save_llama(tmp_path)),
         skip_tokenizer_init=True,
@@ -62,23 +57,4 @@ def test_two_ranks_give_one_ranks_tokens_and_end_together(tmp_path, monkeypatch)
             else:
                 assert [rank[name] for rank in ranks] == [count] * 2
 
-        family = psutil.Process().children(recursive=True)
-        (worker,) = [p for p in family if "Worker_TP1" in p.name()]
-        add(llm, "endless", prompts[0], undisturbed(max_tokens=1000))
-        for _ in range(3):
-            llm.llm_engine.step()
-        worker.kill()
-        start = time.monotonic()
-        with pytest.raises(EngineDeadError, match="See stack trace"):
-            while True:
-                llm.llm_engine.step()
-        assert time.monotonic() - start < 30
-    _, alive = psutil.wait_procs(
-        [
-            p
-            for p in family
-            if "VLLM" in " ".join(p.cmdline() if p.is_running() else [])
-        ],
-        timeout=30,
-    )
-    assert not alive
+        assert_a_killed_worker_ends_the_engine(llm, prompts[0])
