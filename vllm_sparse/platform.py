@@ -39,8 +39,8 @@ class HonourOurBackends:
         name = selected_backend.name.lower()
         if cls._enum not in (PlatformEnum.CPU, PlatformEnum.CUDA):
             raise ValueError(
-                f"--attention-backend {name} serves CPUs and NVIDIA GPUs, but vLLM runs "
-                f"on its platform {cls.__name__.removeprefix('Sparse')}; leave "
+                f"--attention-backend {name} serves CPUs and NVIDIA GPUs, vLLM runs "
+                f"on platform {cls.__name__.removeprefix('Sparse')}; leave "
                 "--attention-backend out"
             )
         kind = _kind_left_to_vllm(attn_selector_config)
