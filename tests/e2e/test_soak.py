@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Thousands of requests of every kind, each compared with itself run alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from .tiny import save_llama  # noqa: E402
+
+pytestmark = pytest.mark.engine
+SPARSE = {"dense_below": 0, "top_k": 48, "local_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("requests", "mebibytes", "options"),
+    [(2000, 16, SPARSE), (300, 9, SPARSE | {"kv_format": "int4"})],
+    ids=["rows", "int4"],
+)
+def test_every_output_is_that_of_the_request_alone(
+    tmp_path, requests, mebibytes, options
+):
+    model, output = save_llama(tmp_path / "model", num_kv_heads=2), tmp_path / "soak"
+    command = [sys.executable, "-m", "benchmarks.serving.soak", "--model", str(model)]
+    command += ["--requests", str(requests), "--jobs", "100", "--output", str(output)]
+    command += ["--kv-cache-mib", str(mebibytes), "--sparse", json.dumps(options)]
+    # Steps of so small a model are shorter than waking a second thread.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    # It would override the size of the cache.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert output.exists(), done.stderr[-3000:]
+    report = json.loads(output.read_text())
+    assert report["mismatches"] == []
+    assert report["leaked_blocks"] == report["unfinished_in_scheduler"] == 0
+    assert report["requests"] == requests
+    for kind in ("aborted", "streamed", "several", "prefix_hits", "preempted"):
+        assert report[kind] > 0, kind
+    # The first half meets every number of tokens that a step can have.
+    half = len(report["megabytes"]) // 2
+    assert report["megabytes"][-1] < 1.03 * report["megabytes"][half]
+    assert done.returncode == 0
