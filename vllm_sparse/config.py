@@ -19,6 +19,9 @@ KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 # "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,200
 # tokens one request lost 4 % of a step and sixteen gained 13 % (README).
 DENSE_BELOW = {"cpu": 512, "cuda": 6144}
+# With K by channel alone sparse decoding costs more than dense up to here: 16 rows on
+# an H100 (docs/quantised_kv.md); one row: 56 for 36 us at 32K.
+DENSE_BELOW_BY_CHANNEL = {"cpu": 512, "cuda": 49_152}
 
 # Options of a backend that differ from SparseConfig's defaults.
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -75,8 +78,8 @@ class SparseConfig:
     dense_below: int | str = "auto"
     # SparQ's (1 - alpha) * mean(V) term. "auto": on for MHA, off for GQA and MQA.
     mean_value: bool | str = "auto"
-    # How the cache keeps K and V: "auto" is the model's dtype; "int8", "int4" and
-    # "k4v8" quantise full blocks (docs/quantised_kv.md).
+    # How the cache keeps K and V: "auto" is the model's dtype; "int8", "int4", "k4v8"
+    # and "k8v4" quantise full blocks (docs/quantised_kv.md).
     kv_format: str = "auto"
     # Channels of V that share a scale in quantised formats. None: 64 with 8 bits, 32
     # with 4.
@@ -193,10 +196,12 @@ class SparseConfig:
                 f"it must lie between 1 and {head_size}. Example: "
                 f"--additional-config.{NAMESPACE}.rank {default_rank(head_size)}"
             )
-        self.format(head_size, num_queries_per_kv)
+        fmt = self.format(head_size, num_queries_per_kv)
         dense_below = self.dense_below
         if dense_below == "auto":
-            dense_below = DENSE_BELOW[device_type]
+            by_channel = fmt.quantised and not fmt.key_rows
+            measured = DENSE_BELOW_BY_CHANNEL if by_channel else DENSE_BELOW
+            dense_below = measured[device_type]
         return replace(
             self,
             rank=rank,

@@ -339,3 +339,9 @@ def test_contexts_are_dense_below_what_was_measured_for_the_device():
     for device, below in DENSE_BELOW.items():
         assert parse().resolve(64, 1, device).dense_below == below
         assert parse(dense_below=7).resolve(64, 1, device).dense_below == 7
+
+
+def test_k_by_channel_alone_is_dense_up_to_longer_contexts_on_gpus():
+    for name, below in (("int4", 49152), ("int8", 49152), ("k8v4", 6144)):
+        assert parse(kv_format=name).resolve(64, 1, "cuda").dense_below == below
+        assert parse(kv_format=name).resolve(64, 1, "cpu").dense_below == 512
