@@ -100,9 +100,10 @@ def sparse_metrics(url: str) -> dict[str, float]:
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         text = response.read().decode()
     found = re.findall(r"^vllm_sparse:(\S+) (\S+)$", text, re.M)
-    ours = 'engine="0",model_name="tiny"'
+    # Labels come in alphabetical order: le between vLLM's two, reason after them.
+    ours = re.compile(r'(engine="0"|model_name="tiny"),?')
     return {
-        name.replace(ours, "").replace("{}", "").replace("{,", "{"): float(value)
+        ours.sub("", name).replace(",}", "}").replace("{}", ""): float(value)
         for name, value in found
     }
 
