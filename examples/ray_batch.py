@@ -58,7 +58,7 @@ def read_rows(path: Path) -> list[dict]:
         SystemExit: a line is not a JSON object with a string "prompt"; names the line.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -173,7 +173,10 @@ def main() -> None:
     written = 0
     try:
         engines = start_engines(args)
-        with args.output.open("w") as file, tqdm(total=len(rows), unit="prompt") as bar:
+        with (
+            args.output.open("w", encoding="utf-8") as file,
+            tqdm(total=len(rows), unit="prompt") as bar,
+        ):
             for number, answered in answers(engines, batches):
                 ready[number] = answered
                 bar.update(len(answered))

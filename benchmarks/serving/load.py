@@ -110,11 +110,16 @@ def our_metrics(url: str) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     result: dict[str, float] = {}
     for line in lines:
-        if line.startswith("vllm_sparse:"):
-            name, value = line.rsplit(" ", 1)
-            reason = name.partition('reason="')[2].partition('"')[0]
-            name = name.partition("{")[0] + (f" {reason}" if reason else "")
-            result[name] = result.get(name, 0) + float(value)
+        if not line.startswith("vllm_sparse:"):
+            continue
+        name, value = line.rsplit(" ", 1)
+        metric = name.partition("{")[0]
+        if metric.endswith("_created"):
+            continue
+        for label in ("reason", "le"):
+            kind = name.partition(f'{label}="')[2].partition('"')[0]
+            metric += f" {kind}" if kind else ""
+        result[metric] = result.get(metric, 0) + float(value)
     return result
 
 
@@ -184,14 +189,18 @@ class Client:
 
 
 def measure(
-    engine: str, args: argparse.Namespace, limits: dict[str, float], folder: Path
-) -> list[dict[str, Any]]:
+    engine: str,
+    args: argparse.Namespace,
+    limits: dict[str, float],
+    folder: Path,
+    rows: list[dict[str, Any]],
+) -> None:
     """All cases on one engine.
 
     Args:
         limits: largest throughput of the first engine by case, filled by it.
+        rows: filled as cases finish.
     """
-    rows = []
     with server(engine, args, folder / f"{engine}.log") as url:
         client = Client(url, args)
         try:
@@ -205,13 +214,15 @@ def measure(
                     row = client.bench(case, rate, 0 if "shared" in case else i + 1)
                     if share is None:
                         limits.setdefault(case, row["request_throughput"])
-                    row |= {"case": case, "share": share, "rate": rate}
-                    rows.append(row | {"engine": engine})
+                    row |= {"case": case, "share": share, "engine": engine}
+                    row["rate"] = None if share is None else rate  # all at once
+                    rows.append(row)
                     print(line(engine, row), flush=True)
         finally:
             client.close()
         metrics = our_metrics(url)
-    return rows + ([{"engine": engine, "metrics": metrics}] if metrics else [])
+    if metrics:
+        rows.append({"engine": engine, "metrics": metrics})
 
 
 def line(engine: str, row: dict[str, Any]) -> str:
@@ -243,13 +254,18 @@ def main() -> None:
     limits: dict[str, float] = args.limits
     print("| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    results = []
+    results: list[dict[str, Any]] = []
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
         for engine in args.engines:
             try:
-                results += measure(engine, args, limits, Path(folder))
+                measure(engine, args, limits, Path(folder), results)
             except RuntimeError as error:
+                failed = True
                 print(f"{engine}: {error}", flush=True)
+                results.append({"engine": engine, "error": str(error)})
+                if any(case not in limits for case in args.cases):
+                    break  # other engines would set their own rates
     if args.output:
         from benchmarks.accuracy.environment import describe
 
@@ -258,6 +274,8 @@ def main() -> None:
         header = describe() | {"options": options}
         text = json.dumps({"header": header, "results": results}, indent=1)
         args.output.write_text(text + "\n")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

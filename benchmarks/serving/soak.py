@@ -5,10 +5,10 @@
     python -m benchmarks.serving.soak --requests 2000 --output soak.json
 
 Every output is compared with that of the same request run alone (fp32, the best token
-every time, also with n > 1); at the end every KV block must be free again, and memory
-must not have grown. One thing may differ: what a preempted request says after its
-recomputation, where decoding is sparse, because prompts are attended densely. Such
-requests are counted; what they said before counts as any other.
+every time, also with n > 1); at the end every KV block must be free again. Resident
+memory is reported at ten times. One thing may differ: what a preempted request says
+after its recomputation, where decoding is sparse, because prompts are attended densely.
+Such requests are counted; what they said before counts as any other.
 """
 
 import argparse

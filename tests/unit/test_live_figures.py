@@ -19,6 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
+from vllm_sparse.attention import live as attention_live  # noqa: E402
 from vllm_sparse.attention.counters import (  # noqa: E402
     DeviceCounter,
     KeptHistograms,
@@ -195,6 +196,20 @@ def test_errors_end_the_figures_and_nothing_else(clock, lines):
     engine.counts["rows_sparse"] = "broken"
     assert engine.step() == {} and "end here" in lines[0]
     assert engine.step() == {} and len(lines) == 1
+
+
+def test_a_worker_that_fails_answers_all_the_same(clock, lines, monkeypatch):
+    def broken(wait):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(attention_live._reader, "read", broken)
+    reply = attention_live.report(None, wait=True)
+    assert reply == {"error": "MemoryError: no room"}
+    engine = Engine()
+    engine.reporter.start()
+    engine.idle = True
+    engine.counts.update(reply)
+    assert engine.step() == {} and "end here" in lines[0]
 
 
 def test_the_older_ray_executor_is_waited_for():

@@ -5,6 +5,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -88,9 +89,9 @@ class LiveReader:
 _reader = LiveReader(recorder)
 
 
-def report(worker, wait: bool) -> dict[str, int]:
+def report(worker, wait: bool) -> dict[str, Any]:
     """Run in a worker: its counts, under ``tp_rank`` which heads they are of, and under
-    ``resets`` how often they began anew.
+    ``resets`` how often they began anew; or ``error``, what went wrong.
 
     Args:
         worker: the worker or vLLM's wrapper of it, as ``collective_rpc`` gives it.
@@ -101,4 +102,10 @@ def report(worker, wait: bool) -> dict[str, int]:
     tp_rank = 0
     if parallel_state.model_parallel_is_initialized():
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    return _reader.read(wait) | {"tp_rank": tp_rank, "resets": recorder.resets}
+    try:
+        counts = _reader.read(wait)
+    except Exception as error:
+        # Raised here it would leave other ranks' answers unread, and vLLM would take
+        # them for answers to what it asks next.
+        return {"error": f"{type(error).__name__}: {error}"}
+    return counts | {"tp_rank": tp_rank, "resets": recorder.resets}

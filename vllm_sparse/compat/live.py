@@ -18,7 +18,8 @@ and captures graphs. So two constructors are wrapped:
   ``PrometheusStatLogger`` there (Ray Serve has its own).
 
 ``SchedulerStats.num_kv_fetch_reqs_by_stage`` carries the counts: a dict[str, int] that
-is msgpack'd with the rest; vLLM reads its own three keys, if a KV connector is set.
+is msgpack'd with the rest; vLLM reads its own three keys, and asks whether there are
+any at all.
 
 ``live_figures`` asks the engine core by a utility call, as vLLM's own methods of
 ``LLM`` do: ``call_utility`` of the client, or ``engine_core`` of one in this process.
@@ -77,7 +78,8 @@ def ask(llm) -> dict[str, int]:
             return client.engine_core.sparse_figures()
         return client.call_utility("sparse_figures")
     except Exception as error:
-        raise RuntimeError("no live figures: the engine's log says why") from error
+        text = f"no live figures, the engine's log may say more: {error}"
+        raise RuntimeError(text) from error
 
 
 def _after_init(cls: type, then: Callable) -> None:
@@ -122,7 +124,13 @@ def _report_from(engine_core, vllm_config) -> None:
     )
     reporter.start()
     scheduler.make_stats = reporter.make_stats
-    engine_core.sparse_figures = reporter.figures
+
+    def figures() -> dict[str, int]:
+        if executor.is_sleeping:  # and the counters are not in memory
+            raise RuntimeError("the engine sleeps: wake it up first")
+        return reporter.figures()
+
+    engine_core.sparse_figures = figures
 
 
 def _waiting(collective_rpc: Callable) -> Callable:

@@ -87,14 +87,15 @@ def _plugins() -> Iterator[Check]:
 
 
 def _device() -> Iterator[Check]:
-    from vllm.platforms import current_platform
+    from vllm.platforms import PlatformEnum, current_platform
 
     from ..plugin import register
 
     register()
     kind = type(current_platform).__name__
-    device = current_platform.device_type
-    if device == "cuda":
+    # Not device_type: AMD GPUs are "cuda", too.
+    device = current_platform._enum
+    if device == PlatformEnum.CUDA:
         for i in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(i)
             detail = (
@@ -102,7 +103,7 @@ def _device() -> Iterator[Check]:
                 f"{of.major}.{of.minor}"
             )
             yield Check(f"GPU {i}", OK, detail)
-    elif device == "cpu":
+    elif device == PlatformEnum.CPU:
         yield Check(
             "CPU", OK, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
         )
@@ -115,7 +116,7 @@ def _device() -> Iterator[Check]:
             )
     else:
         yield Check(
-            "device", PROBLEM, f"{device} is not served: only CPUs and GPUs are"
+            "device", PROBLEM, f"{device.name} is not served: only CPUs and GPUs are"
         )
     honours = hasattr(current_platform, "get_attn_backend_cls") and any(
         c.__name__ == "HonourOurBackends" for c in type(current_platform).__mro__

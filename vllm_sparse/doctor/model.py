@@ -12,7 +12,7 @@ import torch
 from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
 
 FULL, SLIDING = "full attention", "sliding-window attention"
-# Names of transformers' ``layer_types``; others hold no KV of attention.
+# Names of transformers' ``layer_types``.
 LAYER_TYPES = {
     "full_attention": FULL,
     "attention": FULL,
@@ -101,7 +101,13 @@ def inspect_model(
             f"{tensor_parallel_size}"
         )
     num_heads = heads // tensor_parallel_size
-    num_kv_heads = max(1, model.get_total_num_kv_heads() // tensor_parallel_size)
+    kv_heads = model.get_total_num_kv_heads()
+    if kv_heads % tensor_parallel_size and tensor_parallel_size % kv_heads:
+        raise DoctorError(
+            f"{kv_heads} KV heads cannot be split over --tensor-parallel-size "
+            f"{tensor_parallel_size}"
+        )
+    num_kv_heads = max(1, kv_heads // tensor_parallel_size)
     return Model(
         name=name,
         head_size=model.get_head_size(),
@@ -120,7 +126,7 @@ def _layers(model, backend: str, config: SparseConfig, group: int) -> list[Layer
     result = []
     for kind, count in counts.items():
         if kind not in (FULL, SLIDING):
-            result.append(LayerKind(kind, count, "not attention over a KV cache"))
+            result.append(LayerKind(kind, count, "a kind that is not served"))
             continue
         refusal = _refusal(model, backend, config, group, kind == SLIDING)
         if refusal is not None:
@@ -168,12 +174,12 @@ def _refusal(model, backend: str, config, group: int, sliding: bool) -> str | No
         has_sliding_window=sliding,
     )
     try:
+        member = AttentionBackendEnum[backend.upper()]
+        current_platform.get_attn_backend_cls(member, layer)
         if sliding:
             refuse_quantised(config)
         else:
             config.resolve(model.get_head_size(), group, current_platform.device_type)
-        member = AttentionBackendEnum[backend.upper()]
-        current_platform.get_attn_backend_cls(member, layer)
     except (ValueError, NotImplementedError, SparseConfigError) as error:
         return str(error).split(" The layer: ")[0]
     return None
@@ -202,5 +208,7 @@ def _weight_bytes(name: str) -> int | None:
             folder = Path(snapshot_download(name, local_files_only=True))
         except Exception:  # not downloaded yet: the question has no answer
             return None
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    # Some folders hold the weights a second time, under a name of their own.
+    patterns = ("model*.safetensors", "*.safetensors", "*.bin")
+    files = next((found for p in patterns if (found := list(folder.glob(p)))), [])
     return sum(file.stat().st_size for file in files) or None

@@ -10,6 +10,7 @@ waited for, so that what is reported then is complete.
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from ..attention.live import report
 from ..compat.live import put
@@ -104,7 +105,7 @@ class Reporter:
             self._asked = now
             self._answer = self._collective_rpc(report, args=(False,), non_block=True)
 
-    def _add(self, replies: list[dict[str, int]], now: float) -> None:
+    def _add(self, replies: list[dict[str, Any]], now: float) -> None:
         counts = self._counts(replies)
         new, self._seen = counts - self._seen, counts
         self._to_send += new
@@ -119,7 +120,10 @@ class Reporter:
             self._to_log.clear()
             self._logged = now
 
-    def _counts(self, replies: list[dict[str, int]]) -> Counter[str]:
+    def _counts(self, replies: list[dict[str, Any]]) -> Counter[str]:
+        for reply in replies:
+            if "error" in reply:
+                raise RuntimeError(reply["error"])
         if replies[0]["resets"] != self._resets:
             self._resets = replies[0]["resets"]
             self._before, self._seen = Counter(), Counter()
