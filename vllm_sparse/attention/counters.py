@@ -158,7 +158,7 @@ class DeviceCounter:
         blocks = self.layout.fmt.sealed_blocks(lens).clamp_(min=0)
         rows = torch.stack((real, lens, blocks), 1).long()
         # 0 with a budget, else 1 or 2.
-        kinds = (budgets < 0) * (1 + (seq_lens >= self.dense_below).int())
+        kinds = (budgets < 0) * ((seq_lens >= self.dense_below) + 1)
         if prefilling is not None:
             kinds.masked_fill_(prefilling, self._PREFILL)
         self.counts.index_add_(0, kinds, rows)
