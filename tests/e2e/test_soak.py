@@ -19,7 +19,7 @@ SPARSE = {"dense_below": 0, "top_k": 48, "local_window": 16}
 
 @pytest.mark.parametrize(
     ("requests", "mebibytes", "options"),
-    [(2000, 10, SPARSE), (300, 5, SPARSE | {"kv_format": "int4"})],
+    [(2000, 10, SPARSE), (300, 3, SPARSE | {"kv_format": "int4"})],
     ids=["rows", "int4"],
 )
 def test_every_output_is_that_of_the_request_alone(
