@@ -48,6 +48,11 @@ ACCEPTED_SPILLS = {
     ("score_kernel", "Lb0ELb1ELi0"): 120,
     ("score_kernel", "Lb0ELb0ELi1"): 56,
     ("score_kernel", "Lb0ELb1ELi1"): 56,
+    # Storing and sealing quantised blocks; the slow kernel that attends to them.
+    ("store_kernel", "f"): 16,
+    ("store_kernel", "13__nv_bfloat16"): 8,
+    ("store_kernel", "6__half"): 8,
+    ("attend_kernel", "f"): 80,
     ("attend_kernel", "13__nv_bfloat16"): 60,
     ("attend_kernel", "6__half"): 60,
     ("attend_kernel", "13__nv_bfloat16Li128ELi16ELb0"): 16,
