@@ -172,19 +172,14 @@ def attend(
     return out.flatten(0, 1)
 
 
-@torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=1280)
-    parser.add_argument("--windows", type=int, default=3, help="of each text")
-    parser.add_argument("--only", nargs="+", help="names, or parts of them")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+def load_model(current: list[Format], device: str = "cpu"):
+    """SmolLM2 in fp32 whose attention reads the cache as ``current[0]`` keeps it.
 
+    Returns:
+        the model, the texts, the head size.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    current: list[Format] = []
 
     def attention(module, query, key, value, mask, **kwargs):
         out = attend(query[0], key[0], value[0], current[0])
@@ -197,6 +192,20 @@ def main() -> None:
     )
     sources = TextSources(AutoTokenizer.from_pretrained(path))
     head_size = model.config.hidden_size // model.config.num_attention_heads
+    return model.to(device), sources, head_size
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("--windows", type=int, default=3, help="of each text")
+    parser.add_argument("--only", nargs="+", help="names, or parts of them")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    current: list[Format] = []
+    model, sources, head_size = load_model(current)
     tried = {
         name: kept
         for name, kept in formats(head_size).items()

@@ -20,15 +20,13 @@ from benchmarks.accuracy.environment import describe
 from benchmarks.accuracy.kv_formats import (
     Format,
     asymmetric,
-    attend,
     exact,
     formats,
+    load_model,
     per_channel,
     per_token,
 )
 from benchmarks.accuracy.tasks import make_samples
-from benchmarks.accuracy.text import TextSources
-from scripts.get_model import get_model
 
 
 def more_formats(head_size: int) -> dict[str, Format]:
@@ -75,24 +73,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_default_device(args.device)
     current: list[Format] = []
-
-    def attention(module, query, key, value, mask, **kwargs):
-        out = attend(query[0], key[0], value[0], current[0])
-        return out.transpose(0, 1)[None], None
-
-    ALL_ATTENTION_FUNCTIONS.register("kv_needles", attention)
-    path = get_model()
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="kv_needles"
-    ).to(args.device)
-    sources = TextSources(AutoTokenizer.from_pretrained(path))
-    head_size = model.config.hidden_size // model.config.num_attention_heads
+    model, sources, head_size = load_model(current, args.device)
     tried = {
         name: kept
         for name, kept in (formats(head_size) | more_formats(head_size)).items()

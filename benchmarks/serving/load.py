@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from benchmarks.serving.processes import free_port, running
 
 QUESTION = 64  # tokens after a shared document
 # ``vllm bench serve`` again and again in one process, whose imports take long; its
@@ -53,12 +54,6 @@ KEPT = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @contextmanager
 def server(engine: str, args: argparse.Namespace, log: Path):
     """A server and its URL, ready to answer."""
@@ -72,12 +67,8 @@ def server(engine: str, args: argparse.Namespace, log: Path):
             json.dumps({"sparse": json.loads(args.sparse)}),
         ]
     command += args.server_args
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
+    with running(command, log) as process:
         deadline = time.monotonic() + args.start_seconds
         while not healthy(url):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -87,13 +78,6 @@ def server(engine: str, args: argparse.Namespace, log: Path):
                 raise RuntimeError(f"{engine} did not start:\n{shown}")
             time.sleep(1)
         yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def healthy(url: str) -> bool:
@@ -217,12 +201,25 @@ def measure(
                     row |= {"case": case, "share": share, "engine": engine}
                     row["rate"] = None if share is None else rate  # all at once
                     rows.append(row)
+                    save(args, rows)
                     print(line(engine, row), flush=True)
         finally:
             client.close()
         metrics = our_metrics(url)
     if metrics:
         rows.append({"engine": engine, "metrics": metrics})
+
+
+def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    if args.output is None:
+        return
+    from benchmarks.accuracy.environment import describe
+
+    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+    options |= {"model": args.model.name, "tokenizer": ""}
+    header = describe() | {"options": options}
+    text = json.dumps({"header": header, "results": results}, indent=1)
+    args.output.write_text(text + "\n")
 
 
 def line(engine: str, row: dict[str, Any]) -> str:
@@ -252,6 +249,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     limits: dict[str, float] = args.limits
+    # A server that outlives this would keep the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     results: list[dict[str, Any]] = []
@@ -266,14 +265,7 @@ def main() -> None:
                 results.append({"engine": engine, "error": str(error)})
                 if any(case not in limits for case in args.cases):
                     break  # other engines would set their own rates
-    if args.output:
-        from benchmarks.accuracy.environment import describe
-
-        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-        options |= {"model": args.model.name, "tokenizer": ""}
-        header = describe() | {"options": options}
-        text = json.dumps({"header": header, "results": results}, indent=1)
-        args.output.write_text(text + "\n")
+            save(args, results)
     if failed:
         raise SystemExit(1)
 

@@ -4,7 +4,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,9 +18,8 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("ray.serve")
 
+from benchmarks.serving.processes import free_port, running  # noqa: E402
 from scripts.get_model import get_model  # noqa: E402
-
-from .test_server import free_port  # noqa: E402
 
 pytestmark = pytest.mark.engine
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -92,25 +90,9 @@ def test_a_line_without_a_prompt_stops_a_batch_before_ray_starts(tmp_path):
 def served(log: Path, *options: str):
     """The URL of a running Ray Serve deployment; its output goes to ``log``."""
     port = free_port()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, EXAMPLES / "ray_serve.py", "--port", str(port)]
-            + OPTIONS
-            + list(options),
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    command = [sys.executable, str(EXAMPLES / "ray_serve.py"), "--port", str(port)]
+    with running([*command, *OPTIONS, *options], log, environment()) as process:
         yield process, f"http://127.0.0.1:{port}/v1/completions"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def post(url: str, body: dict) -> dict:

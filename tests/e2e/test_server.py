@@ -6,9 +6,6 @@ import gc
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -22,19 +19,16 @@ pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 
+from benchmarks.serving.processes import free_port, running  # noqa: E402
 from scripts.get_model import get_model  # noqa: E402
 from vllm_sparse.metrics import live_figures  # noqa: E402
+
+from .tiny import save  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
 START_SECONDS = 400
 EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager
@@ -52,24 +46,8 @@ def server(log: Path, *arguments: str):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "INFO",
     }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
+    with running(command, log, environment) as process:
         yield process, f"http://127.0.0.1:{port}"
-    finally:
-        # SIGINT is what Ctrl-C sends; the group holds engine core and worker.
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def wait_until_healthy(process, url: str, log: Path) -> None:
@@ -179,14 +157,7 @@ def hybrid_model(tmp_path_factory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = Gemma3ForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            # Strong enough that attention matters for the next token.
-            torch.nn.init.normal_(parameter, std=0.15)
-    folder = tmp_path_factory.mktemp("hybrid")
-    model.float().save_pretrained(folder)
-    return folder
+    return save(Gemma3ForCausalLM(config), tmp_path_factory.mktemp("hybrid"))
 
 
 @contextmanager

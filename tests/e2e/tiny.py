@@ -27,10 +27,13 @@ def save_llama(folder: Path, num_kv_heads: int = 2) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = LlamaForCausalLM(config)
+    return save(LlamaForCausalLM(config), folder)
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    """In fp32, with weights strong enough that attention matters for a token."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            # Strong enough that attention matters for the next token.
             torch.nn.init.normal_(parameter, std=0.15)
     model.float().save_pretrained(folder)
     return folder
