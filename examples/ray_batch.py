@@ -13,13 +13,13 @@ were generated). Needs Ray: ``pip install vllm_sparse[ray]``.
 
 import argparse
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray_engines import engine_settings, share
 from tqdm import tqdm
 
 
@@ -81,37 +81,9 @@ def start_engines(args: argparse.Namespace) -> list:
     else:
         # Prompts and answers are small: vLLM needs the memory more than Ray's store.
         ray.init(include_dashboard=False, object_store_memory=2**27)
-    resources = ray.cluster_resources()
-    gpus = args.tensor_parallel_size if resources.get("GPU") else 0
-    cpus = args.cpus_per_engine or max(1, int(resources["CPU"]) // args.engines)
-    needed = {"CPU": cpus * args.engines, "GPU": gpus * args.engines}
-    for kind, count in needed.items():
-        if count > resources.get(kind, 0):
-            raise SystemExit(
-                f"{args.engines} engines need {count} {kind}s, but Ray has "
-                f"{resources.get(kind, 0):g}: lower --engines, "
-                "--tensor-parallel-size or --cpus-per-engine"
-            )
-    environment = {
-        # The actor is the engine's process; one more would only start more slowly.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # By itself vLLM binds each engine of a machine to the same cores. Ray lets it
-        # have as many threads as it has CPUs.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    }
-    actor = ray.remote(num_cpus=cpus, num_gpus=gpus)(Engine).options(
-        runtime_env={"env_vars": environment}
-    )
-    settings = {
-        "model": args.model,
-        "attention_backend": args.attention_backend,
-        "additional_config": args.additional_config,
-        "tensor_parallel_size": args.tensor_parallel_size,
-        # Ray has chosen this actor's GPUs; vLLM must not ask it for others.
-        "distributed_executor_backend": "mp" if args.tensor_parallel_size > 1 else None,
-        "disable_log_stats": True,
-    } | args.engine_args
+    options = share(args, args.engines, args.cpus_per_engine or 0, "engine")
+    actor = ray.remote(Engine).options(**options)
+    settings = {"disable_log_stats": True} | engine_settings(args)
     sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     engines = [actor.remote(settings, sampling) for _ in range(args.engines)]
     ray.get([engine.ready.remote() for engine in engines])

@@ -15,13 +15,13 @@ together are decoded together. Needs Ray: ``pip install vllm_sparse[ray]``.
 
 import argparse
 import json
-import os
 import uuid
 
 import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray_engines import engine_settings, share
 
 app = FastAPI()
 
@@ -82,42 +82,13 @@ class Engine:
 
 def deployment(args: argparse.Namespace) -> serve.Application:
     """The application, with Ray's resources divided among the replicas."""
-    resources = ray.cluster_resources()
-    gpus = args.tensor_parallel_size if resources.get("GPU") else 0
-    cpus = args.cpus_per_replica or max(1, int(resources["CPU"]) // args.replicas)
-    needed = {"CPU": cpus * args.replicas, "GPU": gpus * args.replicas}
-    for kind, count in needed.items():
-        if count > resources.get(kind, 0):
-            raise SystemExit(
-                f"{args.replicas} replicas need {count} {kind}s, but Ray has "
-                f"{resources.get(kind, 0):g}: lower --replicas, "
-                "--tensor-parallel-size or --cpus-per-replica"
-            )
-    environment = {
-        # On CPUs: no further process for the engine's only worker.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # By itself vLLM binds each engine of a machine to the same cores. Ray lets it
-        # have as many threads as it has CPUs.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    }
-    settings = {
-        "model": args.model,
-        "attention_backend": args.attention_backend,
-        "additional_config": args.additional_config,
-        "tensor_parallel_size": args.tensor_parallel_size,
-        # Ray has chosen this replica's GPUs; vLLM must not ask it for others.
-        "distributed_executor_backend": "mp" if args.tensor_parallel_size > 1 else None,
-    } | args.engine_args
     return Engine.options(
         num_replicas=args.replicas,
         max_ongoing_requests=args.max_ongoing_requests,
-        ray_actor_options={
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "runtime_env": {"env_vars": environment},
-        },
-    ).bind(settings)
+        ray_actor_options=share(
+            args, args.replicas, args.cpus_per_replica or 0, "replica"
+        ),
+    ).bind(engine_settings(args))
 
 
 def parse_args() -> argparse.Namespace:
