@@ -42,8 +42,7 @@ class Timed:
             dtype="bfloat16",
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
-            disable_log_stats=True,
-            **settings,
+            **{"disable_log_stats": True} | settings,
         )
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:

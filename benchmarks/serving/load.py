@@ -55,9 +55,8 @@ KEPT = (
 
 
 @contextmanager
-def server(engine: str, args: argparse.Namespace, log: Path):
-    """A server and its URL, ready to answer."""
-    port = free_port()
+def server(engine: str, args: argparse.Namespace, log: Path, port: int):
+    """A server's URL, when it is ready to answer."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model), "--attention-backend", engine]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -185,9 +184,11 @@ def measure(
         limits: largest throughput of the first engine by case, filled by it.
         rows: filled as cases finish.
     """
-    with server(engine, args, folder / f"{engine}.log") as url:
-        client = Client(url, args)
-        try:
+    port = free_port()
+    # Its imports take long, too: while the server starts.
+    client = Client(f"http://127.0.0.1:{port}", args)
+    try:
+        with server(engine, args, folder / f"{engine}.log", port) as url:
             for case in args.cases:
                 # Of shared documents, this fills the cache: a seed and a number of
                 # requests draw the same ones.
@@ -203,9 +204,9 @@ def measure(
                     rows.append(row)
                     save(args, rows)
                     print(line(engine, row), flush=True)
-        finally:
-            client.close()
-        metrics = our_metrics(url)
+            metrics = our_metrics(url)
+    finally:
+        client.close()
     if metrics:
         rows.append({"engine": engine, "metrics": metrics})
 

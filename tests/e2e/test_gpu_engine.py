@@ -219,6 +219,23 @@ def test_graphs_off_gives_the_same_tokens(prompts, sparse, repeating):
     assert totals["sparse_rows"] > 0
 
 
+def test_a_slept_engine_wakes_with_its_counts_and_graphs(prompts, sparse):
+    from vllm_sparse.metrics import live_figures
+
+    with ours(enable_sleep_mode=True) as sleeper:
+        first = tokens(generate(sleeper, prompts, greedy(**COLD)))
+        before = live_figures(sleeper)
+        sleeper.sleep(level=1)
+        with pytest.raises(RuntimeError, match="wake it up"):
+            live_figures(sleeper)
+        sleeper.wake_up()
+        assert live_figures(sleeper) == before
+        assert tokens(generate(sleeper, prompts, greedy(**COLD))) == first
+        after = live_figures(sleeper)
+    assert after.decode_rows == 2 * before.decode_rows > 0
+    assert after.kept[-1] == 2 * before.kept[-1] > 0
+
+
 ADAPTIVE = {"top_p": 0.9, "rank": 24, "min_tokens": 64, "dense_below": 0}
 
 

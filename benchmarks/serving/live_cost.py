@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the live figures add to a decode step.
+
+    python -m benchmarks.serving.live_cost --model FOLDER_WITH_CONFIG_JSON \\
+        --cases 1x8000 16x8000 --output benchmarks/results/live_cost_NAME.json
+
+One engine in this process, measured in turns with the rows of every step counted and
+the workers asked as always (every two seconds), asked after every step, and neither.
+What kernels count by themselves (tokens kept) is part of all three. Weights are
+dummies.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.accuracy.environment import describe
+from benchmarks.serving.decode import Timed, make_prompts
+
+
+def switches(reporter) -> dict[str, Callable[[], None]]:
+    """By name of what is measured: what switches the engine to it."""
+    from vllm_sparse.attention.counters import DeviceCounter
+
+    add, interval = DeviceCounter.add, reporter._interval
+
+    def switch(counting: bool, seconds: float) -> Callable[[], None]:
+        def apply() -> None:
+            DeviceCounter.add = add if counting else lambda *args: None
+            reporter._interval = seconds
+            reporter._working = counting
+
+        return apply
+
+    return {
+        "off": switch(False, interval),
+        "on": switch(True, interval),
+        "every step": switch(True, 0.0),
+    }
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    cases = [tuple(map(int, case.split("x"))) for case in args.cases]
+    engine = Timed(
+        "sparq",
+        model=str(args.model),
+        load_format="dummy",
+        max_model_len=args.max_model_len,
+        max_num_seqs=max(batch for batch, _ in cases),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        additional_config={"sparse": json.loads(args.sparse)},
+        compilation_config=json.loads(args.compilation_config),
+        disable_log_stats=False,
+    )
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    modes = switches(scheduler.make_stats.__self__)
+    rows = []
+    bar = tqdm(total=len(cases) * args.repeats, disable=None)
+    for batch, length in cases:
+        prompts = make_prompts(batch, length, seed=length + batch)
+        engine.seconds(prompts, 1)
+        engine.decode_step(prompts, 8)
+        times: dict[str, list[float]] = {name: [] for name in modes}
+        for repeat in range(args.repeats):
+            # Every mode is first in turn, as a GPU gets slower while it gets warm.
+            names = list(modes)
+            first = repeat % len(names)
+            for name in names[first:] + names[:first]:
+                modes[name]()
+                times[name].append(engine.decode_step(prompts, args.tokens, 16))
+            bar.update()
+        medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
+        for name, ms in medians.items():
+            rows.append(
+                {
+                    "batch": batch,
+                    "context": length,
+                    "figures": name,
+                    "ms": ms,
+                    "vs_off": ms / medians["off"] - 1,
+                    "all_ms": [t * 1e3 for t in times[name]],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--sparse", default='{"dense_below": 0}', help="options of sparq, as JSON")
+    add("--model", type=Path, required=True)
+    add("--cases", nargs="+", default=["1x8000", "16x8000"], help="batch x context")
+    add("--tokens", type=int, default=100, help="decode steps timed")
+    add("--repeats", type=int, default=6)
+    add("--max-model-len", type=int, default=32768)
+    add("--gpu-memory-utilization", type=float, default=0.9)
+    add(
+        "--compilation-config",
+        default='{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}',
+    )
+    add("--output", type=Path)
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # The engine must be in this process, where it can be switched.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    rows = measure(args)
+    print("| batch | context | live figures | ms a step | vs off |")
+    print("|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['batch']} | {r['context']} | {r['figures']} | {r['ms']:.3f} "
+            f"| {100 * r['vs_off']:+.2f} % |"
+        )
+    if args.output:
+        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+        header = describe() | {"options": options | {"model": args.model.name}}
+        text = json.dumps({"header": header, "results": rows}, indent=1)
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
