@@ -8,7 +8,9 @@
 A case is KIND:PROMPT TOKENS:REQUESTS. "cold" prompts have nothing in common; "shared"
 ones are questions of 64 tokens after one of a few long documents, whose KV the prefix
 cache holds. Every case first runs with all requests at once, which gives the largest
-throughput; then at shares of the first engine's (``--rates``), the same for all.
+throughput; then at shares of the first engine's (``--rates``), the same for all. A
+server turns some five prompts of 30K tokens a second into tokens: with more requests
+than that, it needs ``--server-args --renderer-num-workers 8``.
 """
 
 import argparse
@@ -21,7 +23,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,9 @@ KEPT = (
 
 
 @contextmanager
-def server(engine: str, args: argparse.Namespace, log: Path, port: int):
-    """A server's URL, when it is ready to answer."""
+def server(engine: str, args: argparse.Namespace, log: Path):
+    """A server that starts, and its client."""
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model), "--attention-backend", engine]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -66,17 +70,29 @@ def server(engine: str, args: argparse.Namespace, log: Path, port: int):
             json.dumps({"sparse": json.loads(args.sparse)}),
         ]
     command += args.server_args
-    url = f"http://127.0.0.1:{port}"
+    # The client's imports take long, too: beside the server's start.
     with running(command, log) as process:
-        deadline = time.monotonic() + args.start_seconds
-        while not healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                text = log.read_text()
-                errors = [line for line in text.splitlines() if "Error" in line]
-                shown = "\n".join(errors[:5]) + text[-1500:]
-                raise RuntimeError(f"{engine} did not start:\n{shown}")
-            time.sleep(1)
-        yield url
+        client = Client(f"http://127.0.0.1:{port}", args)
+        try:
+            yield process, client
+        finally:
+            client.close()
+
+
+def wait_for(engine: str, process, url: str, seconds: float, log: Path) -> None:
+    """Until the server answers.
+
+    Raises:
+        RuntimeError: it ended, or is not ready after ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while not healthy(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            text = log.read_text()
+            errors = [line for line in text.splitlines() if "Error" in line]
+            shown = "\n".join(errors[:5]) + text[-1500:]
+            raise RuntimeError(f"{engine} did not start:\n{shown}")
+        time.sleep(1)
 
 
 def healthy(url: str) -> bool:
@@ -172,43 +188,54 @@ class Client:
 
 
 def measure(
-    engine: str,
+    engines: list[str],
     args: argparse.Namespace,
     limits: dict[str, float],
     folder: Path,
     rows: list[dict[str, Any]],
 ) -> None:
-    """All cases on one engine.
+    """All cases on servers that run at the same time, one of them loaded at a time.
 
     Args:
         limits: largest throughput of the first engine by case, filled by it.
         rows: filled as cases finish.
     """
-    port = free_port()
-    # Its imports take long, too: while the server starts.
-    client = Client(f"http://127.0.0.1:{port}", args)
-    try:
-        with server(engine, args, folder / f"{engine}.log", port) as url:
-            for case in args.cases:
-                # Of shared documents, this fills the cache: a seed and a number of
-                # requests draw the same ones.
-                warm = case if "shared" in case else case.rsplit(":", 1)[0] + ":2"
-                client.bench(warm, float("inf"), 0, output_tokens=1)
-                for i, share in enumerate((None, *args.rates)):
-                    rate = float("inf") if share is None else share * limits[case]
-                    row = client.bench(case, rate, 0 if "shared" in case else i + 1)
-                    if share is None:
-                        limits.setdefault(case, row["request_throughput"])
-                    row |= {"case": case, "share": share, "engine": engine}
-                    row["rate"] = None if share is None else rate  # all at once
+    with ExitStack() as stack:
+        logs = {engine: folder / f"{engine}.log" for engine in engines}
+        servers = {
+            engine: stack.enter_context(server(engine, args, log))
+            for engine, log in logs.items()
+        }
+        for engine, (process, client) in servers.items():
+            seconds = args.start_seconds
+            wait_for(engine, process, client.url, seconds, logs[engine])
+        for case in args.cases:
+            for engine, (_, client) in servers.items():
+                for row in measured(client, case, limits, args.rates):
+                    row["engine"] = engine
                     rows.append(row)
                     save(args, rows)
-                    print(line(engine, row), flush=True)
-            metrics = our_metrics(url)
-    finally:
-        client.close()
-    if metrics:
-        rows.append({"engine": engine, "metrics": metrics})
+                    print(line(row), flush=True)
+        for engine, (_, client) in servers.items():
+            if metrics := our_metrics(client.url):
+                rows.append({"engine": engine, "metrics": metrics})
+
+
+def measured(
+    client: Client, case: str, limits: dict[str, float], rates: list[float]
+) -> Iterator[dict[str, Any]]:
+    """One case: all requests at once, then at every share of ``limits[case]``."""
+    # Of shared documents, this fills the cache: a seed and a number of requests draw
+    # the same ones.
+    warm = case if "shared" in case else case.rsplit(":", 1)[0] + ":2"
+    client.bench(warm, float("inf"), 0, output_tokens=1)
+    for i, share in enumerate((None, *rates)):
+        rate = float("inf") if share is None else share * limits[case]
+        row = client.bench(case, rate, 0 if "shared" in case else i + 1)
+        if share is None:
+            limits.setdefault(case, row["request_throughput"])
+        # No rate: all at once.
+        yield row | {"case": case, "share": share, "rate": rate if share else None}
 
 
 def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -223,10 +250,10 @@ def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     args.output.write_text(text + "\n")
 
 
-def line(engine: str, row: dict[str, Any]) -> str:
+def line(row: dict[str, Any]) -> str:
     rate = "all at once" if row["share"] is None else f"{row['rate']:.2f}/s"
     return (
-        f"| {row['case']} | {rate} | {engine} | {row['request_throughput']:.3f} "
+        f"| {row['case']} | {rate} | {row['engine']} | {row['request_throughput']:.3f} "
         f"| {row['output_throughput']:.0f} | {row['median_ttft_ms']:.0f} "
         f"| {row['median_tpot_ms']:.1f} | {row.get('p99_tpot_ms', 0):.1f} |"
     )
@@ -245,6 +272,11 @@ def main() -> None:
     add("--rates", type=float, nargs="*", default=[0.9])
     add("--limits", type=json.loads, default={}, help="of a former run, by case")
     add("--start-seconds", type=float, default=300)
+    add(
+        "--together",
+        action="store_true",
+        help="servers run at the same time, in turns loaded; each needs its memory",
+    )
     add("--server-args", nargs=argparse.REMAINDER, default=[], help="last: for vLLM")
     add("--output", type=Path)
     args = parser.parse_args()
@@ -257,13 +289,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        for engine in args.engines:
+        groups = [args.engines] if args.together else [[e] for e in args.engines]
+        for engines in groups:
             try:
-                measure(engine, args, limits, Path(folder), results)
+                measure(engines, args, limits, Path(folder), results)
             except RuntimeError as error:
                 failed = True
-                print(f"{engine}: {error}", flush=True)
-                results.append({"engine": engine, "error": str(error)})
+                print(error, flush=True)
+                results.append({"engine": " ".join(engines), "error": str(error)})
                 if any(case not in limits for case in args.cases):
                     break  # other engines would set their own rates
             save(args, results)

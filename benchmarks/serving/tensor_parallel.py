@@ -20,6 +20,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from benchmarks.accuracy.environment import describe
@@ -178,7 +180,17 @@ def compare(texts: list[list[dict]], reference: list[list[dict]]) -> dict:
     return {"equal": same / total, "parted": parted, "of": len(reference), "gap": gap}
 
 
-def in_subprocess(part: str, checkpoint: str, seconds: float) -> dict:
+def run(name: str, checkpoint: str, seconds: float, gpu: int | None = None) -> dict:
+    """One engine's result; on GPU number ``gpu`` alone, if given."""
+    backend, _, ranks = name.partition(":")
+    env = None if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    result = in_subprocess(name, checkpoint, seconds, env)
+    return {"backend": backend, "ranks": ranks} | result
+
+
+def in_subprocess(
+    part: str, checkpoint: str, seconds: float, env: dict[str, str] | None = None
+) -> dict:
     """What a part of the script wrote, or {"error": the end of what it printed}."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
@@ -187,7 +199,11 @@ def in_subprocess(part: str, checkpoint: str, seconds: float) -> dict:
         command += ["--output", str(result)]
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, start_new_session=True
+                command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | (env or {}),
             )
             try:
                 code = process.wait(seconds)
@@ -272,25 +288,40 @@ def main() -> None:
         saved = in_subprocess("save", checkpoint, args.seconds)
         if "error" in saved:
             raise SystemExit(saved["error"])
-        references = {}
+        # Engines of one rank run side by side, every one on a GPU of its own.
+        alone = [name for name in args.engines if name.endswith(":one")]
+        for first in range(0, len(alone), 2):
+            pair = alone[first : first + 2]
+            print(" and ".join(pair), "...", flush=True)
+            with ThreadPoolExecutor() as pool:
+                rest = repeat(checkpoint), repeat(args.seconds), range(len(pair))
+                results += pool.map(run, pair, *rest)
+        references = {r["backend"]: r.pop("texts", None) for r in results}
         for name in args.engines:
+            if name in alone:
+                continue
+            save(args, results)
             print(f"{name} ...", flush=True)
-            backend, _, ranks = name.partition(":")
-            result = {"backend": backend, "ranks": ranks}
-            result |= in_subprocess(name, checkpoint, args.seconds)
-            texts = result.pop("texts", None)
-            if ranks == "one":
-                references[backend] = texts
-            elif texts and references.get(backend):
-                result["compared"] = compare(texts, references[backend])
+            result = run(name, checkpoint, args.seconds)
+            texts, reference = (
+                result.pop("texts", None),
+                references.get(result["backend"]),
+            )
+            if texts and reference:
+                result["compared"] = compare(texts, reference)
             results.append(result)
     print_tables(results)
-    if args.output:
-        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-        options["model"] = args.model.name
-        header = describe() | {"options": options}
-        text = json.dumps({"header": header, "results": results}, indent=1)
-        args.output.write_text(text + "\n")
+    save(args, results)
+
+
+def save(args: argparse.Namespace, results: list[dict]) -> None:
+    if args.output is None:
+        return
+    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+    options["model"] = args.model.name
+    header = describe() | {"options": options}
+    text = json.dumps({"header": header, "results": results}, indent=1)
+    args.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
