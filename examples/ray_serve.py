@@ -48,8 +48,12 @@ class Engine:
         """Start the engine; arguments of ``vllm.AsyncEngineArgs``."""
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        # Ray collects the metrics of all replicas, vLLM's and vllm_sparse's.
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**settings), stat_loggers=[RayPrometheusStatLogger]
+        )
         self.model = settings["model"]
 
     async def check_health(self) -> None:
@@ -108,6 +112,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-ongoing-requests", type=int, default=256, help="of a replica")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
+    add("--metrics-port", type=int, help="for Prometheus, of a local Ray")
     add(
         "--address", help="of a running Ray cluster; default: a local one, for this run"
     )
@@ -120,7 +125,11 @@ def main() -> None:
         ray.init(address=args.address)
     else:
         # Prompts and answers are small: vLLM needs the memory more than Ray's store.
-        ray.init(include_dashboard=False, object_store_memory=2**27)
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=2**27,
+            _metrics_export_port=args.metrics_port,
+        )
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(deployment(args), blocking=True)
 

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,10 +84,10 @@ def measure(args: argparse.Namespace, backend: str, ranks: str) -> dict:
     for per_rank, length in cases:
         batch = prompts(size * per_rank, length, length + per_rank, vocabulary)
         engine.seconds(batch, 1)
-        engine.decode_step(batch, 4)
+        engine.steps(batch, 16)
         reset(engine)
         times = [
-            engine.decode_step(batch, args.tokens, args.before)
+            statistics.median(engine.steps(batch, args.tokens))
             for _ in range(args.repeats)
         ]
         decoded = row("decode", size * per_rank, length, times)
@@ -255,8 +256,7 @@ def main() -> None:
     add("--layers", type=int, default=8)
     add("--cases", nargs="+", default=["1x32000", "8x32000"], help="batch x context")
     add("--ttft-lengths", type=int, nargs="*", default=[32000])
-    add("--tokens", type=int, default=48, help="decode steps timed")
-    add("--before", type=int, default=16, help="decode steps ahead of those")
+    add("--tokens", type=int, default=128, help="decode steps timed")
     add("--repeats", type=int, default=3)
     add("--max-model-len", type=int, default=40960)
     add("--gpu-memory-utilization", type=float, default=0.9)

@@ -23,6 +23,7 @@ from scripts.get_model import get_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NUM_LAYERS = 30
 SECONDS = 400
 PROMPTS = {
     "The capital of France is the city of": "Paris",
@@ -102,11 +103,31 @@ def post(url: str, body: dict) -> dict:
         return json.load(response)
 
 
+def rows_of_prompts(url: str, deadline: float) -> float:
+    """Of all replicas, once Ray, which collects every few seconds, says the same twice."""
+    before = 0.0
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        rows = sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if "vllm_sparse_rows_dense" in line and 'reason="prefill"' in line
+        )
+        if rows and rows == before:
+            return rows
+        before = rows
+        time.sleep(12)
+    raise AssertionError("no live figures in Ray's metrics")
+
+
 def test_two_replicas_answer(tmp_path):
     log = tmp_path / "serve.log"
     greedy = {"max_tokens": 8, "temperature": 0}
     deadline = time.monotonic() + SECONDS
-    with served(log, "--replicas", "2") as (process, url):
+    metrics_port = str(free_port())
+    options = ("--replicas", "2", "--metrics-port", metrics_port)
+    with served(log, *options) as (process, url):
         while "Application 'default' is ready" not in log.read_text():
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
@@ -120,6 +141,9 @@ def test_two_replicas_answer(tmp_path):
         for word, answer in zip(PROMPTS.values(), answers, strict=True):
             assert word in answer["choices"][0]["text"]
             assert answer["usage"]["completion_tokens"] == 8
+        rows = rows_of_prompts(f"http://127.0.0.1:{metrics_port}/metrics", deadline)
+        tokens = sum(answer["usage"]["prompt_tokens"] for answer in answers)
+        assert rows == tokens * NUM_LAYERS
         with pytest.raises(urllib.error.HTTPError) as error:
             post(url, {"prompt": "a", "n": 2})
         assert error.value.code == 422
