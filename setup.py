@@ -71,7 +71,7 @@ class Build(BuildExtension):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         objects = []
-        for source in [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/ops.cpp"]:
+        for source in sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")]):
             objects.append(str(folder / (Path(source).name + ".o")))
             command = [find_nvcc(), *flags, "-c", source, "-o", objects[-1]]
             subprocess.run(command, check=True)
