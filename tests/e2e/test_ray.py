@@ -104,7 +104,7 @@ def post(url: str, body: dict) -> dict:
 
 
 def rows_of_prompts(url: str, deadline: float) -> float:
-    """Of all replicas, once Ray, which collects every few seconds, says the same twice."""
+    """Of all replicas, once Ray, which collects now and then, says the same twice."""
     before = 0.0
     while time.monotonic() < deadline:
         with urllib.request.urlopen(url, timeout=30) as response:

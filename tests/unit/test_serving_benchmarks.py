@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the serving benchmarks compute around their engines."""
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+from benchmarks.serving import load, plot_load  # noqa: E402
+from benchmarks.serving.decode import Timed  # noqa: E402
+from benchmarks.serving.tensor_parallel import compare  # noqa: E402
+
+
+def step(token: str, **best: float) -> dict:
+    return {"token": token, "best": best}
+
+
+def test_texts_are_compared_up_to_where_they_part():
+    want = [[step("a", a=-0.1, b=-3.0), step("c", c=-0.5, d=-0.6), step("e", e=0.0)]]
+    got = [[step("a", a=-0.3, b=-3.1), step("d", c=-0.7, d=-0.6), step("x", x=0.0)]]
+    found = compare(got, want)
+    assert found["equal"] == pytest.approx(1 / 3)
+    assert (found["parted"], found["of"]) == (1, 1)
+    assert found["gap"] == pytest.approx(0.1)
+    assert found["rounding"] == pytest.approx(0.2)
+    assert compare(want, want) == {
+        "equal": 1.0,
+        "parted": 0,
+        "of": 1,
+        "gap": 0.0,
+        "rounding": 0.0,
+    }
+
+
+def test_a_token_that_one_rank_did_not_consider_is_infinitely_far():
+    found = compare([[step("z", z=0.0)]], [[step("a", a=0.0)]])
+    assert found["gap"] == float("inf")
+
+
+class FakeClient:
+    """Answers with the rate it was asked for; all at once is 4 requests a second."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+
+    def bench(self, case, rate, seed, output_tokens=None):
+        self.asked.append((case, rate, output_tokens))
+        return {"request_throughput": min(rate, 4.0)}
+
+
+def test_rates_of_all_engines_are_shares_of_the_first_ones_limit():
+    limits: dict[str, float] = {}
+    case = "cold:100:8"
+    first, second = FakeClient(), FakeClient()
+    rows = list(load.measured(first, case, limits, [0.5, 1.0]))
+    assert limits == {case: 4.0}
+    assert [(r["share"], r["rate"]) for r in rows] == [
+        (None, None),
+        (0.5, 2.0),
+        (1.0, 4.0),
+    ]
+    assert first.asked[0] == ("cold:100:2", float("inf"), 1)  # warms up
+    limits[case] = 3.0
+    list(load.measured(second, case, limits, [1.0]))
+    assert second.asked[-1] == (case, 3.0, None)
+    assert limits == {case: 3.0}
+
+
+def test_steps_are_timed_where_all_prompts_decode(monkeypatch):
+    # Prompts arrive one after the other, and end one after the other.
+    outputs = [[1], [1, 2], [1, 2], [1, 2], [1], []]
+    clock = iter([0.0, 1.0, 3.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+
+    class Engine:
+        left = list(outputs)
+
+        def add_request(self, name, prompt, params):
+            assert params.max_tokens == 3
+
+        def has_unfinished_requests(self):
+            return bool(self.left)
+
+        def step(self):
+            return self.left.pop(0)
+
+    timed = Timed.__new__(Timed)
+    timed.llm = type("LLM", (), {"llm_engine": Engine()})
+    assert timed.steps([[1], [2]], 3) == [2.0, 4.0]
+
+
+def test_only_rates_of_every_engine_are_plotted(tmp_path, monkeypatch):
+    rows = [
+        {"case": "cold:9:2", "engine": e, "rate": r, "request_throughput": 1.0}
+        | {"median_tpot_ms": 2.0}
+        for e, r in (("a", None), ("b", None), ("a", 0.5))
+    ]
+    (tmp_path / "in.json").write_text(json.dumps({"results": [*rows, {"metrics": {}}]}))
+    source = f"cold={tmp_path / 'in.json'}"
+    assert list(plot_load.read([source])) == [("cold", float("inf"))]
+    output = tmp_path / "plot.png"
+    monkeypatch.setattr(sys, "argv", ["plot", source, "--output", str(output)])
+    plot_load.main()
+    assert output.stat().st_size > 1000
