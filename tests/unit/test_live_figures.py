@@ -108,11 +108,12 @@ class Engine:
 
     def __init__(self, **settings) -> None:
         self.counts, self.idle, self.asked = Counter(), False, []
-        self.resets = 0
+        self.asleep, self.resets = False, 0
         self.reporter = reporter.Reporter(
             make_stats=self.make_stats,
             collective_rpc=self.rpc,
             is_idle=lambda: self.idle,
+            is_asleep=lambda: self.asleep,
             engine_index=3,
             **{"log_stats": True} | settings,
         )
@@ -172,6 +173,18 @@ def test_workers_are_asked_at_intervals_and_when_the_engine_falls_idle(clock, li
     clock.seconds += reporter.LOG_SECONDS + 1
     engine.step(rows_short_context=8)
     assert "46.7% of 15 decode rows sparse; rows served dense: 4 pre" in lines[1]
+
+
+def test_sleeping_workers_are_left_alone(clock, lines):
+    engine = Engine()
+    engine.reporter.start()
+    engine.idle = engine.asleep = True
+    clock.seconds += reporter.REPORT_SECONDS + 0.1
+    assert engine.step(rows_sparse=1) == {} and engine.asked == [True]
+    with pytest.raises(RuntimeError, match="wake it up first"):
+        engine.reporter.figures()
+    engine.asleep = False
+    assert engine.step() == {"rows_sparse": 1} and lines == []
 
 
 def test_without_statistics_there_is_the_log_alone(clock, lines):

@@ -119,18 +119,13 @@ def _report_from(engine_core, vllm_config) -> None:
         is_idle=lambda: (
             not (scheduler.has_unfinished_requests() or engine_core.batch_queue)
         ),
+        is_asleep=lambda: executor.is_sleeping,
         log_stats=engine_core.log_stats,
         engine_index=parallel.data_parallel_index,
     )
     reporter.start()
     scheduler.make_stats = reporter.make_stats
-
-    def figures() -> dict[str, int]:
-        if executor.is_sleeping:  # and the counters are not in memory
-            raise RuntimeError("the engine sleeps: wake it up first")
-        return reporter.figures()
-
-    engine_core.sparse_figures = figures
+    engine_core.sparse_figures = reporter.figures
 
 
 def _waiting(collective_rpc: Callable) -> Callable:

@@ -33,6 +33,7 @@ class Reporter:
         make_stats: Callable,
         collective_rpc: Callable,
         is_idle: Callable[[], bool],
+        is_asleep: Callable[[], bool],
         log_stats: bool,
         engine_index: int,
     ) -> None:
@@ -41,12 +42,15 @@ class Reporter:
             make_stats: the scheduler's own; it returns None if statistics are off.
             collective_rpc: the executor's.
             is_idle: whether no request is left and no step under way.
+            is_asleep: whether the workers' counters are not in memory: reading them
+                there would end the CUDA context.
             log_stats: whether the front end gets statistics; if not, there is the log
                 line alone.
         """
         self._make_stats = make_stats
         self._collective_rpc = collective_rpc
         self._is_idle = is_idle
+        self._is_asleep = is_asleep
         self._log_stats = log_stats
         self._engine_index = engine_index
         self._interval = REPORT_SECONDS if log_stats else LOG_SECONDS
@@ -69,7 +73,13 @@ class Reporter:
         self._asked = time.monotonic()
 
     def figures(self) -> dict[str, int]:
-        """Counts since the start or the last reset; waits for the workers."""
+        """Counts since the start or the last reset; waits for the workers.
+
+        Raises:
+            RuntimeError: the engine sleeps.
+        """
+        if self._is_asleep():
+            raise RuntimeError("the engine sleeps: wake it up first")
         self._answer = None  # it would be older than this one
         counts = self._counts(self._collective_rpc(report, args=(True,)))
         return dict(counts - self._before)
@@ -92,6 +102,9 @@ class Reporter:
         return stats
 
     def _look(self) -> None:
+        if self._is_asleep():  # steps without tokens happen, as when a client leaves
+            self._answer = None
+            return
         now = time.monotonic()
         if self._log_stats and self._is_idle():
             self._answer = None
