@@ -74,6 +74,9 @@ class Timed:
 
         Their median is steadier than :meth:`decode_step` where a step takes few
         milliseconds: what happens before and after does not enter.
+
+        Raises:
+            RuntimeError: the prompts never decode all together.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -95,6 +98,8 @@ class Timed:
             if everyone and last is not None:
                 found.append(now - last)
             last = now if everyone else None
+        if not found:
+            raise RuntimeError("prompts do not decode together: more tokens are needed")
         return found
 
     def configure(self, options: dict | None) -> None:

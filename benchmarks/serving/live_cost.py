@@ -6,9 +6,9 @@
         --cases 1x8000 16x8000 --output benchmarks/results/live_cost_NAME.json
 
 One engine in this process, measured in turns with the rows of every step counted and
-the workers asked as always (every two seconds), asked after every step, and neither.
-What kernels count by themselves (tokens kept) is part of all three. Weights are
-dummies.
+the workers asked as always (every two seconds), asked as often as can be (every second
+step), and neither. What kernels count by themselves (tokens kept) is part of all three.
+Weights are dummies.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def switches(reporter) -> dict[str, Callable[[], None]]:
     """By name of what is measured: what switches the engine to it."""
     from vllm_sparse.attention.counters import DeviceCounter
 
+    # An engine that falls idle asks at once, after what is timed.
     add, interval = DeviceCounter.add, reporter._interval
 
     def switch(counting: bool, seconds: float) -> Callable[[], None]:
@@ -41,7 +42,7 @@ def switches(reporter) -> dict[str, Callable[[], None]]:
     return {
         "off": switch(False, interval),
         "on": switch(True, interval),
-        "every step": switch(True, 0.0),
+        "every second step": switch(True, 0.0),
     }
 
 
@@ -65,7 +66,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     for batch, length in cases:
         prompts = make_prompts(batch, length, seed=length + batch)
         engine.seconds(prompts, 1)
-        engine.decode_step(prompts, 8)
+        engine.steps(prompts, 16)
         times: dict[str, list[float]] = {name: [] for name in modes}
         for repeat in range(args.repeats):
             # Every mode is first in turn, as a GPU gets slower while it gets warm.
@@ -73,7 +74,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
                 modes[name]()
-                times[name].append(engine.decode_step(prompts, args.tokens, 16))
+                times[name].append(statistics.fmean(engine.steps(prompts, args.tokens)))
             bar.update()
         medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
         for name, ms in medians.items():
@@ -87,6 +88,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                     "all_ms": [t * 1e3 for t in times[name]],
                 }
             )
+    bar.close()
     return rows
 
 
@@ -96,7 +98,7 @@ def main() -> None:
     add("--sparse", default='{"dense_below": 0}', help="options of sparq, as JSON")
     add("--model", type=Path, required=True)
     add("--cases", nargs="+", default=["1x8000", "16x8000"], help="batch x context")
-    add("--tokens", type=int, default=100, help="decode steps timed")
+    add("--tokens", type=int, default=600, help="decode steps timed")
     add("--repeats", type=int, default=6)
     add("--max-model-len", type=int, default=32768)
     add("--gpu-memory-utilization", type=float, default=0.9)

@@ -3,14 +3,19 @@
 """Servers under load: ``vllm bench serve`` against one server per backend.
 
     python -m benchmarks.serving.load --engines flash_attn sparq --model FOLDER \\
-        --cases cold:30000:24 shared:30000:96 --output load.json
+        --cases cold:30000:24 shared:30000:96 --output load.json \\
+        --server-args --renderer-num-workers 8
 
 A case is KIND:PROMPT TOKENS:REQUESTS. "cold" prompts have nothing in common; "shared"
-ones are questions of 64 tokens after one of a few long documents, whose KV the prefix
-cache holds. Every case first runs with all requests at once, which gives the largest
-throughput; then at shares of the first engine's (``--rates``), the same for all. A
-server turns some five prompts of 30K tokens a second into tokens: with more requests
-than that, it needs ``--server-args --renderer-num-workers 8``.
+ones are questions of 64 tokens, new in every run, after one of a few long documents,
+whose KV the prefix cache holds. Every case first runs with all requests at once, which
+gives the largest throughput; then at shares of the first engine's (``--rates``), the
+same for all, as are prompts and times of arrival. One thread of a server turns some
+five prompts of 30K tokens a second into tokens, hence the renderer's workers above.
+
+``--together`` keeps the servers of all engines up and loads them in turns, so that
+ratios are of one machine and minute. On one GPU every server then needs its share of
+the memory: ``--server-args --gpu-memory-utilization 0.47 --kv-cache-memory-bytes 20G``.
 """
 
 import argparse
@@ -23,25 +28,39 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.processes import free_port, running
 
 QUESTION = 64  # tokens after a shared document
-# ``vllm bench serve`` again and again in one process, whose imports take long; its
-# arguments come as lines of JSON. (vLLM's command line asks for a distribution named
-# vllm; its CPU build has another name.)
+# ``vllm bench serve`` again and again in one process, whose imports take long, with
+# prompts that were drawn before: drawing long ones takes longer than serving them.
+# (vLLM's command line asks for a distribution named vllm; its CPU build has another
+# name.)
 BENCH = """
-import asyncio, json, sys
-from vllm.benchmarks.serve import add_cli_args, main_async
+import asyncio, dataclasses, json, sys
+from vllm.benchmarks import serve
+from vllm.tokenizers import get_tokenizer
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
-add_cli_args(parser)
+serve.add_cli_args(parser)
+draw, drawn, chosen = serve.get_samples, {}, []
+serve.get_samples = lambda args, tokenizer: chosen
 for line in sys.stdin:
-    asyncio.run(main_async(parser.parse_args(json.loads(line))))
+    task = json.loads(line)
+    args, case = parser.parse_args(task["arguments"]), task["case"]
+    if "first" in task:
+        chosen = [
+            dataclasses.replace(sample, expected_output_len=task["output_tokens"])
+            for sample in drawn[case][task["first"]:][:args.num_prompts]
+        ]
+        asyncio.run(serve.main_async(args))
+    else:
+        drawn[case] = draw(args, get_tokenizer(args.tokenizer))
     print("@done", flush=True)
 """
 KEPT = (
@@ -54,23 +73,25 @@ KEPT = (
     "median_tpot_ms",
     "p99_tpot_ms",
     "median_itl_ms",
+    "p99_itl_ms",
 )
 
 
 @contextmanager
 def server(engine: str, args: argparse.Namespace, log: Path):
-    """A server that starts, and its client."""
+    """A server that starts, and its client, which draws prompts meanwhile."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(args.model), "--attention-backend", engine]
     command += ["--host", "127.0.0.1", "--port", str(port)]
+    if args.tokenizer:
+        command += ["--tokenizer", str(args.tokenizer)]
     if engine in ("sparq", "twilight"):
         command += [
             "--additional-config",
             json.dumps({"sparse": json.loads(args.sparse)}),
         ]
     command += args.server_args
-    # The client's imports take long, too: beside the server's start.
     with running(command, log) as process:
         client = Client(f"http://127.0.0.1:{port}", args)
         try:
@@ -122,10 +143,39 @@ def our_metrics(url: str) -> dict[str, float]:
     return result
 
 
+class Case:
+    """One case: its prompts lie in a row, run after run."""
+
+    def __init__(self, text: str, args: argparse.Namespace) -> None:
+        self.text = text
+        kind, length, count = text.split(":")
+        self.count, self.shared = int(count), kind == "shared"
+        # Every document must come into the cache.
+        self.warm = self.count if self.shared else 2
+        total = self.warm + self.count * (1 + len(args.rates))
+        if not self.shared:
+            self.dataset = ["--dataset-name", "random", "--random-input-len", length]
+        else:
+            total += -total % args.documents
+            self.dataset = ["--dataset-name", "prefix_repetition"]
+            self.dataset += [
+                "--prefix-repetition-prefix-len",
+                str(int(length) - QUESTION),
+            ]
+            self.dataset += ["--prefix-repetition-suffix-len", str(QUESTION)]
+            self.dataset += ["--prefix-repetition-num-prefixes", str(args.documents)]
+        self.total = total
+
+    def first(self, run: int) -> int:
+        """Of a run's prompts; run 0 comes after warming up."""
+        return self.warm + run * self.count
+
+
 class Client:
     """``vllm bench serve``, waiting for what to do."""
 
     def __init__(self, url: str, args: argparse.Namespace) -> None:
+        """Start it, drawing the prompts of all cases."""
         self.url, self.args = url, args
         self.process = subprocess.Popen(
             [sys.executable, "-c", BENCH],
@@ -134,57 +184,62 @@ class Client:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._unread = 0  # answers on their way
+        for text in args.cases:
+            case = Case(text, args)
+            self._send(case, ["--num-prompts", str(case.total), "--seed", "0"])
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
 
     def bench(
-        self, case: str, rate: float, seed: int, output_tokens: int | None = None
+        self, case: Case, first: int, count: int, rate: float, output_tokens: int
     ) -> dict[str, Any]:
-        """One run.
+        """``count`` prompts of a case, from number ``first``.
 
         Raises:
-            RuntimeError: with the end of its output.
+            RuntimeError: with the end of the output, when not all requests succeed.
         """
         with tempfile.TemporaryDirectory() as folder:
-            output_tokens = output_tokens or self.args.output_tokens
-            arguments = self._arguments(case, rate, seed, output_tokens)
+            arguments = ["--backend", "openai", "--endpoint", "/v1/completions"]
+            arguments += ["--base-url", self.url, "--model", str(self.args.model)]
+            arguments += ["--num-prompts", str(count), "--ignore-eos"]
+            # Requests of one case and rate arrive at the same times at all engines.
+            seed = zlib.crc32(f"{case.text} {rate:.3f}".encode())
+            arguments += ["--temperature", "0", "--seed", str(seed)]
+            arguments += ["--request-rate", str(rate), "--disable-tqdm"]
+            arguments += ["--percentile-metrics", "ttft,tpot,itl"]
             arguments += ["--save-result", "--result-dir", folder]
             arguments += ["--result-filename", "result.json"]
-            assert self.process.stdin and self.process.stdout
-            self.process.stdin.write(json.dumps(arguments) + "\n")
-            self.process.stdin.flush()
-            shown: list[str] = []
-            for text in self.process.stdout:
-                if text.startswith("@done"):
-                    break
-                shown.append(text)
+            self._send(case, arguments, first=first, output_tokens=output_tokens)
+            shown = self._read()
             path = Path(folder) / "result.json"
-            if not path.exists():
-                raise RuntimeError(f"the load failed:\n{''.join(shown)[-3000:]}")
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text()) if path.exists() else {}
+        if result.get("completed") != count:
+            raise RuntimeError(f"the load failed:\n{shown[-3000:]}")
         return {name: result[name] for name in KEPT if name in result}
 
-    def _arguments(
-        self, case: str, rate: float, seed: int, output_tokens: int
-    ) -> list[str]:
-        args = self.args
-        kind, length, count = case.split(":")
-        result = ["--backend", "openai", "--endpoint", "/v1/completions"]
-        result += ["--base-url", self.url, "--model", str(args.model)]
-        result += ["--tokenizer", str(args.tokenizer or args.model)]
-        result += ["--seed", str(seed), "--num-prompts", count, "--ignore-eos"]
-        result += ["--temperature", "0", "--request-rate", str(rate)]
-        result += ["--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm"]
-        if kind == "cold":
-            result += ["--dataset-name", "random", "--random-input-len", length]
-            return result + ["--random-output-len", str(output_tokens)]
-        result += ["--dataset-name", "prefix_repetition"]
-        result += ["--prefix-repetition-prefix-len", str(int(length) - QUESTION)]
-        result += ["--prefix-repetition-suffix-len", str(QUESTION)]
-        result += ["--prefix-repetition-num-prefixes", str(args.documents)]
-        return result + ["--prefix-repetition-output-len", str(output_tokens)]
+    def _send(self, case: Case, arguments: list[str], **task) -> None:
+        arguments = case.dataset + arguments
+        arguments += ["--tokenizer", str(self.args.tokenizer or self.args.model)]
+        task |= {"case": case.text, "arguments": arguments}
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # what it printed says why
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+        self._unread += 1
+
+    def _read(self) -> str:
+        """What was printed up to the end of all tasks."""
+        shown = ""
+        assert self.process.stdout
+        for text in self.process.stdout:
+            shown += text
+            self._unread -= text.startswith("@done")
+            if not self._unread:
+                break
+        return shown
 
 
 def measure(
@@ -209,9 +264,9 @@ def measure(
         for engine, (process, client) in servers.items():
             seconds = args.start_seconds
             wait_for(engine, process, client.url, seconds, logs[engine])
-        for case in args.cases:
+        for case in (Case(text, args) for text in args.cases):
             for engine, (_, client) in servers.items():
-                for row in measured(client, case, limits, args.rates):
+                for row in measured(client, case, limits, args):
                     row["engine"] = engine
                     rows.append(row)
                     save(args, rows)
@@ -222,20 +277,18 @@ def measure(
 
 
 def measured(
-    client: Client, case: str, limits: dict[str, float], rates: list[float]
+    client: Client, case: Case, limits: dict[str, float], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """One case: all requests at once, then at every share of ``limits[case]``."""
-    # Of shared documents, this fills the cache: a seed and a number of requests draw
-    # the same ones.
-    warm = case if "shared" in case else case.rsplit(":", 1)[0] + ":2"
-    client.bench(warm, float("inf"), 0, output_tokens=1)
-    for i, share in enumerate((None, *rates)):
-        rate = float("inf") if share is None else share * limits[case]
-        row = client.bench(case, rate, 0 if "shared" in case else i + 1)
+    """One case: all requests at once, then at every share of its limit."""
+    client.bench(case, 0, case.warm, float("inf"), 1)
+    for run, share in enumerate((None, *args.rates)):
+        rate = float("inf") if share is None else share * limits[case.text]
+        first, tokens = case.first(run), args.output_tokens
+        row = client.bench(case, first, case.count, rate, tokens)
         if share is None:
-            limits.setdefault(case, row["request_throughput"])
+            limits.setdefault(case.text, row["request_throughput"])
         # No rate: all at once.
-        yield row | {"case": case, "share": share, "rate": rate if share else None}
+        yield row | {"case": case.text, "share": share, "rate": rate if share else None}
 
 
 def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -244,7 +297,7 @@ def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     from benchmarks.accuracy.environment import describe
 
     options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-    options |= {"model": args.model.name, "tokenizer": ""}
+    options |= {"model": args.model.name, "tokenizer": "given" * bool(args.tokenizer)}
     header = describe() | {"options": options}
     text = json.dumps({"header": header, "results": results}, indent=1)
     args.output.write_text(text + "\n")
@@ -255,7 +308,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"| {row['case']} | {rate} | {row['engine']} | {row['request_throughput']:.3f} "
         f"| {row['output_throughput']:.0f} | {row['median_ttft_ms']:.0f} "
-        f"| {row['median_tpot_ms']:.1f} | {row.get('p99_tpot_ms', 0):.1f} |"
+        f"| {row['median_tpot_ms']:.1f} | {row['p99_tpot_ms']:.1f} "
+        f"| {row['median_itl_ms']:.1f} |"
     )
 
 
@@ -265,7 +319,7 @@ def main() -> None:
     add("--engines", nargs="+", default=["flash_attn", "sparq"])
     add("--sparse", default="{}", help="options of ours, as JSON")
     add("--model", type=Path, required=True)
-    add("--tokenizer", type=Path)
+    add("--tokenizer", type=Path, help="a folder, where --model has none")
     add("--cases", nargs="+", default=["cold:30000:24", "shared:30000:96"])
     add("--documents", type=int, default=4, help="that shared prompts begin with")
     add("--output-tokens", type=int, default=256)
@@ -281,11 +335,14 @@ def main() -> None:
     add("--output", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    limits: dict[str, float] = args.limits
+    limits: dict[str, float] = dict(args.limits)
     # A server that outlives this would keep the GPU.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    print("| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 "
+        "| ITL ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     results: list[dict[str, Any]] = []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +350,7 @@ def main() -> None:
         for engines in groups:
             try:
                 measure(engines, args, limits, Path(folder), results)
-            except RuntimeError as error:
+            except (RuntimeError, urllib.error.URLError) as error:
                 failed = True
                 print(error, flush=True)
                 results.append({"engine": " ".join(engines), "error": str(error)})

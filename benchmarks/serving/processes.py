@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -33,10 +33,11 @@ def running(
     try:
         yield process
     finally:
-        # SIGINT is what Ctrl-C sends; the group holds engine core and workers.
+        # SIGINT is what Ctrl-C sends; the group holds engine core and workers, which
+        # may outlive the process.
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()

@@ -21,13 +21,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 from benchmarks.accuracy.environment import describe
 from benchmarks.serving.decode import Timed, make_prompts
 from benchmarks.serving.decode_gpu import row
+from benchmarks.serving.processes import running
 
 # Name on the command line -> ranks, executor.
 RANKS = {"one": (1, None), "mp": (2, "mp"), "ray": (2, "ray")}
@@ -35,6 +34,7 @@ NAMES = ", ".join(RANKS)
 DEFAULT = ["flash_attn:one", "flash_attn:mp", "sparq:one", "sparq:mp", "sparq:ray"]
 LENGTHS = (5, 129, 300, 700, 1500)  # of the prompts whose tokens are compared
 COMPARED = 32
+INTERNAL = {"output", "part", "checkpoint"}
 
 
 def settings(args: argparse.Namespace, backend: str, ranks: str) -> dict:
@@ -165,10 +165,12 @@ def compare(texts: list[list[dict]], reference: list[list[dict]]) -> dict:
     """How far texts equal those of one rank.
 
     16-bit ranks round differently, so texts may part where the best tokens are nearly
-    equal; ``gap`` is the largest difference of log-probabilities where they do, and
-    ``rounding`` the largest one of the same token after the same text.
+    equal; ``gap`` is the largest difference of log-probabilities where they do (None: a
+    token was not among the reference's best five), and ``rounding`` the largest one of
+    the same token after the same text.
     """
-    same, gap, rounding, parted = 0, 0.0, 0.0, 0
+    same, rounding, parted = 0, 0.0, 0
+    gap: float | None = 0.0
     for got, want in zip(texts, reference, strict=True):
         for a, b in zip(got, want, strict=True):
             both = a["best"].keys() & b["best"].keys()
@@ -176,8 +178,10 @@ def compare(texts: list[list[dict]], reference: list[list[dict]]) -> dict:
             rounding = max(rounding, *apart, 0.0)
             if a["token"] != b["token"]:
                 parted += 1
-                lost = b["best"].get(a["token"], float("-inf"))
-                gap = max(gap, b["best"][b["token"]] - lost)
+                if gap is not None and a["token"] in b["best"]:
+                    gap = max(gap, b["best"][b["token"]] - b["best"][a["token"]])
+                else:
+                    gap = None
                 break
             same += 1
     total = sum(map(len, reference))
@@ -190,36 +194,17 @@ def compare(texts: list[list[dict]], reference: list[list[dict]]) -> dict:
     }
 
 
-def run(name: str, checkpoint: str, seconds: float, gpu: int | None = None) -> dict:
-    """One engine's result; on GPU number ``gpu`` alone, if given."""
-    backend, _, ranks = name.partition(":")
-    env = None if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    result = in_subprocess(name, checkpoint, seconds, env)
-    return {"backend": backend, "ranks": ranks} | result
-
-
-def in_subprocess(
-    part: str, checkpoint: str, seconds: float, env: dict[str, str] | None = None
-) -> dict:
+def in_subprocess(part: str, checkpoint: str, seconds: float) -> dict:
     """What a part of the script wrote, or {"error": the end of what it printed}."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
         command = [sys.executable, "-m", "benchmarks.serving.tensor_parallel"]
         command += [*sys.argv[1:], "--part", part, "--checkpoint", checkpoint]
         command += ["--output", str(result)]
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env=os.environ | (env or {}),
-            )
+        with running(command, log) as process:
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 return {"error": f"not done after {seconds:g} s"}
         if code == 0:
             return json.loads(result.read_text())
@@ -247,10 +232,11 @@ def print_tables(results: list[dict]) -> None:
             print(f"{who}: {result['error']}")
         if "compared" in result:
             c = result["compared"]
+            gap = "unknown" if c["gap"] is None else f"at most {c['gap']:.3f} nats"
             print(
                 f"{who}: {100 * c['equal']:.1f} % of the tokens lie before texts part "
                 f"from one rank's; {c['parted']} of {c['of']} texts do, at differences "
-                f"of at most {c['gap']:.3f} nats; the same token differs by up to "
+                f"of {gap}; the same token differs by up to "
                 f"{c['rounding']:.3f}"
             )
 
@@ -283,6 +269,8 @@ def main() -> None:
     add("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Engines that outlive this would keep the GPUs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.part == "save":
         save_model(args)
         args.output.write_text("{}")
@@ -298,36 +286,26 @@ def main() -> None:
         saved = in_subprocess("save", checkpoint, args.seconds)
         if "error" in saved:
             raise SystemExit(saved["error"])
-        # Engines of one rank run side by side, every one on a GPU of its own.
-        alone = [name for name in args.engines if name.endswith(":one")]
-        for first in range(0, len(alone), 2):
-            pair = alone[first : first + 2]
-            print(" and ".join(pair), "...", flush=True)
-            with ThreadPoolExecutor() as pool:
-                rest = repeat(checkpoint), repeat(args.seconds), range(len(pair))
-                results += pool.map(run, pair, *rest)
-        references = {r["backend"]: r.pop("texts", None) for r in results}
+        references = {}
         for name in args.engines:
-            if name in alone:
-                continue
-            save(args, results)
             print(f"{name} ...", flush=True)
-            result = run(name, checkpoint, args.seconds)
-            texts, reference = (
-                result.pop("texts", None),
-                references.get(result["backend"]),
-            )
-            if texts and reference:
-                result["compared"] = compare(texts, reference)
+            backend, _, ranks = name.partition(":")
+            result = {"backend": backend, "ranks": ranks}
+            result |= in_subprocess(name, checkpoint, args.seconds)
+            texts = result.pop("texts", None)
+            if ranks == "one":
+                references[backend] = texts
+            elif texts and references.get(backend):
+                result["compared"] = compare(texts, references[backend])
             results.append(result)
+            save(args, results)
     print_tables(results)
-    save(args, results)
 
 
 def save(args: argparse.Namespace, results: list[dict]) -> None:
     if args.output is None:
         return
-    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+    options = {k: str(v) for k, v in vars(args).items() if k not in INTERNAL}
     options["model"] = args.model.name
     header = describe() | {"options": options}
     text = json.dumps({"header": header, "results": results}, indent=1)

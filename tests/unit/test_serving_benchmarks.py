@@ -4,6 +4,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,9 +35,9 @@ def test_texts_are_compared_up_to_where_they_part():
     }
 
 
-def test_a_token_that_one_rank_did_not_consider_is_infinitely_far():
+def test_a_token_that_one_rank_did_not_consider_is_unknown_far_away():
     found = compare([[step("z", z=0.0)]], [[step("a", a=0.0)]])
-    assert found["gap"] == float("inf")
+    assert found["gap"] is None
 
 
 class FakeClient:
@@ -45,27 +46,38 @@ class FakeClient:
     def __init__(self) -> None:
         self.asked: list[tuple] = []
 
-    def bench(self, case, rate, seed, output_tokens=None):
-        self.asked.append((case, rate, output_tokens))
+    def bench(self, case, first, count, rate, output_tokens):
+        self.asked.append((first, count, rate, output_tokens))
         return {"request_throughput": min(rate, 4.0)}
 
 
 def test_rates_of_all_engines_are_shares_of_the_first_ones_limit():
     limits: dict[str, float] = {}
-    case = "cold:100:8"
+    text, inf = "cold:100:8", float("inf")
+    args = SimpleNamespace(rates=[0.5, 1.0], output_tokens=16, documents=3)
+    case = load.Case(text, args)
     first, second = FakeClient(), FakeClient()
-    rows = list(load.measured(first, case, limits, [0.5, 1.0]))
-    assert limits == {case: 4.0}
+    rows = list(load.measured(first, case, limits, args))
+    assert limits == {text: 4.0}
     assert [(r["share"], r["rate"]) for r in rows] == [
         (None, None),
         (0.5, 2.0),
         (1.0, 4.0),
     ]
-    assert first.asked[0] == ("cold:100:2", float("inf"), 1)  # warms up
-    limits[case] = 3.0
-    list(load.measured(second, case, limits, [1.0]))
-    assert second.asked[-1] == (case, 3.0, None)
-    assert limits == {case: 3.0}
+    # Prompts of no run were seen before; the first two warm up.
+    runs = [(2, 8, inf, 16), (10, 8, 2.0, 16), (18, 8, 4.0, 16)]
+    assert first.asked == [(0, 2, inf, 1), *runs]
+    assert case.total == 26
+    limits[text] = 3.0
+    list(load.measured(second, case, limits, args))
+    assert [rate for _, _, rate, _ in second.asked[1:]] == [inf, 1.5, 3.0]
+    assert limits == {text: 3.0}
+
+
+def test_documents_are_divided_evenly_and_all_read_beforehand():
+    args = SimpleNamespace(rates=[0.9], documents=5)
+    case = load.Case("shared:1000:8", args)
+    assert (case.warm, case.first(0), case.total) == (8, 8, 25)
 
 
 def test_steps_are_timed_where_all_prompts_decode(monkeypatch):

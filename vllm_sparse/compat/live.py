@@ -11,7 +11,7 @@ and captures graphs. So two constructors are wrapped:
 
 - ``EngineCore.__init__``: afterwards ``scheduler.make_stats``, which the engine core
   calls with arguments once after every step, goes through our reporter, which reads
-  ``model_executor``, ``batch_queue``, ``log_stats`` and
+  ``model_executor`` and its ``is_sleeping``, ``batch_queue``, ``log_stats`` and
   ``scheduler.has_unfinished_requests``.
 - ``StatLoggerManager.__init__``: afterwards our logger is the first of its
   ``stat_loggers``, with the label values and metric classes of the
