@@ -165,7 +165,9 @@ def engine(model: Path, in_process: bool = True, **options):
     from vllm import LLM
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(in_process)))
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(not in_process)))
+        if not in_process:  # ranks wait for each other spinning
+            patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
         environment = dict(os.environ)
