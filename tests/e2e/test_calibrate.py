@@ -14,7 +14,7 @@ from vllm import SamplingParams  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
-from tests.e2e.test_engine import running  # noqa: E402
+from tests.e2e.engines import running  # noqa: E402
 from vllm_sparse.calibrate import __main__ as command  # noqa: E402
 from vllm_sparse.calibrate.run import (  # noqa: E402
     ENGINE_OPTIONS,

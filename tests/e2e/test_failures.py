@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from .test_engine import generate, greedy, running, tokens  # noqa: E402
+from .engines import generate, greedy, running, tokens  # noqa: E402
 from .tiny import VOCABULARY, random_prompts, save_llama  # noqa: E402
 
 pytestmark = pytest.mark.engine

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from .test_engine import (  # noqa: E402
+from .engines import (  # noqa: E402
     EXTENSION,
     NGRAM,
     NUM_LAYERS,

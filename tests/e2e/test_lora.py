@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 
-from .test_engine import (  # noqa: E402
+from .engines import (  # noqa: E402
     DENSE,
     EXTENSION,
     SPARSE,

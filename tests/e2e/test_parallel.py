@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from .test_engine import (  # noqa: E402
+from .engines import (  # noqa: E402
     EXTENSION,
     assert_a_killed_worker_ends_the_engine,
     generate,

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from vllm import LLM  # noqa: E402
 
-from .test_engine import (  # noqa: E402
+from .engines import (  # noqa: E402
     COLD,
     EXTENSION,
     NEW_TOKENS,
@@ -25,7 +25,6 @@ from .test_engine import (  # noqa: E402
     few_free_blocks,
     generate,
     greedy,
-    prompts,  # noqa: F401  (a fixture)
     running,
     scheduled,
     stats,
@@ -53,7 +52,7 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def expected(llm, prompts):  # noqa: F811
+def expected(llm, prompts):
     """What the options generate: all prompts together, nothing cached."""
     configure(llm, SPARSE)
     result = tokens(generate(llm, prompts, greedy(**COLD)))
@@ -73,7 +72,7 @@ def engine(llm, expected):
     step_until_done(llm)
 
 
-def test_prefix_cache_hits_do_not_change_the_tokens(engine, prompts, expected):  # noqa: F811
+def test_prefix_cache_hits_do_not_change_the_tokens(engine, prompts, expected):
     first = generate(engine, prompts, greedy())
     second = generate(engine, prompts, greedy())
     assert tokens(first) == tokens(second) == expected
@@ -81,7 +80,7 @@ def test_prefix_cache_hits_do_not_change_the_tokens(engine, prompts, expected): 
     assert hits == [0, 0, 0, 128, 256, 384]
 
 
-def test_a_hit_on_blocks_that_decoding_filled(engine, prompts):  # noqa: F811
+def test_a_hit_on_blocks_that_decoding_filled(engine, prompts):
     """Unlike with plain rows, a recomputed prompt gives the very same tokens, if the
     answer was decoded densely."""
     configure(engine, DENSE)
@@ -95,19 +94,19 @@ def test_a_hit_on_blocks_that_decoding_filled(engine, prompts):  # noqa: F811
 
 
 @pytest.mark.parametrize("chunk", [256, 100])
-def test_chunked_prefill_does_not_change_the_tokens(engine, prompts, expected, chunk):  # noqa: F811
+def test_chunked_prefill_does_not_change_the_tokens(engine, prompts, expected, chunk):
     scheduler = engine.llm_engine.engine_core.engine_core.scheduler
     scheduler.max_num_scheduled_tokens = chunk
     assert tokens(generate(engine, prompts, greedy(**COLD))) == expected
 
 
-def test_concurrency_does_not_change_the_tokens(engine, prompts, expected):  # noqa: F811
+def test_concurrency_does_not_change_the_tokens(engine, prompts, expected):
     for i in (0, 2, 5):
         alone = generate(engine, [prompts[i]], greedy(**COLD))
         assert tokens(alone) == [expected[i]]
 
 
-def test_an_aborted_request_leaves_its_blocks_to_others(engine, prompts, expected):  # noqa: F811
+def test_an_aborted_request_leaves_its_blocks_to_others(engine, prompts, expected):
     for i in (2, 4, 5):
         add(engine, f"r{i}", prompts[i])
     steps = 0
@@ -124,7 +123,7 @@ def test_an_aborted_request_leaves_its_blocks_to_others(engine, prompts, expecte
     assert finished == {f"r{i}": expected[i] for i in (2, 3, 5)}
 
 
-def test_preempted_requests_finish_with_the_same_tokens(engine, prompts):  # noqa: F811
+def test_preempted_requests_finish_with_the_same_tokens(engine, prompts):
     """What was decoded is prefilled again, densely: to the same tokens, if decoding was
     dense."""
     configure(engine, DENSE)
@@ -143,7 +142,7 @@ def test_preempted_requests_finish_with_the_same_tokens(engine, prompts):  # noq
     assert finished == {f"r{i}": ids for i, ids in zip(chosen, alone)}
 
 
-def test_blocks_ahead_are_given_back(engine, prompts):  # noqa: F811
+def test_blocks_ahead_are_given_back(engine, prompts):
     core = engine.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
@@ -151,7 +150,7 @@ def test_blocks_ahead_are_given_back(engine, prompts):  # noqa: F811
     assert pool.get_num_free_blocks() == free
 
 
-def test_drafts_change_nothing(llm, prompts):  # noqa: F811
+def test_drafts_change_nothing(llm, prompts):
     chosen = [prompts[4][:150] * 2, prompts[3]]
     configure(llm, SPARSE)
     plain = tokens(generate(llm, chosen, greedy(**COLD)))
@@ -171,7 +170,7 @@ def test_drafts_change_nothing(llm, prompts):  # noqa: F811
 # Engines in this process end what the shared one needs: it is not used any more.
 
 
-def test_a_batch_that_does_not_fit_in_bf16_runs_in_int4(prompts, monkeypatch):  # noqa: F811
+def test_a_batch_that_does_not_fit_in_bf16_runs_in_int4(prompts, monkeypatch):
     """The same memory: in vLLM's own cache requests wait for each other or are
     preempted, in ours all decode at once."""
     # It would replace the size that is asked for.
