@@ -46,7 +46,8 @@ def switches(reporter) -> dict[str, Callable[[], None]]:
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> None:
+    """Every case, saved after each repeat: a run that is cut off leaves the rest."""
     cases = [tuple(map(int, case.split("x"))) for case in args.cases]
     engine = Timed(
         "sparq",
@@ -61,7 +62,9 @@ def measure(args: argparse.Namespace) -> list[dict]:
     )
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
     modes = switches(scheduler.make_stats.__self__)
-    rows = []
+    rows: list[dict] = []
+    print("| batch | context | live figures | ms a step | vs off |")
+    print("|---|---|---|---|---|", flush=True)
     bar = tqdm(total=len(cases) * args.repeats, disable=None)
     for batch, length in cases:
         prompts = make_prompts(batch, length, seed=length + batch)
@@ -76,20 +79,40 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 modes[name]()
                 times[name].append(statistics.fmean(engine.steps(prompts, args.tokens)))
             bar.update()
-        medians = {n: statistics.median(t) * 1e3 for n, t in times.items()}
-        for name, ms in medians.items():
-            rows.append(
-                {
-                    "batch": batch,
-                    "context": length,
-                    "figures": name,
-                    "ms": ms,
-                    "vs_off": ms / medians["off"] - 1,
-                    "all_ms": [t * 1e3 for t in times[name]],
-                }
+            found = summary(batch, length, times)
+            save(args, rows + found)
+        rows += found
+        for r in found:
+            tqdm.write(
+                f"| {batch} | {length} | {r['figures']} | {r['ms']:.3f} "
+                f"| {100 * r['vs_off']:+.2f} % |"
             )
     bar.close()
-    return rows
+
+
+def summary(batch: int, length: int, times: dict[str, list[float]]) -> list[dict]:
+    """A row for every mode."""
+    medians = {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    return [
+        {
+            "batch": batch,
+            "context": length,
+            "figures": name,
+            "ms": ms,
+            "vs_off": ms / medians["off"] - 1,
+            "all_ms": [t * 1e3 for t in times[name]],
+        }
+        for name, ms in medians.items()
+    ]
+
+
+def save(args: argparse.Namespace, rows: list[dict]) -> None:
+    if args.output is None:
+        return
+    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
+    header = describe() | {"options": options | {"model": args.model.name}}
+    text = json.dumps({"header": header, "results": rows}, indent=1)
+    args.output.write_text(text + "\n")
 
 
 def main() -> None:
@@ -111,19 +134,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # The engine must be in this process, where it can be switched.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    rows = measure(args)
-    print("| batch | context | live figures | ms a step | vs off |")
-    print("|---|---|---|---|---|")
-    for r in rows:
-        print(
-            f"| {r['batch']} | {r['context']} | {r['figures']} | {r['ms']:.3f} "
-            f"| {100 * r['vs_off']:+.2f} % |"
-        )
-    if args.output:
-        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-        header = describe() | {"options": options | {"model": args.model.name}}
-        text = json.dumps({"header": header, "results": rows}, indent=1)
-        args.output.write_text(text + "\n")
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Requests per second and time per output token of servers under load, as bars.
 
-    python -m benchmarks.serving.plot_load shared=load_shared.json \\
-        cold=load_flash_attn.json cold=load_sparq.json --output load.png
+    python -m benchmarks.serving.plot_load shared=load.json cold=load.json \\
+        --output load.png
 
 Every KIND=FILE adds the cases of that kind in the file. Only rates at which every
 engine was measured are shown.
@@ -40,16 +40,10 @@ def read(sources: list[str]) -> dict[tuple[str, float], dict[str, dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sources", nargs="+", metavar="KIND=FILE")
-    parser.add_argument(
-        "--leave-out", nargs="*", default=[], metavar="KIND@RATE", help="as cold@0.65"
-    )
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     groups = read(args.sources)
-    for group in args.leave_out:
-        kind, _, rate = group.partition("@")
-        del groups[kind, float(rate)]
     engines = list(next(iter(groups.values())))
     labels = [
         f"{kind}\n" + ("all at once" if rate == float("inf") else f"{rate:g}/s")
