@@ -8,7 +8,8 @@
 
 A line of the input is ``{"prompt": "..."}`` with any further fields. The output has the
 same lines in the same order, with ``text``, ``finish_reason`` and ``tokens`` (how many
-were generated). Needs Ray: ``pip install vllm_sparse[ray]``.
+were generated), or with ``error`` where vLLM refuses the prompt (too long, say); the
+exit status is then 1. Needs Ray: ``pip install vllm_sparse[ray]``.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray_engines import engine_settings, share
+from ray_engines import engine_settings, positive, share
 from tqdm import tqdm
 
 
@@ -38,8 +39,17 @@ class Engine:
 
     def answer(self, rows: list[dict]) -> list[dict]:
         """The rows with what the engine generated for their prompts."""
+        from vllm.exceptions import VLLMClientError
+
         prompts = [row["prompt"] for row in rows]
-        outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
+        try:
+            outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
+        except (VLLMClientError, ValueError) as error:
+            # One refused prompt ends them all: find it.
+            if len(rows) == 1:
+                return [rows[0] | {"error": str(error)}]
+            half = len(rows) // 2
+            return self.answer(rows[:half]) + self.answer(rows[half:])
         return [
             row
             | {
@@ -117,18 +127,21 @@ def parse_args() -> argparse.Namespace:
     add("input", type=Path, help="JSON lines with a prompt each")
     add("output", type=Path)
     add("--model", required=True)
-    add("--engines", type=int, default=1)
+    add("--engines", type=positive, default=1)
     add("--attention-backend", default="sparq")
     add("--additional-config", type=json.loads, default={}, metavar="JSON")
     add(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM"
     )
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs of an engine")
-    add("--cpus-per-engine", type=int, help="default: an equal share of Ray's")
+    add("--tensor-parallel-size", type=positive, default=1, help="GPUs of an engine")
+    add("--cpus-per-engine", type=positive, help="default: as many as fit")
     add(
-        "--batch-size", type=int, default=64, help="prompts that an engine gets at once"
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="prompts that an engine gets at once",
     )
-    add("--max-tokens", type=int, default=128)
+    add("--max-tokens", type=positive, default=128)
     add("--temperature", type=float, default=0.0)
     add(
         "--address", help="of a running Ray cluster; default: a local one, for this run"
@@ -142,7 +155,7 @@ def main() -> None:
     size = args.batch_size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     ready: dict[int, list[dict]] = {}
-    written = 0
+    written = refused = 0
     try:
         engines = start_engines(args)
         with (
@@ -154,12 +167,15 @@ def main() -> None:
                 bar.update(len(answered))
                 while written in ready:
                     for row in ready.pop(written):
+                        refused += "error" in row
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
                     written += 1
     except ray.exceptions.RayError as error:
         done = min(written * size, len(rows))
         sys.exit(f"{error}\nAn engine failed; {done} of {len(rows)} prompts answered.")
+    if refused:
+        sys.exit(f'{refused} of {len(rows)} prompts were refused; see their "error"')
 
 
 if __name__ == "__main__":

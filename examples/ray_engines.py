@@ -4,12 +4,13 @@
 
 import argparse
 import os
+import sys
 from typing import Any
 
 import ray
 
 ENVIRONMENT = {
-    # The actor is the engine's process; one more would only start more slowly.
+    # An ``LLM`` runs in the actor; a process more would only start more slowly.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # By itself vLLM binds each engine of a machine to the same cores. Ray lets it
     # have as many threads as it has CPUs.
@@ -18,23 +19,50 @@ ENVIRONMENT = {
 }
 
 
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
 def share(args: argparse.Namespace, count: int, cpus: int, what: str) -> dict[str, Any]:
     """Ray's options for the actor of one of ``count`` engines.
 
     Args:
         cpus: of one engine; 0: an equal share.
         what: "engine" or "replica", as the command's options call them.
+
+    Raises:
+        SystemExit: they do not fit on Ray's nodes.
     """
-    resources = ray.cluster_resources()
-    gpus = args.tensor_parallel_size if resources.get("GPU") else 0
-    cpus = cpus or max(1, int(resources["CPU"]) // count)
-    for kind, needed in {"CPU": cpus * count, "GPU": gpus * count}.items():
-        if needed > resources.get(kind, 0):
-            raise SystemExit(
-                f"{count} {what}s need {needed} {kind}s, but Ray has "
-                f"{resources.get(kind, 0):g}: lower --{what}s, "
-                f"--tensor-parallel-size or --cpus-per-{what}"
-            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = args.tensor_parallel_size if any(n.get("GPU") for n in nodes) else 0
+
+    def places(cpus: int) -> int:
+        """Engines that fit, each of them on one node."""
+        fit = ((n.get("CPU", 0) // cpus, n.get("GPU", 0) // (gpus or 1)) for n in nodes)
+        return int(sum(min(c, g) if gpus else c for c, g in fit))
+
+    largest = int(max(node.get("CPU", 0) for node in nodes))
+    # The most that each can have; too much if even one is.
+    cpus = cpus or next((c for c in range(largest, 1, -1) if places(c) >= count), 1)
+    if places(cpus) < count:
+        of_nodes = "; ".join(
+            f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes
+        )
+        raise SystemExit(
+            f"{count} {what}s of {cpus} CPUs and {gpus} GPUs do not fit on Ray's nodes "
+            f"({of_nodes}): lower --{what}s, --tensor-parallel-size or "
+            f"--cpus-per-{what}"
+        )
+    free = ray.available_resources()
+    if free.get("CPU", 0) < cpus * count or free.get("GPU", 0) < gpus * count:
+        print(
+            f"waiting until others leave {cpus * count} CPUs and {gpus * count} GPUs "
+            f"of Ray's free (now {free.get('CPU', 0):g} and {free.get('GPU', 0):g})",
+            file=sys.stderr,
+        )
     environment = {"env_vars": ENVIRONMENT}
     return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": environment}
 

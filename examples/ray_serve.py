@@ -18,10 +18,10 @@ import json
 import uuid
 
 import ray
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray_engines import engine_settings, share
+from ray_engines import engine_settings, positive, share
 
 app = FastAPI()
 
@@ -62,13 +62,17 @@ class Engine:
 
     @app.post("/v1/completions")
     async def complete(self, request: Completion) -> dict:
-        """Answer one request."""
+        """Answer one request; 400 where vLLM refuses it (a prompt too long, say)."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
-        params = SamplingParams(**request.model_dump(exclude={"prompt", "model"}))
         name = f"cmpl-{uuid.uuid4().hex}"
-        async for output in self.engine.generate(request.prompt, params, name):
-            last = output
+        try:
+            params = SamplingParams(**request.model_dump(exclude={"prompt", "model"}))
+            async for output in self.engine.generate(request.prompt, params, name):
+                last = output
+        except (VLLMClientError, ValueError) as error:
+            raise HTTPException(400, str(error)) from error
         (answer,) = last.outputs
         return {
             "id": name,
@@ -101,15 +105,21 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True)
-    add("--replicas", type=int, default=1)
+    add("--replicas", type=positive, default=1)
     add("--attention-backend", default="sparq")
     add("--additional-config", type=json.loads, default={}, metavar="JSON")
     add(
-        "--engine-args", type=json.loads, default={}, metavar="JSON", help="of vllm.LLM"
+        "--engine-args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="of vllm.AsyncEngineArgs",
     )
-    add("--tensor-parallel-size", type=int, default=1, help="GPUs of a replica")
-    add("--cpus-per-replica", type=int, help="default: an equal share of Ray's")
-    add("--max-ongoing-requests", type=int, default=256, help="of a replica")
+    add("--tensor-parallel-size", type=positive, default=1, help="GPUs of a replica")
+    add("--cpus-per-replica", type=positive, help="default: as many as fit")
+    add("--max-ongoing-requests", type=positive, default=256, help="of a replica")
+    add("--name", default="vllm-sparse", help="of the application in Ray Serve")
+    add("--route-prefix", default="/", help="of the application's URLs")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--metrics-port", type=int, help="for Prometheus, of a local Ray")
@@ -131,7 +141,19 @@ def main() -> None:
             _metrics_export_port=args.metrics_port,
         )
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(deployment(args), blocking=True)
+    try:
+        serve.run(
+            deployment(args),
+            name=args.name,
+            route_prefix=args.route_prefix,
+            blocking=True,
+        )
+    except KeyboardInterrupt:
+        pass
+    finally:
+        # In a cluster it would live on, and keep its GPUs.
+        if args.address:
+            serve.delete(args.name)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from benchmarks.accuracy.environment import describe
 from scripts.get_model import get_model
 
+OURS = ("sparq", "twilight")  # backends that take options of ours
+
 
 class Timed:
     """One engine and its measurements."""
@@ -32,7 +34,7 @@ class Timed:
         from vllm import LLM
 
         self.backend = backend
-        self.is_sparse = backend == "sparq"
+        self.is_sparse = backend in OURS
         if self.is_sparse:
             settings["worker_extension_cls"] = (
                 "vllm_sparse.attention.stats.WorkerExtension"

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.serving.decode import Timed, make_prompts
+from benchmarks.serving.decode import OURS, Timed, make_prompts
 
 # Name on the command line -> arguments of vllm.LLM.
 ENGINES = {
@@ -27,6 +27,7 @@ ENGINES = {
     "flash_attn_fp8": {"backend": "flash_attn", "kv_cache_dtype": "fp8"},
     "triton_attn": {"backend": "triton_attn"},
     "sparq": {"backend": "sparq"},
+    "twilight": {"backend": "twilight"},
 }
 
 
@@ -34,7 +35,7 @@ def measure(args: argparse.Namespace) -> dict:
     """One engine: rows of milliseconds, and its KV capacity in tokens."""
     settings = dict(ENGINES[args.engine])
     cases = [tuple(map(int, case.split("x"))) for case in args.cases]
-    if settings["backend"] == "sparq":
+    if settings["backend"] in OURS:
         settings["additional_config"] = {"sparse": json.loads(args.sparse)}
     engine = Timed(
         **settings,
@@ -49,7 +50,8 @@ def measure(args: argparse.Namespace) -> dict:
     for length in args.ttft_lengths:
         times = []
         for repeat in range(args.repeats + 1):
-            prompts = make_prompts(1, length, seed=10**6 + repeat)
+            # A seed of another length would give the beginning of the same prompt.
+            prompts = make_prompts(1, length, seed=10**6 * (repeat + 1) + length)
             times.append(engine.seconds(prompts, 1))
         rows.append(row("ttft", 1, length, times[1:]))  # the first one warms up
     for batch, length in cases:
@@ -99,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--engines", nargs="+", choices=ENGINES, default=["flash_attn", "sparq"])
-    add("--sparse", default="{}", help="options of sparq, as JSON")
+    add("--sparse", default="{}", help="options of ours, as JSON")
     add("--model", type=Path, required=True)
     add("--load-format", default="dummy")
     add("--cases", nargs="+", default=["1x32768", "10x40000"], help="batch x context")
@@ -120,15 +122,18 @@ def main() -> None:
     if args.engine:
         args.output.write_text(json.dumps(measure(args)))
         return
-    results = []
+    results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.engines:
             print(f"{name} ...", flush=True)
             part = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", "benchmarks.serving.decode_gpu"]
             command += [*sys.argv[1:], "--engine", name, "--output", str(part)]
-            if subprocess.run(command).returncode == 0:
+            code = subprocess.run(command).returncode
+            if code == 0:
                 results.append(json.loads(part.read_text()))
+            else:
+                failed.append({"engine": name, "error": f"exit status {code}"})
     print_table(results)
     if args.output:
         import torch
@@ -143,8 +148,10 @@ def main() -> None:
             "commit": os.environ.get("VLLM_SPARSE_COMMIT", "unknown"),
             "options": options,
         }
-        text = json.dumps({"header": header, "results": results}, indent=1)
+        text = json.dumps({"header": header, "results": results + failed}, indent=1)
         args.output.write_text(text + "\n")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(f['engine'] for f in failed)}")
 
 
 if __name__ == "__main__":

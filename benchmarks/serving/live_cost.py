@@ -48,6 +48,10 @@ def switches(reporter) -> dict[str, Callable[[], None]]:
 
 def measure(args: argparse.Namespace) -> None:
     """Every case, saved after each repeat: a run that is cut off leaves the rest."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        raise SystemExit("rows are counted otherwise on CPUs: this needs a GPU")
     cases = [tuple(map(int, case.split("x"))) for case in args.cases]
     engine = Timed(
         "sparq",

@@ -21,12 +21,11 @@ the memory: ``--server-args --gpu-memory-utilization 0.47 --kv-cache-memory-byte
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -34,7 +33,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.processes import free_port, running
+from benchmarks.serving.decode import OURS
+from benchmarks.serving.processes import exit_on_signals, free_port, running
 
 QUESTION = 64  # tokens after a shared document
 # ``vllm bench serve`` again and again in one process, whose imports take long, with
@@ -86,7 +86,7 @@ def server(engine: str, args: argparse.Namespace, log: Path):
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if args.tokenizer:
         command += ["--tokenizer", str(args.tokenizer)]
-    if engine in ("sparq", "twilight"):
+    if engine in OURS:
         command += [
             "--additional-config",
             json.dumps({"sparse": json.loads(args.sparse)}),
@@ -120,12 +120,12 @@ def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
 def our_metrics(url: str) -> dict[str, float]:
-    """The server's ``vllm_sparse:`` figures, labels summed."""
+    """The server's ``vllm_sparse:`` counters, of all engines together."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     result: dict[str, float] = {}
@@ -134,7 +134,8 @@ def our_metrics(url: str) -> dict[str, float]:
             continue
         name, value = line.rsplit(" ", 1)
         metric = name.partition("{")[0]
-        if metric.endswith("_created"):
+        # Gauges of several engines do not add up.
+        if not metric.endswith("_total"):
             continue
         for label in ("reason", "le"):
             kind = name.partition(f'{label}="')[2].partition('"')[0]
@@ -150,8 +151,8 @@ class Case:
         self.text = text
         kind, length, count = text.split(":")
         self.count, self.shared = int(count), kind == "shared"
-        # Every document must come into the cache.
-        self.warm = self.count if self.shared else 2
+        # Prompts lie shuffled, and every document must come into the cache.
+        self.warm = max(self.count, 8 * args.documents) if self.shared else 2
         total = self.warm + self.count * (1 + len(args.rates))
         if not self.shared:
             self.dataset = ["--dataset-name", "random", "--random-input-len", length]
@@ -213,11 +214,18 @@ class Client:
             arguments += ["--save-result", "--result-dir", folder]
             arguments += ["--result-filename", "result.json"]
             self._send(case, arguments, first=first, output_tokens=output_tokens)
+            # A server that hangs would be waited for, for hours.
+            limit = threading.Timer(self.args.run_seconds, self.process.kill)
+            limit.start()
             shown = self._read()
+            limit.cancel()
             path = Path(folder) / "result.json"
             result = json.loads(path.read_text()) if path.exists() else {}
         if result.get("completed") != count:
-            raise RuntimeError(f"the load failed:\n{shown[-3000:]}")
+            raise RuntimeError(
+                f"the load failed, or took more than --run-seconds "
+                f"{self.args.run_seconds:g}:\n{shown[-3000:]}"
+            )
         return {name: result[name] for name in KEPT if name in result}
 
     def _send(self, case: Case, arguments: list[str], **task) -> None:
@@ -325,7 +333,8 @@ def main() -> None:
     add("--output-tokens", type=int, default=256)
     add("--rates", type=float, nargs="*", default=[0.9])
     add("--limits", type=json.loads, default={}, help="of a former run, by case")
-    add("--start-seconds", type=float, default=300)
+    add("--start-seconds", type=float, default=300, help="until a server answers")
+    add("--run-seconds", type=float, default=3600, help="of one case at one rate")
     add(
         "--together",
         action="store_true",
@@ -336,8 +345,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     limits: dict[str, float] = dict(args.limits)
-    # A server that outlives this would keep the GPU.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_signals()
     print(
         "| case | rate | engine | requests/s | tokens/s | TTFT ms | TPOT ms | p99 "
         "| ITL ms |"
@@ -350,7 +358,7 @@ def main() -> None:
         for engines in groups:
             try:
                 measure(engines, args, limits, Path(folder), results)
-            except (RuntimeError, urllib.error.URLError) as error:
+            except (RuntimeError, OSError) as error:
                 failed = True
                 print(error, flush=True)
                 results.append({"engine": " ".join(engines), "error": str(error)})

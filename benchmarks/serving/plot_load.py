@@ -25,14 +25,21 @@ PANELS = {
 
 
 def read(sources: list[str]) -> dict[tuple[str, float], dict[str, dict]]:
-    """By kind and rate (inf: all at once): rows by engine."""
+    """By case and rate (inf: all at once): rows by engine.
+
+    Raises:
+        SystemExit: a file has no case of the kind.
+    """
     groups: dict[tuple[str, float], dict[str, dict]] = {}
     for source in sources:
         kind, _, path = source.partition("=")
-        for row in json.loads(Path(path).read_text())["results"]:
-            if row.get("case", "").startswith(kind):
-                rate = round(row["rate"] or float("inf"), 2)
-                groups.setdefault((kind, rate), {})[row["engine"]] = row
+        rows = json.loads(Path(path).read_text())["results"]
+        rows = [r for r in rows if r.get("case", "").partition(":")[0] == kind]
+        if not rows:
+            raise SystemExit(f"{path or source} has no case of the kind {kind!r}")
+        for row in rows:
+            rate = round(row["rate"] or float("inf"), 2)
+            groups.setdefault((row["case"], rate), {})[row["engine"]] = row
     most = max(map(len, groups.values()))
     return {key: rows for key, rows in groups.items() if len(rows) == most}
 
@@ -46,8 +53,8 @@ def main() -> None:
     groups = read(args.sources)
     engines = list(next(iter(groups.values())))
     labels = [
-        f"{kind}\n" + ("all at once" if rate == float("inf") else f"{rate:g}/s")
-        for kind, rate in groups
+        f"{case}\n" + ("all at once" if rate == float("inf") else f"{rate:g}/s")
+        for case, rate in groups
     ]
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5))
     width = 0.8 / len(engines)

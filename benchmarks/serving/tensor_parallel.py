@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,9 +23,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.accuracy.environment import describe
-from benchmarks.serving.decode import Timed, make_prompts
+from benchmarks.serving.decode import OURS, Timed, make_prompts
 from benchmarks.serving.decode_gpu import row
-from benchmarks.serving.processes import running
+from benchmarks.serving.processes import exit_on_signals, running
 
 # Name on the command line -> ranks, executor.
 RANKS = {"one": (1, None), "mp": (2, "mp"), "ray": (2, "ray")}
@@ -49,7 +48,7 @@ def settings(args: argparse.Namespace, backend: str, ranks: str) -> dict:
     }
     if args.kv_cache_gib:
         result["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
-    if backend == "sparq":
+    if backend in OURS:
         result["additional_config"] = {"sparse": json.loads(args.sparse)}
     return result
 
@@ -76,7 +75,7 @@ def measure(args: argparse.Namespace, backend: str, ranks: str) -> dict:
     }
     for length in args.ttft_lengths:
         times = [
-            engine.seconds(prompts(1, length, 10**6 + i, vocabulary), 1)
+            engine.seconds(prompts(1, length, 10**6 * (i + 1) + length, vocabulary), 1)
             for i in range(args.repeats + 1)
         ]
         # The first one warms up.
@@ -248,7 +247,11 @@ def main() -> None:
     add(
         "--engines", nargs="+", default=DEFAULT, help="backend:ranks, ranks of " + NAMES
     )
-    add("--sparse", default='{"top_k": 1024, "rank": 32}', help="of sparq, as JSON")
+    add(
+        "--sparse",
+        default='{"top_k": 1024, "rank": 32}',
+        help="our options, JSON",
+    )
     add("--model", type=Path, required=True)
     add("--layers", type=int, default=16)
     add("--cases", nargs="+", default=["4x32000", "16x32000"], help="batch x context")
@@ -270,8 +273,7 @@ def main() -> None:
     add("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Engines that outlive this would keep the GPUs.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_signals()
     if args.part == "save":
         save_model(args)
         args.output.write_text("{}")
@@ -280,6 +282,9 @@ def main() -> None:
         backend, _, ranks = args.part.partition(":")
         args.output.write_text(json.dumps(measure(args, backend, ranks)))
         return
+    for name in args.engines:
+        if name.partition(":")[2] not in RANKS:
+            parser.error(f"--engines {name}: expected backend:ranks, ranks of {NAMES}")
     results = []
     with tempfile.TemporaryDirectory() as checkpoint:
         print("weights ...", flush=True)
@@ -301,6 +306,8 @@ def main() -> None:
             results.append(result)
             save(args, results)
     print_tables(results)
+    if any("error" in result for result in results):
+        raise SystemExit(1)
 
 
 def save(args: argparse.Namespace, results: list[dict]) -> None:

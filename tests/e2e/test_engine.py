@@ -47,10 +47,15 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def dense_tokens(prompts):
+def dense(prompts):
     """What vLLM's own backend generates in fp32."""
     with running(dtype="float32", attention_backend="CPU_ATTN") as llm:
-        return tokens(generate(llm, prompts, greedy()))
+        return generate(llm, prompts, greedy(logprobs=0))
+
+
+@pytest.fixture(scope="module")
+def dense_tokens(dense):
+    return tokens(dense)
 
 
 @pytest.fixture(scope="module")
@@ -379,14 +384,29 @@ def test_twilight_is_sparq_with_adaptive_budgets(prompts):
     assert 128 <= min(kept) < max(kept) < 460  # min_tokens, and not all
 
 
-def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
-    """Dense decoding in bf16 against vLLM's backend, each step on its own tokens.
+def differences(outputs, reference) -> list[float]:
+    """Of the log-probabilities, as far as the texts are the same."""
+    found: list[float] = []
+    for a, b, pa, pb in zip(
+        tokens(outputs),
+        tokens(reference),
+        logprobs(outputs),
+        logprobs(reference),
+        strict=True,
+    ):
+        same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
+        found += [abs(x - y) for x, y in zip(pa[:same], pb[:same])]
+    return found
+
+
+def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts, dense):
+    """Dense decoding in bf16 is as near to fp32 as vLLM's backend is.
 
     At last the worker is killed: starting such an engine again takes half a minute.
     """
     params = greedy(logprobs=0)
     with running(dtype="bfloat16", attention_backend="CPU_ATTN") as llm:
-        dense = generate(llm, prompts, params)
+        theirs = differences(generate(llm, prompts, params), dense)
     with running(
         in_process=False,
         dtype="bfloat16",
@@ -394,23 +414,17 @@ def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts):
         worker_extension_cls=EXTENSION,
         additional_config={"sparse": DENSE},
     ) as llm:
-        ours = generate(llm, prompts, params)
+        ours = differences(generate(llm, prompts, params), dense)
         assert stats(llm)["decode_tokens"] == len(prompts) * (NEW_TOKENS - 1)
         configure(llm, SPARSE)
         generate(llm, prompts[4:], greedy(4))
         assert stats(llm)["sparse_rows"] == 2 * 3 * NUM_LAYERS
         assert_a_killed_worker_ends_the_engine(llm, prompts[4])
-    differences: list[float] = []
-    for a, b, pa, pb in zip(
-        tokens(dense), tokens(ours), logprobs(dense), logprobs(ours), strict=True
-    ):
-        # bf16 ties may part the texts; beyond that, contexts differ.
-        same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
-        differences += [abs(x - y) for x, y in zip(pa[:same], pb[:same])]
-    assert len(differences) > 0.6 * len(prompts) * NEW_TOKENS
+    # Ties may part the texts; beyond that, contexts differ.
+    assert len(ours) > 0.6 * len(prompts) * NEW_TOKENS
+    assert max(ours) < 0.3
     # Both round to bf16 (8 bits) in every layer, in another order.
-    assert max(differences) < 0.3
-    assert sum(differences) / len(differences) < 0.03
+    assert sum(ours) / len(ours) < 1.3 * sum(theirs) / len(theirs)
 
 
 def test_importing_the_engine_tests_left_the_threads_alone():

@@ -24,6 +24,7 @@ from scripts.get_model import get_model  # noqa: E402
 pytestmark = pytest.mark.engine
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_LAYERS = 30
+TOO_LONG = "word " * 600
 SECONDS = 400
 PROMPTS = {
     "The capital of France is the city of": "Paris",
@@ -68,16 +69,30 @@ def batch(folder: Path, lines: list[str], *options: str) -> subprocess.Completed
 
 def test_a_batch_over_two_engines(tmp_path):
     rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    rows.insert(3, {"id": 5, "prompt": TOO_LONG})
     lines = [*map(json.dumps, rows), ""]
     options = ["--engines", "2", "--batch-size", "2", "--max-tokens", "8"]
     done = batch(tmp_path, lines, *options)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "1 of 6 prompts were refused" in done.stderr
     answers = [json.loads(s) for s in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [{k: a[k] for k in ("id", "prompt")} for a in answers] == rows
+    refused = answers.pop(3)
+    assert "512" in refused["error"] and "text" not in refused
     for answer in answers:
         assert PROMPTS[answer["prompt"]] in answer["text"]
         assert answer["tokens"] == 8 and answer["finish_reason"] == "length"
-    assert "5/5" in done.stderr  # the progress bar
+    assert "6/6" in done.stderr  # the progress bar
+
+
+def test_engines_that_do_not_fit_are_refused(tmp_path):
+    line = json.dumps({"prompt": "a"})
+    done = batch(tmp_path, [line], "--engines", "999")
+    assert done.returncode == 1
+    assert "999 engines of 1 CPUs and 0 GPUs do not fit on Ray's nodes" in done.stderr
+    done = batch(tmp_path, [line], "--engines", "0")
+    assert "argument --engines: must be 1 or more" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_line_without_a_prompt_stops_a_batch_before_ray_starts(tmp_path):
@@ -126,7 +141,7 @@ def test_two_replicas_answer(tmp_path):
     metrics_port = str(free_port())
     options = ("--replicas", "2", "--metrics-port", metrics_port)
     with served(log, *options) as (process, url):
-        while "Application 'default' is ready" not in log.read_text():
+        while "Application 'vllm-sparse' is ready" not in log.read_text():
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.5)
@@ -146,4 +161,8 @@ def test_two_replicas_answer(tmp_path):
             post(url, {"prompt": "a", "n": 2})
         assert error.value.code == 422
         assert "Extra inputs are not permitted" in error.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError) as error:
+            post(url, {"prompt": TOO_LONG})
+        assert error.value.code == 400
+        assert "512" in error.value.read().decode()
     assert process.poll() is not None

@@ -2,15 +2,18 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What the serving benchmarks compute around their engines."""
 
+import io
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
-from benchmarks.serving import load, plot_load  # noqa: E402
+from benchmarks.serving import load, plot_load, tensor_parallel  # noqa: E402
 from benchmarks.serving.decode import Timed  # noqa: E402
+from benchmarks.serving.processes import running  # noqa: E402
 from benchmarks.serving.tensor_parallel import compare  # noqa: E402
 
 
@@ -77,7 +80,7 @@ def test_rates_of_all_engines_are_shares_of_the_first_ones_limit():
 def test_documents_are_divided_evenly_and_all_read_beforehand():
     args = SimpleNamespace(rates=[0.9], documents=5)
     case = load.Case("shared:1000:8", args)
-    assert (case.warm, case.first(0), case.total) == (8, 8, 25)
+    assert (case.warm, case.first(0), case.total) == (40, 40, 60)
 
 
 def test_steps_are_timed_where_all_prompts_decode(monkeypatch):
@@ -111,8 +114,65 @@ def test_only_rates_of_every_engine_are_plotted(tmp_path, monkeypatch):
     ]
     (tmp_path / "in.json").write_text(json.dumps({"results": [*rows, {"metrics": {}}]}))
     source = f"cold={tmp_path / 'in.json'}"
-    assert list(plot_load.read([source])) == [("cold", float("inf"))]
+    assert list(plot_load.read([source])) == [("cold:9:2", float("inf"))]
+    with pytest.raises(SystemExit, match="no case of the kind 'shared'"):
+        plot_load.read([source.replace("cold", "shared", 1)])
     output = tmp_path / "plot.png"
     monkeypatch.setattr(sys, "argv", ["plot", source, "--output", str(output)])
     plot_load.main()
     assert output.stat().st_size > 1000
+
+
+def test_counters_of_several_engines_add_up_and_gauges_are_left_out(monkeypatch):
+    page = b"""# HELP vllm_sparse:rows_dense_total rows
+vllm_sparse:rows_dense_total{engine="0",reason="prefill"} 3.0
+vllm_sparse:rows_dense_total{engine="1",reason="prefill"} 4.0
+vllm_sparse:rows_dense_created{engine="0",reason="prefill"} 1.7e9
+vllm_sparse:sparse_row_share{engine="0"} 1.0
+vllm:num_requests_running{engine="0"} 2.0
+"""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: io.BytesIO(page))
+    assert load.our_metrics("") == {"vllm_sparse:rows_dense_total prefill": 7.0}
+
+
+def test_a_run_that_takes_too_long_is_given_up():
+    process = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO("so far\n"))
+    process.kill = lambda: None
+    client = load.Client.__new__(load.Client)
+    client.url, client.process, client._unread = "", process, 0
+    client.args = SimpleNamespace(run_seconds=5, model="m", tokenizer=None)
+    case = SimpleNamespace(text="cold:9:2", dataset=[])
+    with pytest.raises(RuntimeError, match="more than --run-seconds 5:\nso far"):
+        client.bench(case, 0, 2, 1.0, 4)
+
+
+def test_unknown_ranks_are_refused_before_anything_starts(monkeypatch, capsys):
+    argv = ["tp", "--model", "none", "--engines", "sparq:four"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        tensor_parallel.main()
+    assert "--engines sparq:four: expected backend:ranks" in capsys.readouterr().err
+
+
+def test_a_second_signal_leaves_no_process(tmp_path, monkeypatch):
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    command = [
+        sys.executable,
+        "-c",
+        f"{stubborn}; print(1, flush=True); time.sleep(99)",
+    ]
+    log = tmp_path / "log"
+    with pytest.raises(SystemExit), running(command, log) as process:
+        deadline = time.monotonic() + 20
+        while not log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        wait = process.wait
+
+        def interrupted(timeout=None):
+            if timeout:
+                raise SystemExit(143)
+            return wait()
+
+        monkeypatch.setattr(process, "wait", interrupted)
+    assert process.poll() is not None
