@@ -52,10 +52,11 @@ def main() -> None:
     args = parser.parse_args()
     groups = read(args.sources)
     engines = list(next(iter(groups.values())))
-    labels = [
-        f"{case}\n" + ("all at once" if rate == float("inf") else f"{rate:g}/s")
-        for case, rate in groups
-    ]
+    labels = []
+    for case, rate in groups:
+        kind, length, count = case.split(":")
+        pace = "all at once" if rate == float("inf") else f"{rate:g}/s"
+        labels.append(f"{count} {kind} ones\nof {int(length):,} tokens\n{pace}")
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5))
     width = 0.8 / len(engines)
     for axes, (name, (label, form)) in zip(panels, PANELS.items(), strict=True):
