@@ -23,6 +23,8 @@ import ray
 from ray_engines import engine_settings, positive, share
 from tqdm import tqdm
 
+ANSWER = ("text", "finish_reason", "tokens", "error")  # fields of ours
+
 
 class Engine:
     """One vLLM engine in the actor's own process."""
@@ -41,24 +43,22 @@ class Engine:
         """The rows with what the engine generated for their prompts."""
         from vllm.exceptions import VLLMClientError
 
-        prompts = [row["prompt"] for row in rows]
-        try:
-            outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
-        except (VLLMClientError, ValueError) as error:
-            # One refused prompt ends them all: find it.
-            if len(rows) == 1:
-                return [rows[0] | {"error": str(error)}]
-            half = len(rows) // 2
-            return self.answer(rows[:half]) + self.answer(rows[half:])
-        return [
-            row
-            | {
-                "text": output.outputs[0].text,
-                "finish_reason": output.outputs[0].finish_reason,
-                "tokens": len(output.outputs[0].token_ids),
-            }
-            for row, output in zip(rows, outputs, strict=True)
-        ]
+        answers = []
+        for row in rows:
+            # Not what an earlier run said.
+            answers.append({k: v for k, v in row.items() if k not in ANSWER})
+            try:
+                self.llm.enqueue([row["prompt"]], self.params, use_tqdm=False)
+            except VLLMClientError as error:
+                answers[-1]["error"] = str(error)
+        outputs = iter(self.llm.wait_for_completion(use_tqdm=False))
+        for answer in answers:
+            if "error" not in answer:
+                output = next(outputs).outputs[0]
+                answer["text"] = output.text
+                answer["finish_reason"] = output.finish_reason
+                answer["tokens"] = len(output.token_ids)
+        return answers
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -90,7 +90,7 @@ def start_engines(args: argparse.Namespace) -> list:
         ray.init(address=args.address)
     else:
         # Prompts and answers are small: vLLM needs the memory more than Ray's store.
-        ray.init(include_dashboard=False, object_store_memory=2**27)
+        ray.init(address="local", include_dashboard=False, object_store_memory=2**27)
     options = share(args, args.engines, args.cpus_per_engine or 0, "engine")
     actor = ray.remote(Engine).options(**options)
     settings = {"disable_log_stats": True} | engine_settings(args)

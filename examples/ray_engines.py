@@ -30,7 +30,7 @@ def share(args: argparse.Namespace, count: int, cpus: int, what: str) -> dict[st
     """Ray's options for the actor of one of ``count`` engines.
 
     Args:
-        cpus: of one engine; 0: an equal share.
+        cpus: of one engine; 0: as many as fit.
         what: "engine" or "replica", as the command's options call them.
 
     Raises:

@@ -71,7 +71,7 @@ class Engine:
             params = SamplingParams(**request.model_dump(exclude={"prompt", "model"}))
             async for output in self.engine.generate(request.prompt, params, name):
                 last = output
-        except (VLLMClientError, ValueError) as error:
+        except VLLMClientError as error:
             raise HTTPException(400, str(error)) from error
         (answer,) = last.outputs
         return {
@@ -136,14 +136,18 @@ def main() -> None:
     else:
         # Prompts and answers are small: vLLM needs the memory more than Ray's store.
         ray.init(
+            address="local",
             include_dashboard=False,
             object_store_memory=2**27,
             _metrics_export_port=args.metrics_port,
         )
+    application = deployment(args)
     serve.start(http_options={"host": args.host, "port": args.port})
+    if args.name in serve.status().applications:
+        raise SystemExit(f"{args.name} runs already in this cluster: choose a --name")
     try:
         serve.run(
-            deployment(args),
+            application,
             name=args.name,
             route_prefix=args.route_prefix,
             blocking=True,

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.serving.decode import OURS, Timed, make_prompts
+from benchmarks.serving.processes import exit_on_signals
 
 # Name on the command line -> arguments of vllm.LLM.
 ENGINES = {
@@ -122,6 +123,7 @@ def main() -> None:
     if args.engine:
         args.output.write_text(json.dumps(measure(args)))
         return
+    exit_on_signals()
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.engines:
@@ -133,7 +135,9 @@ def main() -> None:
             if code == 0:
                 results.append(json.loads(part.read_text()))
             else:
-                failed.append({"engine": name, "error": f"exit status {code}"})
+                failed.append(name)
+                error = f"exit status {code}"
+                results.append({"engine": name, "error": error, "rows": []})
     print_table(results)
     if args.output:
         import torch
@@ -148,10 +152,10 @@ def main() -> None:
             "commit": os.environ.get("VLLM_SPARSE_COMMIT", "unknown"),
             "options": options,
         }
-        text = json.dumps({"header": header, "results": results + failed}, indent=1)
+        text = json.dumps({"header": header, "results": results}, indent=1)
         args.output.write_text(text + "\n")
     if failed:
-        raise SystemExit(f"failed: {', '.join(f['engine'] for f in failed)}")
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -217,8 +217,10 @@ class Client:
             # A server that hangs would be waited for, for hours.
             limit = threading.Timer(self.args.run_seconds, self.process.kill)
             limit.start()
-            shown = self._read()
-            limit.cancel()
+            try:
+                shown = self._read()
+            finally:
+                limit.cancel()
             path = Path(folder) / "result.json"
             result = json.loads(path.read_text()) if path.exists() else {}
         if result.get("completed") != count:

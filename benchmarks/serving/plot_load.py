@@ -33,10 +33,12 @@ def read(sources: list[str]) -> dict[tuple[str, float], dict[str, dict]]:
     groups: dict[tuple[str, float], dict[str, dict]] = {}
     for source in sources:
         kind, _, path = source.partition("=")
+        if not path:
+            raise SystemExit(f"{source!r}: expected KIND=FILE")
         rows = json.loads(Path(path).read_text())["results"]
         rows = [r for r in rows if r.get("case", "").partition(":")[0] == kind]
         if not rows:
-            raise SystemExit(f"{path or source} has no case of the kind {kind!r}")
+            raise SystemExit(f"{path} has no case of the kind {kind!r}")
         for row in rows:
             rate = round(row["rate"] or float("inf"), 2)
             groups.setdefault((row["case"], rate), {})[row["engine"]] = row

@@ -21,7 +21,8 @@ def free_port() -> int:
 def exit_on_signals() -> None:
     """End in order when asked to: what :func:`running` started would keep the GPU."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager

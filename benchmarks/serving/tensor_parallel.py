@@ -272,6 +272,9 @@ def main() -> None:
     add("--part", help=argparse.SUPPRESS)
     add("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for name in args.engines:
+        if name.partition(":")[2] not in RANKS:
+            parser.error(f"--engines {name}: expected backend:ranks, ranks of {NAMES}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     exit_on_signals()
     if args.part == "save":
@@ -282,9 +285,6 @@ def main() -> None:
         backend, _, ranks = args.part.partition(":")
         args.output.write_text(json.dumps(measure(args, backend, ranks)))
         return
-    for name in args.engines:
-        if name.partition(":")[2] not in RANKS:
-            parser.error(f"--engines {name}: expected backend:ranks, ranks of {NAMES}")
     results = []
     with tempfile.TemporaryDirectory() as checkpoint:
         print("weights ...", flush=True)
