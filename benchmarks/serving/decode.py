@@ -119,7 +119,9 @@ class Timed:
 
 
 def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
+    # With the seed alone, longer prompts would begin as shorter ones do, and find them
+    # in the prefix cache.
+    generator = torch.Generator().manual_seed(seed * 10**6 + length)
     ids = torch.randint(1000, 40000, (count, length), generator=generator)
     return ids.tolist()
 
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 engine.configure(options)
                 engine.kv_share()
                 if kind == "ttft":  # prompts never seen before
-                    seed = 10**6 + (repeat * 10 + number) * 10**4 + length
+                    seed = 10**6 + 100 * repeat + number
                     seconds = engine.seconds(make_prompts(1, length, seed), 1)
                 else:
                     seconds = engine.decode_step(prompts, args.tokens)

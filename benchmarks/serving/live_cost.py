@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.accuracy.environment import describe
 from benchmarks.serving.decode import Timed, make_prompts
+from benchmarks.serving.results import save
 
 
 def switches(reporter) -> dict[str, Callable[[], None]]:
@@ -108,15 +108,6 @@ def summary(batch: int, length: int, times: dict[str, list[float]]) -> list[dict
         }
         for name, ms in medians.items()
     ]
-
-
-def save(args: argparse.Namespace, rows: list[dict]) -> None:
-    if args.output is None:
-        return
-    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-    header = describe() | {"options": options | {"model": args.model.name}}
-    text = json.dumps({"header": header, "results": rows}, indent=1)
-    args.output.write_text(text + "\n")
 
 
 def main() -> None:

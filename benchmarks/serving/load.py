@@ -35,6 +35,7 @@ from typing import Any
 
 from benchmarks.serving.decode import OURS
 from benchmarks.serving.processes import exit_on_signals, free_port, running
+from benchmarks.serving.results import save
 
 QUESTION = 64  # tokens after a shared document
 # ``vllm bench serve`` again and again in one process, whose imports take long, with
@@ -299,18 +300,6 @@ def measured(
             limits.setdefault(case.text, row["request_throughput"])
         # No rate: all at once.
         yield row | {"case": case.text, "share": share, "rate": rate if share else None}
-
-
-def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    if args.output is None:
-        return
-    from benchmarks.accuracy.environment import describe
-
-    options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-    options |= {"model": args.model.name, "tokenizer": "given" * bool(args.tokenizer)}
-    header = describe() | {"options": options}
-    text = json.dumps({"header": header, "results": results}, indent=1)
-    args.output.write_text(text + "\n")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -22,10 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.accuracy.environment import describe
 from benchmarks.serving.decode import OURS, Timed, make_prompts
 from benchmarks.serving.decode_gpu import row
 from benchmarks.serving.processes import exit_on_signals, running
+from benchmarks.serving.results import save
 
 # Name on the command line -> ranks, executor.
 RANKS = {"one": (1, None), "mp": (2, "mp"), "ray": (2, "ray")}
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, backend: str, ranks: str) -> dict:
     }
     for length in args.ttft_lengths:
         times = [
-            engine.seconds(prompts(1, length, 10**6 * (i + 1) + length, vocabulary), 1)
+            engine.seconds(prompts(1, length, 10**6 + i, vocabulary), 1)
             for i in range(args.repeats + 1)
         ]
         # The first one warms up.
@@ -304,20 +304,10 @@ def main() -> None:
             elif texts and references.get(backend):
                 result["compared"] = compare(texts, references[backend])
             results.append(result)
-            save(args, results)
+            save(args, results, hidden=INTERNAL)
     print_tables(results)
     if any("error" in result for result in results):
         raise SystemExit(1)
-
-
-def save(args: argparse.Namespace, results: list[dict]) -> None:
-    if args.output is None:
-        return
-    options = {k: str(v) for k, v in vars(args).items() if k not in INTERNAL}
-    options["model"] = args.model.name
-    header = describe() | {"options": options}
-    text = json.dumps({"header": header, "results": results}, indent=1)
-    args.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

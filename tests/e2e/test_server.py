@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """The command line, and a model whose layers are not all ours."""
 
-import gc
 import json
 import os
 import re
@@ -23,12 +22,13 @@ from benchmarks.serving.processes import free_port, running  # noqa: E402
 from scripts.get_model import get_model  # noqa: E402
 from vllm_sparse.metrics import live_figures  # noqa: E402
 
+from .engines import EXTENSION  # noqa: E402
+from .engines import running as running_engine  # noqa: E402
 from .tiny import save  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
 START_SECONDS = 400
-EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
 
 
 @contextmanager
@@ -162,36 +162,19 @@ def hybrid_model(tmp_path_factory) -> Path:
 
 @contextmanager
 def engine(model: Path, in_process: bool = True, **options):
-    from vllm import LLM
-
+    settings = dict(
+        model=str(model),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        kv_cache_memory_bytes=2**28,
+        max_model_len=1024,
+        max_num_batched_tokens=500,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(not in_process)))
         if not in_process:  # ranks wait for each other spinning
             patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        environment = dict(os.environ)
-        llm = LLM(
-            model=str(model),
-            skip_tokenizer_init=True,
-            dtype="float32",
-            enforce_eager=True,
-            kv_cache_memory_bytes=2**28,
-            max_model_len=1024,
-            max_num_batched_tokens=500,
-            **options,
-        )
-        try:
+        with running_engine(in_process, **settings | options) as llm:
             yield llm
-        finally:
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
-            for name in set(os.environ) - set(environment):
-                del os.environ[name]
 
 
 def answers(llm) -> list[list[int]]:

@@ -65,6 +65,16 @@ def gather_kv_arguments():
     )
 
 
+def batch():
+    ctx = context()
+    return dict(
+        query=torch.ones(ROWS, HEADS, SIZE),
+        kv_cache=ctx.kv_cache,
+        block_table=ctx.block_table,
+        seq_lens=ctx.seq_lens,
+    )
+
+
 def lists():
     return dict(
         indices=torch.zeros(ROWS, KV_HEADS, ROOM, dtype=torch.int32),
@@ -74,12 +84,8 @@ def lists():
 
 
 def sparq_select_arguments():
-    ctx = context()
     return dict(
-        query=torch.ones(ROWS, HEADS, SIZE),
-        kv_cache=ctx.kv_cache,
-        block_table=ctx.block_table,
-        seq_lens=ctx.seq_lens,
+        **batch(),
         budgets=torch.tensor([70, 40], dtype=torch.int32),
         rank=16,
         local_window=16,
@@ -98,12 +104,8 @@ def sparq_attend_arguments():
 
 
 def attend_arguments():
-    ctx = context()
     return dict(
-        query=torch.ones(ROWS, HEADS, SIZE),
-        kv_cache=ctx.kv_cache,
-        block_table=ctx.block_table,
-        seq_lens=ctx.seq_lens,
+        **batch(),
         **lists(),
         scale=0.125,
         soft_cap=0.0,

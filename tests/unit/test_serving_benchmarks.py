@@ -4,6 +4,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import pytest
 
 pytest.importorskip("vllm")
 from benchmarks.serving import load, plot_load, tensor_parallel  # noqa: E402
-from benchmarks.serving.decode import Timed  # noqa: E402
+from benchmarks.serving.decode import Timed, make_prompts  # noqa: E402
 from benchmarks.serving.processes import running  # noqa: E402
+from benchmarks.serving.results import save  # noqa: E402
 from benchmarks.serving.tensor_parallel import compare  # noqa: E402
 
 
@@ -106,6 +108,12 @@ def test_steps_are_timed_where_all_prompts_decode(monkeypatch):
     assert timed.steps([[1], [2]], 3) == [2.0, 4.0]
 
 
+def test_prompts_of_another_length_begin_otherwise():
+    (short,), (long,) = make_prompts(1, 20, 7), make_prompts(1, 40, 7)
+    assert short != long[:20]
+    assert make_prompts(1, 20, 7) == [short] != make_prompts(1, 20, 8)
+
+
 def test_only_rates_of_every_engine_are_plotted(tmp_path, monkeypatch):
     rows = [
         {"case": "cold:9:2", "engine": e, "rate": r, "request_throughput": 1.0}
@@ -136,14 +144,19 @@ vllm:num_requests_running{engine="0"} 2.0
 
 
 def test_a_run_that_takes_too_long_is_given_up():
-    process = SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO("so far\n"))
-    process.kill = lambda: None
+    hanging = "import time; print('so far', flush=True); time.sleep(99)"
+    pipe, start = subprocess.PIPE, time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-c", hanging], stdin=pipe, stdout=pipe, text=True
+    )
     client = load.Client.__new__(load.Client)
     client.url, client.process, client._unread = "", process, 0
-    client.args = SimpleNamespace(run_seconds=5, model="m", tokenizer=None)
+    client.args = SimpleNamespace(run_seconds=2, model="m", tokenizer=None)
     case = SimpleNamespace(text="cold:9:2", dataset=[])
-    with pytest.raises(RuntimeError, match="more than --run-seconds 5:\nso far"):
+    with pytest.raises(RuntimeError, match="more than --run-seconds 2:\nso far"):
         client.bench(case, 0, 2, 1.0, 4)
+    process.wait()
+    assert time.monotonic() - start < 60
 
 
 def test_unknown_ranks_are_refused_before_anything_starts(monkeypatch, capsys):
@@ -176,3 +189,21 @@ def test_a_second_signal_leaves_no_process(tmp_path, monkeypatch):
 
         monkeypatch.setattr(process, "wait", interrupted)
     assert process.poll() is not None
+
+
+def test_results_tell_the_names_of_folders_alone(tmp_path):
+    output = tmp_path / "out.json"
+    args = SimpleNamespace(
+        output=output, model=tmp_path / "m", tokens=3, tokenizer=None
+    )
+    save(args, [{"ms": 1.0}])
+    found = json.loads(output.read_text())
+    assert found["header"]["options"] == {
+        "model": "m",
+        "tokens": "3",
+        "tokenizer": "None",
+    }
+    assert found["header"]["versions"]["vllm"] and found["results"] == [{"ms": 1.0}]
+    assert str(tmp_path) not in output.read_text()
+    args.output = None
+    save(args, [])
