@@ -39,7 +39,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 # Everything that decides what is installed. The folder is part of it because an
 # editable install points there.
 fingerprint() {
-  { source_fingerprint; echo "$extras"; cat "$root/scripts/setup_env.sh"; } | sha256sum
+  { source_fingerprint; echo "$extras"
+    cat "$root/scripts/setup_env.sh" "$root/scripts/torchvision_on_cpu.py"; } | sha256sum
 }
 
 source_fingerprint() {
@@ -74,9 +75,8 @@ for key, option in names.items():
 PY
 }
 
-# torchvision, torchaudio and torchcodec are requirements of vLLM that text models do not
-# use, and a CUDA build of torchvision beside a CPU torch breaks transformers' imports.
-unused=(torchvision torchaudio torchcodec)
+# Requirements of vLLM for sound and video, which do not load beside a CPU torch.
+unused=(torchaudio torchcodec)
 
 install_with_uv() {
   command -v uv >/dev/null || "$venv/bin/pip" install --quiet --quiet uv || return 1
@@ -122,6 +122,7 @@ set_up() {
   mapfile -t packages < <(requirements "$@")
   # setuptools first and torch before the project: its build imports both.
   install setuptools wheel ninja "${packages[@]}"
+  "$venv/bin/python" "$root/scripts/torchvision_on_cpu.py" || say "vision models will not load"
   # Other extras need no new build.
   local built="$venv/.built" sources
   sources="$(source_fingerprint)"

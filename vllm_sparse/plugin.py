@@ -56,7 +56,7 @@ def restore(name: str):
     register()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from .compat.live import install
+    from .compat import install
 
     # This process was sent the configuration of an engine of ours.
     install()
@@ -70,9 +70,14 @@ def is_ours(backend) -> bool:
 
 def chosen_in(vllm_config) -> bool:
     """Whether an engine so configured has one of our backends in any layer."""
+    return bool(chosen_names(vllm_config))
+
+
+def chosen_names(vllm_config) -> list[str]:
+    """Our backends that an engine so configured has, as users write them."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(map(is_ours, chosen))
+    return sorted({backend.name.lower() for backend in chosen if is_ours(backend)})
 
 
 def activate_cpu_platform() -> str | None:

@@ -12,10 +12,12 @@ pytest.importorskip("vllm")
 import torch  # noqa: E402
 
 from .engines import (  # noqa: E402
+    COLD,
     EXTENSION,
     NGRAM,
     NUM_LAYERS,
     SPARSE,
+    assert_same_but_for_ties,
     configure,
     generate,
     running,
@@ -75,25 +77,6 @@ def greedy(**options):
     return SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=4, **options
     )
-
-
-COLD = dict(skip_reading_prefix_cache=True)
-
-
-def assert_same_but_for_ties(got, want, gap: float = 0.15) -> None:
-    """Equal texts, or texts that part where the best tokens are within ``gap`` nats."""
-    parted = 0
-    for number, (a, b) in enumerate(zip(got, want, strict=True)):
-        a, b = a.outputs[0], b.outputs[0]
-        for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=True)):
-            if x == y:
-                continue
-            step = b.logprobs[i]
-            assert x in step, (number, i)
-            assert step[y].logprob - step[x].logprob < gap, (number, i)
-            parted += 1
-            break
-    assert parted <= len(got) // 3 + 1, parted
 
 
 @pytest.fixture(scope="module")

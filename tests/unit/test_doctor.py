@@ -13,13 +13,9 @@ import pytest
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.doctor import cli, environment, gain
 from vllm_sparse.doctor.environment import OK, Check
-from vllm_sparse.doctor.model import (
-    FULL,
-    SLIDING,
-    DoctorError,
-    inspect_model,
-    parse_config,
-)
+from vllm_sparse.doctor.model import DoctorError, inspect_model, parse_config
+
+FULL, SLIDING = "full attention", "sliding-window attention"
 
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -69,14 +65,14 @@ def inspect(name: str, **options):
 
 
 def kinds(model) -> list[tuple]:
-    return [(k.kind, k.count, k.reason is None, k.refused) for k in model.layers]
+    return [(k.kind, k.count, k.ours, k.dense) for k in model.layers]
 
 
 def test_every_layer_of_a_plain_model_is_sparse(folder):
     model = inspect(folder(LLAMA))
-    assert kinds(model) == [(FULL, 4, True, False)]
+    assert kinds(model) == [(FULL, 4, True, None)]
     assert (model.head_size, model.num_heads, model.num_kv_heads) == (128, 8, 2)
-    assert model.max_model_len == 65536 and not model.refused
+    assert model.max_model_len == 65536 and model.refusal is None
     split = inspect_model(folder(LLAMA), "sparq", SparseConfig(), 2)
     assert (split.num_heads, split.num_kv_heads) == (4, 1)
 
@@ -84,8 +80,11 @@ def test_every_layer_of_a_plain_model_is_sparse(folder):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (dict(dense_layers=3), [(FULL, 3, False, False), (FULL, 1, True, False)]),
-        (dict(selector="dense"), [(FULL, 4, False, False)]),
+        (
+            dict(dense_layers=3),
+            [(FULL, 3, True, "sparse.dense_layers"), (FULL, 1, True, None)],
+        ),
+        (dict(selector="dense"), [(FULL, 4, True, "sparse.selector")]),
     ],
 )
 def test_layers_that_options_make_dense(folder, options, expected):
@@ -94,23 +93,24 @@ def test_layers_that_options_make_dense(folder, options, expected):
 
 def test_sliding_window_layers_stay_vllms(folder):
     model = inspect(folder(GEMMA))
-    assert sorted(kinds(model)) == [(FULL, 1, True, False), (SLIDING, 3, False, False)]
-    assert kinds(inspect(folder(MISTRAL))) == [(SLIDING, 4, False, False)]
+    assert kinds(model) == [(SLIDING, 3, False, "CPU_ATTN"), (FULL, 1, True, None)]
+    model = inspect(folder(MISTRAL))
+    assert kinds(model) == [(SLIDING, 4, False, "CPU_ATTN")]
+    assert "serves 0 of 4 attention layers" in model.refusal
 
 
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
         (MLA, {}, "MLA"),
-        (LLAMA | dict(head_dim=112), {}, "head size 112 is not one of"),
+        (LLAMA | dict(head_dim=112), {}, "head size 112, which is not one of"),
         (LLAMA, dict(rank=200), "rank = 200 exceeds"),
-        (GEMMA, dict(kv_format="int4"), "sliding-window"),
+        (LLAMA, dict(kv_format="int4", kv_group_size=48), "kv_group_size = 48"),
     ],
 )
 def test_refusals_are_those_of_the_engine(folder, config, options, says):
     model = inspect(folder(config), **options)
-    assert model.refused
-    assert says in "".join(kind.reason or "" for kind in model.layers)
+    assert says in model.refusal
 
 
 def test_questions_without_an_answer(folder):
@@ -174,7 +174,7 @@ def test_the_command(folder):
     report = json.loads(done.stdout)
     assert all(check["status"] != "problem" for check in report["checks"])
     assert report["arguments"] == ["--attention-backend", "sparq"]
-    assert not report["refused"] and len(report["gains"]) == 1
+    assert report["refused"] is None and len(report["gains"]) == 1
 
 
 @pytest.mark.parametrize("config", [MLA, LLAMA | dict(num_attention_heads=3)])

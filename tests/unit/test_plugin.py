@@ -234,10 +234,33 @@ def test_served(head_size, dtype):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        pytest.param({"use_mla": True, "head_size": 576}, "attention (MLA)", id="mla"),
+        pytest.param({"has_sink": True}, "models with attention sinks", id="sinks"),
+        pytest.param({"use_sparse": True}, "(indexers)", id="indexer"),
+        pytest.param({"use_rswa": True}, "(R-SWA)", id="rswa"),
         pytest.param(
-            {"use_mla": True, "head_size": 576}, "MLA not supported", id="mla"
+            {"head_size": 72},
+            "head size 72, which is not one of [64, 80, 96, 128, 256]",
+            id="head-72",
         ),
-        pytest.param({"has_sink": True}, "attention sinks not supported", id="sinks"),
+        pytest.param({"head_size": 512}, "models with head size 512", id="head-512"),
+    ],
+)
+def test_what_the_model_is_comes_alone(changes, said):
+    """Nothing can be changed, so no option is named, whatever else is wrong."""
+    with pytest.raises(ValueError) as error:
+        SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(block_size=64, **changes))
+    message = str(error.value)
+    assert message.startswith("--attention-backend sparq does not serve ")
+    assert said in message
+    assert message.endswith(": leave --attention-backend out")
+    assert "--block-size" not in message and "Config(" not in message
+    assert message.count("head size") == ("head size" in said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
         pytest.param(
             {"kv_cache_dtype": "fp8"},
             "--kv-cache-dtype must be auto, not fp8",
@@ -249,12 +272,6 @@ def test_served(head_size, dtype):
             id="float16-cache",
         ),
         pytest.param(
-            {"head_size": 72},
-            "head size 72 is not one of [64, 80, 96, 128, 256]",
-            id="head-72",
-        ),
-        pytest.param({"head_size": 512}, "head size 512 is not one of", id="head-512"),
-        pytest.param(
             {"block_size": 64},
             "--block-size must be a multiple of 128, not 64",
             id="block-64",
@@ -264,29 +281,46 @@ def test_served(head_size, dtype):
             "--block-size must be a multiple of 128, not 192",
             id="block-192",
         ),
-        pytest.param({"dtype": torch.float64}, "dtype not supported", id="float64"),
-        pytest.param({"use_sparse": True}, "sparse not supported", id="indexer"),
-        pytest.param({"use_mm_prefix": True}, "partial multimodal", id="mm-prefix"),
-        pytest.param({"use_non_causal": True}, "non-causal", id="non-causal"),
-        pytest.param({"use_kv_connector": True}, "KV connector", id="kv-connector"),
+        pytest.param({"dtype": torch.float64}, "--dtype bfloat16", id="float64"),
+        pytest.param(
+            {"use_mm_prefix": True}, "add --language-model-only", id="mm-prefix"
+        ),
+        pytest.param({"use_non_causal": True}, "use_non_causal", id="non-causal"),
+        pytest.param(
+            {"use_kv_connector": True}, "--kv-transfer-config", id="kv-connector"
+        ),
+        pytest.param({"use_dcp": True}, "--decode-context-parallel-size", id="dcp"),
+        pytest.param({"use_batch_invariant": True}, "VLLM_BATCH_INVARIANT", id="inv"),
+        pytest.param(
+            {"use_adaptive_verification": True}, "--speculative-config", id="verify"
+        ),
     ],
 )
 def test_refused_with_the_reason_and_a_way_out(changes, said):
     with pytest.raises(ValueError) as error:
         SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(**changes))
     message = str(error.value)
-    assert message.startswith("--attention-backend sparq cannot serve this model: ")
+    assert message.startswith("--attention-backend sparq cannot serve this engine: ")
     assert said in message
-    assert "leave --attention-backend out" in message
+    assert message.endswith("Or leave --attention-backend out")
 
 
-def test_all_reasons_are_given_at_once():
+def test_all_options_to_change_are_given_at_once():
     with pytest.raises(ValueError) as error:
         SparseCpuPlatform.get_attn_backend_cls(
-            SPARQ, layer(head_size=72, dtype=torch.float64, has_sink=True)
+            SPARQ, layer(block_size=72, dtype=torch.float64, use_kv_connector=True)
         )
-    for said in ("head size 72", "dtype not supported", "attention sinks"):
+    for said in ("--block-size", "--dtype", "--kv-transfer-config"):
         assert said in str(error.value)
+
+
+def test_every_question_of_vllms_has_an_answer():
+    """A field that a new vLLM adds must be looked at, not passed over."""
+    known = "attn_type has_sliding_window dtype kv_cache_dtype block_size head_size "
+    known += "use_mla has_sink use_sparse use_mm_prefix use_per_head_quant_scales "
+    known += "use_non_causal use_batch_invariant use_kv_connector use_pcp use_dcp "
+    known += "use_adaptive_verification use_rswa"
+    assert set(AttentionSelectorConfig._fields) == set(known.split())
 
 
 @pytest.mark.parametrize(
@@ -302,19 +336,6 @@ def test_all_reasons_are_given_at_once():
 def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     answer = SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(**changes))
     assert answer == CPU_ATTN.get_path()
-
-
-@pytest.mark.parametrize(("name", "fits"), [("int4", False), ("auto", True)])
-def test_sliding_windows_beside_a_quantised_cache_are_refused(name, fits, monkeypatch):
-    config = SimpleNamespace(additional_config={"sparse": {"kv_format": name}})
-    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: config)
-    asked = layer(has_sliding_window=True)
-    if fits:
-        answer = SparseCpuPlatform.get_attn_backend_cls(SPARQ, asked)
-        assert answer == CPU_ATTN.get_path()
-        return
-    with pytest.raises(ValueError, match="kv_format = 'int4' does not serve models"):
-        SparseCpuPlatform.get_attn_backend_cls(SPARQ, asked)
 
 
 class Gpu:
@@ -338,19 +359,18 @@ def test_gpus_are_served_like_cpus():
     assert platform.__name__ == "SparseGpu" and honouring(platform) is platform
     assert platform.get_attn_backend_cls(SPARQ, layer()) == SPARQ_PATH
     assert platform.get_attn_backend_cls(None, layer()) is None
-    encoder = layer(attn_type=AttentionType.ENCODER)
-    assert platform.get_attn_backend_cls(SPARQ, encoder) is None
+    for other in ({"attn_type": AttentionType.ENCODER}, {"has_sliding_window": True}):
+        assert platform.get_attn_backend_cls(SPARQ, layer(**other)) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "capability", "reason"),
     [
         ({"dtype": torch.float32}, (9, 0), "--dtype bfloat16"),
-        ({}, (7, 5), "compute capability 7.5 is below 8.0"),
-        ({"has_sliding_window": True}, (9, 0), "sliding-window layers on GPUs"),
+        ({}, (7, 5), "compute capability 7.5, which is below 8.0"),
         ({"kv_cache_dtype": "fp8"}, (9, 0), "--kv-cache-dtype must be auto"),
     ],
-    ids=["float32", "old", "sliding", "fp8"],
+    ids=["float32", "old", "fp8"],
 )
 def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypatch):
     monkeypatch.setattr(Gpu, "capability", DeviceCapability(*capability))

@@ -23,9 +23,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E40
 
 from ..cache.formats import chosen_format  # noqa: E402
 from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
+from ..cache.mode import BlockMode  # noqa: E402
 from ..config import BACKEND_DEFAULTS  # noqa: E402
-
-HEAD_SIZES = (64, 80, 96, 128, 256)
+from .refusals import DTYPES, HEAD_SIZES  # noqa: E402
 
 
 @cache
@@ -43,11 +43,7 @@ class SparqBackend(AttentionBackend):
 
     # Storing may seal blocks, which needs the metadata.
     forward_includes_kv_cache_update: bool = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-    ]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
     # Quantised formats have an option of ours: vLLM's list of dtypes is closed.
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
@@ -104,37 +100,6 @@ class SparqBackend(AttentionBackend):
         return False
 
     @classmethod
-    def supports_combination(
-        cls,
-        head_size,
-        dtype,
-        kv_cache_dtype,
-        block_size,
-        use_mla,
-        has_sink,
-        use_sparse,
-        use_mm_prefix,
-        device_capability,
-    ) -> str | None:
-        """vLLM's reasons only name the option; this adds what would be served."""
-        if device_capability is not None:
-            from .gpu_impl import unsupported_on_gpu
-
-            reason = unsupported_on_gpu(dtype, device_capability)
-            if reason is not None:
-                return reason
-        if not cls.supports_head_size(head_size):
-            return f"head size {head_size} is not one of {list(HEAD_SIZES)}"
-        if not cls.supports_kv_cache_dtype(kv_cache_dtype):
-            return (
-                f"--kv-cache-dtype must be auto, not {kv_cache_dtype} (for a quantised "
-                "cache: --additional-config.sparse.kv_format int4)"
-            )
-        if not cls.supports_block_size(block_size):
-            return f"--block-size must be a multiple of {BLOCK_SIZE}, not {block_size}"
-        return None
-
-    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Size every block: see cache/layout.py."""
         if spec.state_content_bytes is not None:
@@ -142,7 +107,10 @@ class SparqBackend(AttentionBackend):
         # Called outside vLLM's config context, after the layers were made.
         fmt = chosen_format(spec.head_size, spec.num_kv_heads)
         layout = BlockLayout(spec.head_size, spec.dtype.itemsize, fmt)
-        content = {"state_content_bytes": layout.content_bytes}
+        content = {
+            "state_content_bytes": layout.content_bytes,
+            "kv_quant_mode": BlockMode.SPARSE,
+        }
         if not fmt.quantised:
             return replace(spec, **content)
         from ..cache.managers import LookaheadSpec

@@ -3,6 +3,7 @@
 """What the metadata builders of all devices share: options and budgets."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -13,24 +14,29 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
+    CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec
 
 from ..cache.formats import ROWS, KvFormat
+from ..compat.prompts import in_prompts
+from ..compat.vllm import init_logger
 from ..config import SparseConfig, SparseConfigError
 from ..selectors.base import tokens_kept
 from .counters import KeptHistograms, LayerKinds
 from .impl import SparseAttentionImpl
 from .stats import recorder
 
+logger = init_logger(__name__)
 M = TypeVar("M", bound=AttentionMetadata)
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
     """Runs once per step and group of layers."""
 
-    # Options of the backend that differ from SparseConfig's defaults.
+    # The backend's name, and its options that differ from SparseConfig's defaults.
+    backend: ClassVar[str] = "sparq"
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
@@ -49,6 +55,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         ) or vllm_config.model_config.get_num_attention_heads(
             vllm_config.parallel_config
         )
+        self._report_padding()
         self.kept = KeptHistograms(layer_names, self.num_kv_heads, device)
         recorder.histograms.add(self.kept)
         self._unsupported_layers = self._count_unsupported()
@@ -63,6 +70,16 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         self.config = self.resolved(config)
         self.fmt = self._format(self.config)
         self.layers = self._layer_kinds()
+
+    def _report_padding(self) -> None:
+        spec = self.kv_cache_spec
+        if spec.page_size_bytes > spec.unpadded_page_size_bytes:
+            logger.warning_once(
+                "Blocks of %d bytes are padded to %d, as other layers of this model "
+                "have larger ones: the KV cache holds no more tokens for being small.",
+                spec.unpadded_page_size_bytes,
+                spec.page_size_bytes,
+            )
 
     def _layer_kinds(self) -> LayerKinds:
         choosing, first = len(self.layer_names), self.config.dense_layers
@@ -93,6 +110,38 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
             for name, impl in impls.items()
         )
 
+    def checked(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """One step's metadata, which we understand.
+
+        Raises:
+            NotImplementedError: a request of it attends in both directions.
+        """
+        if common.causal is not True:
+            raise NotImplementedError(
+                f"--attention-backend {self.backend} serves causal attention only, and "
+                "this model asks for both directions: leave --attention-backend out"
+            )
+        return common
+
+    def prefilling(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        """Which requests are in their prompts: [num_reqs] bool on the host.
+
+        vLLM leaves it out where it cuts a batch anew (chunked local attention, two
+        halves of a batch in turns). All of them then: dense is never wrong.
+        """
+        known = in_prompts()
+        if known is None:
+            known = common.is_prefilling
+        if known is not None:
+            return known
+        if self.config.selector != "dense":
+            logger.warning_once(
+                "vLLM does not say here which rows are prompts: all of %s are served "
+                "densely",
+                ", ".join(self.layer_names[:1]),
+            )
+        return torch.ones(common.num_reqs, dtype=torch.bool)
+
     def check(self, config: SparseConfig) -> None:
         """Raise if the running engine cannot take these options; change nothing.
 
@@ -115,6 +164,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         return config.format(self.kv_cache_spec.head_size, group)
 
     def resolved(self, config: SparseConfig) -> SparseConfig:
+        if isinstance(self.kv_cache_spec, ChunkedLocalAttentionSpec):
+            # Rows are chunks here, and vLLM does not say which belong to prompts.
+            config = replace(config, selector="dense", top_p=None)
         return config.resolve(
             self.kv_cache_spec.head_size,
             self.num_heads // self.num_kv_heads,

@@ -66,7 +66,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> SparseMetadata:
-        common = common_attn_metadata
+        common = self.checked(common_attn_metadata)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
@@ -104,11 +104,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         lens: list[int],
         num_decodes: int,
     ) -> DecodeRows | None:
-        prefilling = (
-            common.is_prefilling.tolist()
-            if common.is_prefilling is not None
-            else [False] * len(lens)
-        )
+        prefilling = self.prefilling(common).tolist()
         rows, row_lens, budgets = [], [], []
         prompts = short = 0
         for req in range(num_decodes):

@@ -3,7 +3,6 @@
 """One attention layer on a GPU: nothing depends on values, so graphs may hold it."""
 
 import torch
-from vllm.platforms.interface import DeviceCapability
 
 from .. import ops
 from ..config import SparseConfig, SparseConfigError
@@ -13,23 +12,6 @@ from .impl import SparseAttentionImpl
 
 # The others loop over rows on the host.
 SELECTORS_ON_GPU = ("sparq", "dense")
-
-
-def unsupported_on_gpu(
-    dtype: torch.dtype, capability: DeviceCapability | None
-) -> str | None:
-    """Why this GPU or dtype cannot be served, None where it can."""
-    if capability is not None and capability < DeviceCapability(8, 0):
-        return (
-            f"compute capability {capability.as_version_str()} is below 8.0, which "
-            "vLLM's FlashAttention needs for prefill"
-        )
-    if dtype == torch.float32:
-        return (
-            "float32 is served on the CPU only (FlashAttention prefills in 16 bits): "
-            "use --dtype bfloat16 or float16"
-        )
-    return None
 
 
 class GpuSparseAttentionImpl(SparseAttentionImpl[GpuMetadata]):

@@ -148,7 +148,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> GpuMetadata:
-        common = common_attn_metadata
+        common = self.checked(common_attn_metadata)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
@@ -224,7 +224,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
         buffers = self._buffers
         if buffers is None:
             buffers = self._buffers = _Buffers(self, common.block_table_tensor)
-        dense = _prefilling(common, num_decodes)
+        dense = self._prompt_rows(common, num_decodes)
         table = common.block_table_tensor[:num_rows]
         seq_lens = common.seq_lens[:num_rows]
         if not self._one_token_each(num_decodes, num_rows):
@@ -261,6 +261,19 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
                 )
             )
         return parts
+
+    def _prompt_rows(
+        self, common: CommonAttentionMetadata, num_decodes: int
+    ) -> torch.Tensor | None:
+        """[num_decodes] bool on the device; None when no request is in its prompt."""
+        flags = self.prefilling(common)
+        if not flags[:num_decodes].any():
+            return None
+        pin = self.device.type == "cuda"
+        # Padding requests have no flag.
+        host = torch.zeros(num_decodes, dtype=torch.bool, pin_memory=pin)
+        host[: len(flags)] = flags[:num_decodes]
+        return host.to(self.device, non_blocking=True)
 
 
 class _Buffers:
@@ -302,20 +315,6 @@ class _Buffers:
         # Of rows that are not one per request.
         self.seq_lens = empty(builder.max_rows)
         self.block_table = empty(builder.max_rows, max_blocks)
-
-
-def _prefilling(
-    common: CommonAttentionMetadata, num_decodes: int
-) -> torch.Tensor | None:
-    """[num_decodes] bool on the device; None when no request is in its prompt."""
-    flags = common.is_prefilling
-    if flags is None or not flags[:num_decodes].any():
-        return None
-    device = common.seq_lens.device
-    # Padding requests have no flag.
-    host = torch.zeros(num_decodes, dtype=torch.bool, pin_memory=device.type == "cuda")
-    host[: len(flags)] = flags[:num_decodes]
-    return host.to(device, non_blocking=True)
 
 
 def _rows_of_requests(

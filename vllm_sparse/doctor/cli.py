@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(checks, report)
     failed = any(c.status == PROBLEM for c in checks)
-    return int(failed or report.get("refused", False))
+    return int(failed or report.get("refused") is not None)
 
 
 def _model_report(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         "model": asdict(model),
         "options": asdict(config),
-        "refused": model.refused,
+        "refused": model.refusal,
         "arguments": _arguments(args),
     }
-    if model.refused or not model.sparse_layers + model.dense_layers:
+    if model.refusal is not None:
         return report
     device = current_platform.device_type
     gains = [
@@ -134,13 +134,14 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
         + (f" on each of {ranks} ranks" if ranks > 1 else "")
     )
     for layer in model["layers"]:
-        served = f"dense: {layer['reason']}" if layer["reason"] else "sparse"
-        served = f"REFUSED: {layer['reason']}" if layer["refused"] else served
+        served = f"dense: {layer['dense']}" if layer["dense"] else "sparse"
         print(f"  {layer['count']:3} x {layer['kind']}: {served}")
+    if report["refused"]:
+        print(f"REFUSED: {report['refused']}")
     if "memory" in report:
         _print_memory(report["memory"])
         _print_gains(report["gains"])
-    if not report["refused"]:
+    if report["refused"] is None:
         print("\nServe it with:")
         command = ["vllm", "serve", model["name"], *report["arguments"]]
         print("  " + " ".join(shlex.quote(word) for word in command))

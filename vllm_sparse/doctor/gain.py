@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig
 from ..selectors.base import tokens_kept
-from .model import Model
+from .model import Layers, Model
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Memory:
     held_bytes: int
 
 
-def _layout(model: Model, config: SparseConfig) -> BlockLayout:
-    fmt = config.format(model.head_size, model.num_heads // model.num_kv_heads)
-    return BlockLayout(model.head_size, model.dtype.itemsize, fmt)
+def _layout(layers: Layers, model: Model, config: SparseConfig) -> BlockLayout:
+    fmt = config.format(layers.head_size, layers.num_heads // layers.num_kv_heads)
+    return BlockLayout(layers.head_size, model.dtype.itemsize, fmt)
 
 
 def memory(model: Model, config: SparseConfig) -> Memory:
-    layout = _layout(model, config)
-    heads = model.num_kv_heads * (model.sparse_layers + model.dense_layers)
-    block = BLOCK_SIZE * layout.content_bytes
-    return Memory(
-        bytes_per_token=heads * layout.content_bytes,
-        bytes_per_token_dense=heads * layout.row_bytes,
-        held_bytes=heads * block * layout.lookahead_blocks,
-    )
+    ours = dense = held = 0
+    for layers in model.served:
+        layout = _layout(layers, model, config)
+        heads = layers.num_kv_heads * layers.count
+        ours += heads * layout.content_bytes
+        dense += heads * layout.row_bytes
+        held += heads * BLOCK_SIZE * layout.content_bytes * layout.lookahead_blocks
+    return Memory(ours, dense, held)
 
 
 def expected_gain(
@@ -79,41 +79,46 @@ def expected_gain(
         context: tokens of every request.
         batch: requests of a decode step.
     """
-    config = config.resolve(
-        model.head_size, model.num_heads // model.num_kv_heads, device_type
-    )
-    layout = _layout(model, config)
-    most = _kept(config, layout, context, config.budget(context))
-    fewest = most
-    if config.top_p is not None:
-        floor = min(config.min_tokens, config.budget(context))
-        fewest = _kept(config, layout, context, floor)
-    items = batch * model.num_kv_heads
-
-    def read(kept: int) -> int:
-        sparse = _row_bytes(config, layout, context, kept)
-        dense = _row_bytes(config, layout, context, context)
-        return items * (model.sparse_layers * sparse + model.dense_layers * dense)
-
-    layers = model.sparse_layers + model.dense_layers
-    dense = items * layers * context * layout.row_bytes
+    fewest, most = context, context
+    dense = sparse = sparse_most = 0
+    for layers in model.served:
+        options = config.resolve(
+            layers.head_size, layers.num_heads // layers.num_kv_heads, device_type
+        )
+        layout = _layout(layers, model, options)
+        items = batch * layers.num_kv_heads * layers.count
+        length = min(context, layers.chunk or context)
+        dense += items * length * layout.row_bytes
+        kept = kept_most = length
+        if layers.dense is None:
+            kept = fewest = _fewest(options, layout, length)
+            kept_most = most = _kept(options, layout, length, options.budget(length))
+        sparse += items * _row_bytes(options, layout, length, kept)
+        sparse_most += items * _row_bytes(options, layout, length, kept_most)
     weights = model.weight_bytes
     step = None
     if weights is not None:
         weights //= model.tensor_parallel_size
-        step = (weights + dense) / (weights + read(fewest))
+        step = (weights + dense) / (weights + sparse)
     return Gain(
         context=context,
         batch=batch,
         tokens_kept=fewest,
         tokens_kept_most=most,
         kv_bytes_dense=dense,
-        kv_bytes_sparse=read(fewest),
-        kv_bytes_sparse_most=read(most),
+        kv_bytes_sparse=sparse,
+        kv_bytes_sparse_most=sparse_most,
         weight_bytes=weights,
-        attention_gain=dense / max(1, read(fewest)),
+        attention_gain=dense / max(1, sparse),
         step_gain=step,
     )
+
+
+def _fewest(config: SparseConfig, layout: BlockLayout, context: int) -> int:
+    budget = config.budget(context)
+    if config.top_p is not None:
+        budget = min(config.min_tokens, budget)
+    return _kept(config, layout, context, budget)
 
 
 def _kept(config: SparseConfig, layout: BlockLayout, context: int, budget: int) -> int:

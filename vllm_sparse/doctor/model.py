@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""A model's attention layers, by its configuration: which would be sparse."""
+"""A model's attention layers, as the engine would make them: which would be sparse.
 
-from collections import Counter
-from dataclasses import dataclass
+vLLM makes the layers, without memory for their weights, and the engine's own check is
+asked (attention/served.py): what is said here is what a start would say.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
-
-FULL, SLIDING = "full attention", "sliding-window attention"
-# Names of transformers' ``layer_types``.
-LAYER_TYPES = {
-    "full_attention": FULL,
-    "attention": FULL,
-    "sliding_attention": SLIDING,
-}
+from ..config import BACKEND_DEFAULTS, NAMESPACE, SparseConfig, SparseConfigError
 
 
 class DoctorError(RuntimeError):
@@ -25,18 +24,23 @@ class DoctorError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """Layers that are served alike.
+class Layers:
+    """Attention layers that are served alike, on one rank.
 
     Attributes:
-        reason: why they are not sparse, None where they are.
-        refused: vLLM would not start.
+        ours: whether they lie in our blocks.
+        dense: who or what keeps them dense; None where they are sparse.
+        chunk: the most tokens that they look back on; None: all.
     """
 
     kind: str
     count: int
-    reason: str | None = None
-    refused: bool = False
+    ours: bool
+    dense: str | None
+    head_size: int
+    num_heads: int
+    num_kv_heads: int
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Model:
     """Shapes on one rank.
 
     Attributes:
+        refusal: why the engine would not start, None where it would.
         weight_bytes: of all ranks; None where the weights are not on this machine.
     """
 
@@ -54,21 +59,14 @@ class Model:
     dtype: torch.dtype
     max_model_len: int
     tensor_parallel_size: int
-    layers: list[LayerKind]
+    layers: list[Layers]
+    refusal: str | None
     weight_bytes: int | None
 
     @property
-    def sparse_layers(self) -> int:
-        return sum(kind.count for kind in self.layers if kind.reason is None)
-
-    @property
-    def dense_layers(self) -> int:
-        """Layers of the same cache that read all of it."""
-        return sum(k.count for k in self.layers if k.kind == FULL and k.reason)
-
-    @property
-    def refused(self) -> bool:
-        return any(kind.refused for kind in self.layers)
+    def served(self) -> list[Layers]:
+        """The layers in our blocks."""
+        return [layers for layers in self.layers if layers.ours]
 
 
 def inspect_model(
@@ -78,111 +76,141 @@ def inspect_model(
     tensor_parallel_size: int = 1,
     **engine_args: Any,
 ) -> Model:
-    """Read a model's configuration; no weights are loaded.
+    """Make a model's layers without their weights, and look at them.
 
     Args:
         name: name or folder, as for vLLM.
         engine_args: further arguments of vLLM's ``EngineArgs``.
 
     Raises:
-        DoctorError: vLLM cannot read the model, or its heads cannot be split so.
+        DoctorError: vLLM cannot read or make the model, or its heads cannot be split
+            so.
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    arguments = EngineArgs(
+        model=name,
+        attention_backend=backend,
+        additional_config={NAMESPACE: _given(config, backend)},
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        **engine_args,
+    )
     try:
-        model = EngineArgs(model=name, **engine_args).create_model_config()
+        model = arguments.create_model_config()
     except Exception as error:
         text = f"vLLM cannot read the model {name!r}: {error}"
         raise DoctorError(text) from error
+    ranks = tensor_parallel_size
     heads = model.model_arch_config.total_num_attention_heads
-    if heads % tensor_parallel_size:
-        raise DoctorError(
-            f"{heads} attention heads cannot be split over --tensor-parallel-size "
-            f"{tensor_parallel_size}"
-        )
-    num_heads = heads // tensor_parallel_size
     kv_heads = model.get_total_num_kv_heads()
-    if kv_heads % tensor_parallel_size and tensor_parallel_size % kv_heads:
-        raise DoctorError(
-            f"{kv_heads} KV heads cannot be split over --tensor-parallel-size "
-            f"{tensor_parallel_size}"
-        )
-    num_kv_heads = max(1, kv_heads // tensor_parallel_size)
+    _check_split("attention heads", heads, ranks, fits=heads % ranks == 0)
+    fits = kv_heads % ranks == 0 or ranks % kv_heads == 0
+    _check_split("KV heads", kv_heads, ranks, fits)
+    layers, refusal = _layers(arguments, ranks)
     return Model(
         name=name,
         head_size=model.get_head_size(),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=heads // ranks,
+        num_kv_heads=max(1, kv_heads // ranks),
         dtype=model.dtype,
         max_model_len=model.max_model_len,
-        tensor_parallel_size=tensor_parallel_size,
-        layers=_layers(model, backend, config, num_heads // num_kv_heads),
+        tensor_parallel_size=ranks,
+        layers=layers,
+        refusal=refusal,
         weight_bytes=_weight_bytes(name),
     )
 
 
-def _layers(model, backend: str, config: SparseConfig, group: int) -> list[LayerKind]:
-    counts = Counter(_layer_types(model))
-    result = []
-    for kind, count in counts.items():
-        if kind not in (FULL, SLIDING):
-            result.append(LayerKind(kind, count, "a kind that is not served"))
-            continue
-        refusal = _refusal(model, backend, config, group, kind == SLIDING)
-        if refusal is not None:
-            result.append(LayerKind(kind, count, refusal, refused=True))
-        elif kind == SLIDING:
-            result.append(LayerKind(kind, count, "vLLM's own backend serves them"))
-        else:
-            first = _layer_types(model)[: config.dense_layers].count(FULL)
-            dense = count if config.selector == "dense" else first
-            why = "selector = dense" if dense == count else "sparse.dense_layers"
-            if dense:
-                result.append(LayerKind(kind, dense, why))
-            if count > dense:
-                result.append(LayerKind(kind, count - dense))
-    return result
+def _given(config: SparseConfig, backend: str) -> Mapping[str, Any]:
+    """The options that a user must have given to have ``config``."""
+    usual = asdict(SparseConfig()) | BACKEND_DEFAULTS[backend.upper()]
+    return {k: v for k, v in asdict(config).items() if v != usual[k]}
 
 
-def _layer_types(model) -> list[str]:
-    text = model.hf_text_config
-    types = getattr(text, "layer_types", None) or getattr(
-        text, "layers_block_type", None
-    )
-    if types:
-        return [LAYER_TYPES.get(t, t) for t in types]
-    window = model.get_sliding_window() is not None
-    window &= getattr(text, "use_sliding_window", True) is not False
-    return [SLIDING if window else FULL] * model.get_total_num_hidden_layers()
+def _check_split(what: str, count: int, ranks: int, fits: bool) -> None:
+    if not fits:
+        raise DoctorError(
+            f"{count} {what} cannot be split over --tensor-parallel-size {ranks}"
+        )
 
 
-def _refusal(model, backend: str, config, group: int, sliding: bool) -> str | None:
-    """What vLLM would say when it starts, from the code that would say it."""
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.attention.selector import AttentionSelectorConfig
+def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None]:
+    """The model's attention layers, and why the engine would refuse them."""
+    from ..attention.served import check_layers, layer_kinds
 
-    from ..platform import refuse_quantised
-
-    layer = AttentionSelectorConfig(
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-        kv_cache_dtype="auto",
-        block_size=None,
-        use_mla=model.use_mla,
-        has_sink=model.hf_text_config.model_type == "gpt_oss",
-        has_sliding_window=sliding,
-    )
+    found: list[Layers] = []
     try:
-        member = AttentionBackendEnum[backend.upper()]
-        current_platform.get_attn_backend_cls(member, layer)
-        if sliding:
-            refuse_quantised(config)
-        else:
-            config.resolve(model.get_head_size(), group, current_platform.device_type)
+        vllm_config = arguments.create_engine_config()
+        _make(vllm_config)
+        found = [
+            Layers(
+                kind=kind.kind,
+                count=count,
+                ours=kind.ours,
+                dense=kind.dense,
+                head_size=kind.head_size,
+                num_heads=kind.num_heads // ranks,
+                num_kv_heads=max(1, kind.num_kv_heads // ranks),
+                chunk=kind.chunk,
+            )
+            for kind, count in layer_kinds(vllm_config).items()
+        ]
+        check_layers(vllm_config)
     except (ValueError, NotImplementedError, SparseConfigError) as error:
-        return str(error).split(" The layer: ")[0]
-    return None
+        return found, str(error)
+    except Exception as error:
+        text = f"vLLM cannot make the layers of {arguments.model!r}: {error}"
+        raise DoctorError(text) from error
+    return found, None
+
+
+def _make(vllm_config) -> None:
+    """The model in ``vllm_config``, as one rank of one, its weights without memory."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    places: list[AbstractContextManager] = [torch.device("meta"), _NoWeights()]
+    with set_current_vllm_config(vllm_config), _one_rank():
+        for place in places:
+            vllm_config.compilation_config.static_forward_context.clear()
+            try:
+                with place:
+                    initialize_model(vllm_config)
+                return
+            except (NotImplementedError, RuntimeError) as error:
+                # Some models read a tensor that they have just made (ALiBi's slopes).
+                if place is places[-1] or "meta" not in str(error):
+                    raise
+
+
+class _NoWeights(TorchFunctionMode):
+    """Tensors made to be filled later get no memory; others are real."""
+
+    UNFILLED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.UNFILLED:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            init_distributed_environment(1, 0, f"file://{folder}/rank", 0, "gloo")
+            initialize_model_parallel()
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
 
 
 def parse_config(backend: str, additional_config: Any) -> SparseConfig:
