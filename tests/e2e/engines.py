@@ -32,7 +32,6 @@ NUM_LAYERS, KV_HEADS, HEAD_SIZE = 30, 3, 64
 def running(in_process: bool = True, **options) -> Iterator[LLM]:
     """An engine that is gone afterwards."""
     settings = dict(
-        model=str(get_model()),
         enforce_eager=True,
         kv_cache_memory_bytes=2**29,
         max_model_len=2048,
@@ -41,6 +40,8 @@ def running(in_process: bool = True, **options) -> Iterator[LLM]:
         disable_log_stats=True,
         seed=0,
     )
+    if "model" not in options:
+        settings["model"] = str(get_model())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(not in_process)))
         # Binding threads to cores would outlive the engine.
@@ -89,8 +90,14 @@ def logprobs(outputs) -> list[list[float]]:
     ]
 
 
-def assert_same_but_for_ties(got, want, gap: float = 0.15) -> None:
-    """Equal texts, or texts that part where the best tokens are within ``gap`` nats."""
+def assert_same_but_for_ties(
+    got, want, gap: float = 0.15, most: int | None = None
+) -> None:
+    """Equal texts, or texts that part where the best tokens are within ``gap`` nats.
+
+    Args:
+        most: texts that may part; None: one in three and one.
+    """
     parted = 0
     for number, (a, b) in enumerate(zip(got, want, strict=True)):
         a, b = a.outputs[0], b.outputs[0]
@@ -102,7 +109,7 @@ def assert_same_but_for_ties(got, want, gap: float = 0.15) -> None:
             assert step[y].logprob - step[x].logprob < gap, (number, i)
             parted += 1
             break
-    assert parted <= len(got) // 3 + 1, parted
+    assert parted <= (len(got) // 3 + 1 if most is None else most), parted
 
 
 def configure(llm: LLM, options: dict) -> None:

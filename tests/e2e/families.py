@@ -178,9 +178,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama4_text",
         dict(
             attention_chunk_size=256,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=2,
+            interleave_moe_layer_step=8,  # no layer of four has experts
             intermediate_size_mlp=256,
             no_rope_layers=[1, 1, 1, 0],
             layer_types=["chunked_attention"] * 3 + ["full_attention"],

@@ -5,25 +5,31 @@
 Some run always, all with ``-m slow`` (docs/compatibility.md has the table).
 """
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm.config.attention import AttentionConfig  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.kv_cache_interface import KVQuantMode  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
+from vllm_sparse.attention import backend  # noqa: E402
 from vllm_sparse.compat import zeroing  # noqa: E402
 from vllm_sparse.doctor.model import inspect_model, parse_config  # noqa: E402
 
-from .engines import COLD  # noqa: E402
+from .engines import COLD, tokens  # noqa: E402
 from .families import FAMILIES, save_config  # noqa: E402
 from .family_runs import (  # noqa: E402
     FULL,
     NO_FORMAT,
     REFUSED,
     alone,
+    assert_same,
     family,
+    needs_clearing,
     passes,
     poison,
     sparse_share,
@@ -47,10 +53,12 @@ def test_a_full_budget_gives_stock_vllms_tokens(name):
     """Alone, three at a time, and from the prefix cache."""
     with family(name, None) as llm:
         expected = passes(llm, name)
-    assert len({tuple(answer) for answer in expected["alone"]}) == 8
+    assert len(set(map(tuple, tokens(expected["alone"])))) == 8
     with family(name, FULL) as llm:
         poison(llm)
-        assert passes(llm, name) == expected
+        got = passes(llm, name)
+    for kind, outputs in expected.items():
+        assert_same(name, got[kind], outputs)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +69,12 @@ def test_quantised_blocks_are_the_same_in_company(name):
     """Sparse ones: no reference but the same requests alone."""
     with family(name, QUANTISED) as llm:
         poison(llm)
-        answers = passes(llm, name)
-        assert sparse_share(llm) > 0.5
-    if name == "LFM2":  # stock vLLM's answers depend on company, too
-        del answers["together"]
-    assert all(answer == answers["alone"] for answer in answers.values())
+        got = passes(llm, name)
+        assert sparse_share(llm) > 0.3
+    if name == "LFM2":  # stock vLLM's answers depend on company there, too
+        return
+    for outputs in got.values():
+        assert_same(name, outputs, got["alone"])
 
 
 def test_vllms_own_clearing_fails_here(monkeypatch):
@@ -85,6 +94,20 @@ def test_vllms_own_clearing_fails_here(monkeypatch):
         assert together(llm, name, **COLD) != expected
     monkeypatch.setattr(zeroing, "_zero_block_ids", ours)
     zeroing.install()
+
+
+def test_blocks_without_a_mode_of_ours_are_not_cleared(monkeypatch):
+    """The control: layers with windows read what was left in their blocks."""
+    name = "Gemma 3, 8 KV heads"
+    with family(name, FULL) as llm:
+        assert needs_clearing(llm)
+        expected = alone(llm, name)
+    modes = SimpleNamespace(SPARSE=KVQuantMode.NONE)
+    monkeypatch.setattr(backend, "BlockMode", modes)
+    with family(name, FULL) as llm:
+        assert not needs_clearing(llm)
+        poison(llm)
+        assert alone(llm, name) != expected
 
 
 def test_a_spawned_engine_clears_whole_blocks_too():
