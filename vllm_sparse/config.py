@@ -101,6 +101,8 @@ class SparseConfig:
         """
         if not isinstance(additional_config, Mapping):
             return cls(**defaults)
+        known = [f.name for f in fields(cls)]
+        _refuse_misplaced(additional_config, known)
         options = additional_config.get(NAMESPACE, {})
         if not isinstance(options, Mapping):
             raise SparseConfigError(
@@ -108,7 +110,6 @@ class SparseConfig:
                 f"{options!r}. Example: --additional-config "
                 f'\'{{"{NAMESPACE}": {{"top_k": 0.125}}}}\''
             )
-        known = [f.name for f in fields(cls)]
         for key in options:
             if key not in known:
                 close = get_close_matches(str(key), known, n=1)
@@ -118,6 +119,14 @@ class SparseConfig:
                     f"Options: {', '.join(known)}."
                 )
         config = cls(**{**defaults, **options})
+        adapts_by_itself = "top_p" in defaults and "top_p" not in options
+        if adapts_by_itself and config.selector in ("window", "dense"):
+            raise SparseConfigError(
+                f"{NAMESPACE}.selector = {config.selector!r} does not estimate "
+                "attention, and budgets that adapt (--attention-backend twilight) "
+                "follow an estimate: choose --attention-backend sparq for it, or leave "
+                f"{NAMESPACE}.selector out"
+            )
         config._validate()
         if config.top_p is not None and options.get("top_k") is not None:
             raise SparseConfigError(
@@ -247,8 +256,35 @@ class SparseConfig:
         return min(most, seq_len - 1)
 
 
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _refuse_misplaced(additional_config: Mapping, known: list[str]) -> None:
+    """Raise for a key beside our namespace that can only have been meant for it.
+
+    Keys of other plugins are theirs.
+    """
+    names = {NAMESPACE, "vllm_sparse", *(name.lower() for name in BACKEND_DEFAULTS)}
+    for key in additional_config:
+        first, _, rest = str(key).partition(".")
+        near = first.lower().replace("-", "_")
+        if key == NAMESPACE or not (near in names or key in known):
+            continue
+        option = rest or (key if key in known else "top_k")
+        raise SparseConfigError(
+            f"additional_config has {key!r} beside {NAMESPACE!r}, where nobody reads "
+            f"it: options lie under {NAMESPACE!r}, as in --additional-config "
+            f'\'{{"{NAMESPACE}": {{"{option}": ...}}}}\' or '
+            f"--additional-config.{NAMESPACE}.{option} ..."
+        )
+
+
+# More than any context has: budgets are tables of 32-bit integers.
+MOST_TOKENS = 2**24
+MOST_LAYERS = 4096
+
+
+def _is_int(value: Any, low: int, most: int = MOST_TOKENS) -> bool:
+    return (
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= most
+    )
 
 
 def _is_top_k(value: Any) -> bool:
@@ -259,6 +295,8 @@ def _is_top_p(value: Any) -> bool:
     return value is None or (isinstance(value, float) and 0.0 < value < 1.0)
 
 
+_TOKENS = f"from 0 to {MOST_TOKENS}"
+_COUNT_OR_SHARE = f"an integer from 1 to {MOST_TOKENS} (tokens) or a fraction of the context in (0, 1]"
 # option -> (check, what is allowed, an example)
 _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "selector": (
@@ -273,22 +311,30 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "top_k": (
         _is_top_k,
-        "a positive integer (tokens) or a fraction of the context in (0, 1]",
+        _COUNT_OR_SHARE,
         "0.125",
     ),
     "top_p": (_is_top_p, "a share of the attention mass in (0, 1)", "0.95"),
-    "min_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "128"),
+    "min_tokens": (lambda v: _is_int(v, 0), f"an integer {_TOKENS}", "128"),
     "max_tokens": (
         _is_top_k,
-        "a positive integer (tokens) or a fraction of the context in (0, 1]",
+        _COUNT_OR_SHARE,
         "0.25",
     ),
-    "local_window": (lambda v: _is_int(v, 1), "an integer of at least 1", "32"),
-    "sink_tokens": (lambda v: _is_int(v, 0), "an integer of at least 0", "4"),
-    "dense_layers": (lambda v: _is_int(v, 0), "an integer of at least 0", "2"),
+    "local_window": (
+        lambda v: _is_int(v, 1),
+        f"an integer from 1 to {MOST_TOKENS}",
+        "32",
+    ),
+    "sink_tokens": (lambda v: _is_int(v, 0), f"an integer {_TOKENS}", "4"),
+    "dense_layers": (
+        lambda v: _is_int(v, 0, MOST_LAYERS),
+        f"an integer from 0 to {MOST_LAYERS}",
+        "2",
+    ),
     "dense_below": (
-        lambda v: _is_int(v, 0) or v == "auto",
-        'an integer of at least 0 or "auto"',
+        lambda v: _is_int(v, 0, 2**31 - 1) or v == "auto",
+        f'an integer from 0 to {2**31 - 1}, or "auto"',
         "512",
     ),
     "mean_value": (

@@ -39,30 +39,47 @@ ACCEPTED = {
 REFUSED = {
     "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
     "rank": [0, -1, 16.0, "16", True, False, [16]],
-    "top_k": [0, -1, 0.0, -0.25, 1.0000001, 2.0, NAN, INF, "0.25", None, True, False],
+    "top_k": [
+        10**30,
+        0,
+        -1,
+        0.0,
+        -0.25,
+        1.0000001,
+        2.0,
+        NAN,
+        INF,
+        "0.25",
+        None,
+        True,
+        False,
+    ],
     "top_p": [0.0, 1.0, -0.5, 1.5, 1, 0, NAN, INF, "0.95", True, False],
-    "min_tokens": [-1, 128.0, "128", None, True],
+    "min_tokens": [2**25, -1, 128.0, "128", None, True],
     "max_tokens": [0, -1, 0.0, -0.25, 2.0, NAN, INF, "0.25", None, True, False],
-    "local_window": [0, -1, 32.0, "32", None, True],
-    "sink_tokens": [-1, 4.0, "4", None, True, False],
-    "dense_layers": [-1, 2.0, "2", None, True],
-    "dense_below": [-1, 512.0, "512", None, True],
+    "local_window": [2**31, 0, -1, 32.0, "32", None, True],
+    "sink_tokens": [2**40, -1, 4.0, "4", None, True, False],
+    "dense_layers": [10**4, -1, 2.0, "2", None, True],
+    "dense_below": [2**31, -1, 512.0, "512", None, True],
     "mean_value": [0, 1, None, "on", "true", "AUTO"],
     "kv_format": ["", "fp8", "int2", 4, None, ["int4"]],
     "kv_group_size": [0, -32, 32.0, "32", True],
     "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }
+COUNT_OR_SHARE = (
+    "an integer from 1 to 16777216 (tokens) or a fraction of the context in (0, 1]"
+)
 ALLOWED = {
     "selector": "one of sparq, exact, quest, window, dense",
     "rank": "an integer from 1 to the head size",
-    "top_k": "a positive integer (tokens) or a fraction of the context in (0, 1]",
+    "top_k": COUNT_OR_SHARE,
     "top_p": "a share of the attention mass in (0, 1)",
-    "min_tokens": "an integer of at least 0",
-    "max_tokens": "a positive integer (tokens) or a fraction of the context in (0, 1]",
-    "local_window": "an integer of at least 1",
-    "sink_tokens": "an integer of at least 0",
-    "dense_layers": "an integer of at least 0",
-    "dense_below": 'an integer of at least 0 or "auto"',
+    "min_tokens": "an integer from 0 to 16777216",
+    "max_tokens": COUNT_OR_SHARE,
+    "local_window": "an integer from 1 to 16777216",
+    "sink_tokens": "an integer from 0 to 16777216",
+    "dense_layers": "an integer from 0 to 4096",
+    "dense_below": 'an integer from 0 to 2147483647, or "auto"',
     "mean_value": 'true, false or "auto"',
     "kv_format": "one of auto, int8, int4, k4v8, k8v4",
     "kv_group_size": "a number of channels, such as 16, 32 or 64",
@@ -224,14 +241,43 @@ def test_namespace_that_is_no_mapping(options):
         None,
         {},
         {"other": {"top_k": -1}},
-        {"top_k": -1, "rank": "many"},
-        {"SPARSE": {"nonsense": 1}},
+        {"topology": 3, "sparsity_plugin": {"rank": 1}},
         object(),
     ],
-    ids=["none", "empty", "other", "outside", "upper-case", "no-mapping"],
+    ids=["none", "empty", "other", "others' keys", "no-mapping"],
 )
 def test_what_is_not_in_our_namespace_is_ignored(additional_config):
     assert SparseConfig.from_additional_config(additional_config) == SparseConfig()
+
+
+@pytest.mark.parametrize(
+    "additional_config",
+    [
+        {"sparq": {"top_k": 64}},
+        {"Sparse": {"top_k": 64}},
+        {"sparse.top_k": 64},
+        {"twilight": {}},
+        {"vllm-sparse": {}},
+        {"top_k": 0.1},
+        {"sparse": {"top_k": 64}, "rank": 16},
+    ],
+    ids=str,
+)
+def test_options_that_land_beside_our_namespace_are_an_error(additional_config):
+    with pytest.raises(SparseConfigError, match="beside 'sparse'") as error:
+        SparseConfig.from_additional_config(additional_config)
+    option = "rank" if "rank" in additional_config else "top_k"
+    assert f"--additional-config.sparse.{option} ..." in str(error.value)
+
+
+def test_adaptive_budgets_need_a_selector_that_estimates():
+    """The user never wrote top_p: the message is about what they wrote."""
+    with pytest.raises(SparseConfigError, match="--attention-backend twilight") as e:
+        SparseConfig.from_additional_config(
+            {"sparse": {"selector": "dense"}}, {"top_p": 0.9}
+        )
+    assert "choose --attention-backend sparq" in str(e.value)
+    assert "sparse.top_p" not in str(e.value)
 
 
 def test_other_namespaces_beside_ours_are_ignored():

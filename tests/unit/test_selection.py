@@ -299,3 +299,28 @@ def test_score_bytes(name, options, seq_len, expected):
     shape = LayerShape(6, 2, 64, torch.float32, 0.125)
     config = SparseConfig(selector=name, **options).resolve(64, 3)
     assert SELECTORS[name](config, shape).score_bytes(seq_len) == expected
+
+
+@pytest.mark.parametrize("kv_format", ["auto", "int4"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(top_k=300),
+        dict(top_k=0.1, local_window=40, sink_tokens=7),
+        dict(top_k=0.3, dense_below=900),
+        dict(top_k=1.0),
+        dict(top_p=0.9),
+        dict(top_p=0.9, min_tokens=400, max_tokens=700),
+        dict(top_p=0.9, min_tokens=0, max_tokens=0.25),
+        dict(selector="dense"),
+    ],
+    ids=str,
+)
+def test_the_table_of_budgets_is_what_every_length_gets(options, kv_format):
+    from vllm_sparse.attention.builder import budget_for, budget_table
+
+    options = dict(dense_below=0) | options
+    config = SparseConfig(kv_format=kv_format, **options).resolve(64, 3)
+    fmt = config.format(64, 3)
+    table = budget_table(1500, config, fmt).tolist()
+    assert table == [-1, *(budget_for(n, config, fmt) for n in range(1, 1501))]

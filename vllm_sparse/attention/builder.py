@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec
 
 from ..cache.formats import ROWS, KvFormat
+from ..cache.layout import BLOCK_SIZE
 from ..compat.prompts import in_prompts
 from ..compat.vllm import init_logger
 from ..config import SparseConfig, SparseConfigError
@@ -185,3 +186,32 @@ def budget_for(seq_len: int, config: SparseConfig, fmt: KvFormat = ROWS) -> int:
     forced = (config.local_window, config.sink_tokens, fmt)
     kept = tokens_kept(seq_len, config.budget(seq_len), *forced)
     return -1 if kept >= seq_len else kept
+
+
+def budget_table(last: int, config: SparseConfig, fmt: KvFormat = ROWS) -> torch.Tensor:
+    """:func:`budget_for` of the lengths 1 to ``last``, at once: [last + 1] int32.
+
+    Entry 0 is a padding row's.
+    """
+    lens = torch.arange(last + 1)
+    if config.selector == "dense":
+        return torch.full_like(lens, -1, dtype=torch.int32)
+    most = config.top_k if config.top_p is None else config.max_tokens
+    if isinstance(most, float):
+        floor = config.local_window + config.sink_tokens
+        if config.top_p is not None:
+            floor = max(floor, config.min_tokens)
+        budgets = (most * lens.double()).ceil().long().clamp(min=floor)
+    else:
+        budgets = torch.full_like(lens, most)
+    if config.top_p is not None:
+        adapts = config.min_tokens < lens
+        budgets = torch.where(adapts, budgets.minimum(lens - 1), budgets)
+    quantised = int(fmt.quantised)
+    sealed = (lens - quantised).div(BLOCK_SIZE, rounding_mode="floor") * BLOCK_SIZE
+    forced = config.sink_tokens + (lens - sealed).clamp(min=config.local_window)
+    dense = budgets.maximum(forced) >= lens
+    dense |= (lens - config.local_window).minimum(sealed) <= config.sink_tokens
+    dense |= lens < config.dense_below
+    dense[0] = True
+    return budgets.maximum(forced).masked_fill(dense, -1).int()

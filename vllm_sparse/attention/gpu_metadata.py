@@ -21,7 +21,7 @@ from .. import ops
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import SparseConfig, SparseConfigError
 from ..selectors import DecodeRows
-from .builder import SparseMetadataBuilder, budget_for
+from .builder import SparseMetadataBuilder, budget_table
 from .counters import DeviceCounter
 from .gpu_prefill import GpuPrefillRows
 from .quantised_prefill import QuantisedPrefill, plan_quantised_prefill
@@ -95,7 +95,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
                 f"CUDA graphs hold all sparse options but {', '.join(free)}: start "
                 f"another engine, or this one with enforce_eager. Now: {old}"
             )
-        kept = max(self._budgets(new))
+        kept = int(self._budgets(new).max())
         if kept > self._buffers.max_kept:
             name = "top_k" if new.top_p is None else "max_tokens"
             raise SparseConfigError(
@@ -104,12 +104,11 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
                 f"larger {name}, or with enforce_eager"
             )
 
-    def _budgets(self, config: SparseConfig) -> list[int]:
-        """Tokens to keep, by context length."""
-        max_len = self.vllm_config.model_config.max_model_len
-        # Length 0 is a padding row; drafts may stand past the last position.
-        last = max_len + self.reorder_batch_threshold
-        return [-1, *(budget_for(n, config, self.fmt) for n in range(1, last + 1))]
+    def _budgets(self, config: SparseConfig) -> torch.Tensor:
+        """Tokens to keep, by context length: int32 on the host."""
+        # Drafts may stand past the last position.
+        last = self.vllm_config.model_config.max_model_len
+        return budget_table(last + self.reorder_batch_threshold, config, self.fmt)
 
     def configure(self, config: SparseConfig) -> None:
         super().configure(config)
@@ -120,8 +119,8 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         budgets = self._budgets(config)
-        self.max_kept = max(1, *budgets)
-        self.budget_table = torch.tensor(budgets, dtype=torch.int32, device=self.device)
+        self.max_kept = max(1, int(budgets.max()))
+        self.budget_table = budgets.to(self.device)
         buffers = self._buffers
         if buffers is not None and (
             self.max_kept > buffers.max_kept

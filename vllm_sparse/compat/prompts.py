@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Which requests are in their prompts, where vLLM 0.32 and 0.33 tell builders otherwise.
+"""Which requests are in their prompts, where vLLM 0.32 and 0.33 say otherwise.
 
 For models with Mamba layers vLLM's GPU model runner calls a prompt's last token a
 decode where it comes alone (``prefill_runs_as_decode_np``): the state then goes through
