@@ -296,7 +296,10 @@ def _is_top_p(value: Any) -> bool:
 
 
 _TOKENS = f"from 0 to {MOST_TOKENS}"
-_COUNT_OR_SHARE = f"an integer from 1 to {MOST_TOKENS} (tokens) or a fraction of the context in (0, 1]"
+_COUNT_OR_SHARE = (
+    f"an integer from 1 to {MOST_TOKENS} (tokens) or a fraction of the context in (0, "
+    "1]"
+)
 # option -> (check, what is allowed, an example)
 _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "selector": (

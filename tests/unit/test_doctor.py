@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.doctor import cli, environment, gain
 from vllm_sparse.doctor.environment import OK, Check
 from vllm_sparse.doctor.model import DoctorError, inspect_model, parse_config
+from vllm_sparse.doctor.weights import weight_problems
 
 FULL, SLIDING = "full attention", "sliding-window attention"
 
@@ -58,6 +60,16 @@ def folder(tmp_path):
         return str(tmp_path)
 
     return write
+
+
+def save_weights(folder: str, size: int = 16) -> Path:
+    """A file of one tensor of ``size`` bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    file = Path(folder) / "model.safetensors"
+    save_file({"weight": torch.zeros(size, dtype=torch.uint8)}, file)
+    return file
 
 
 def inspect(name: str, **options):
@@ -138,14 +150,15 @@ def test_gain_is_the_ratio_of_bytes(folder):
 
 def test_gain_with_weights_and_adaptive_budgets(folder):
     name = folder(LLAMA)
-    with open(f"{name}/model.safetensors", "wb") as file:
-        file.write(bytes(1000))
+    save_weights(name, 1000)
     model = inspect(name)
     config = parse_config("twilight", {"sparse": {"max_tokens": 2048}})
     got = gain.expected_gain(model, config, "cuda", 32768, 1)
     assert (got.tokens_kept, got.tokens_kept_most) == (128, 2048)
     assert got.kv_bytes_sparse < got.kv_bytes_sparse_most
-    both = (1000 + got.kv_bytes_dense) / (1000 + got.kv_bytes_sparse)
+    both = (model.weight_bytes + got.kv_bytes_dense) / (
+        model.weight_bytes + got.kv_bytes_sparse
+    )
     assert got.step_gain == both
 
 
@@ -166,9 +179,29 @@ def test_a_plugin_left_out_is_a_problem(monkeypatch):
     assert found["kernels' results"].status == environment.OK
 
 
+def test_weights_that_cannot_be_loaded(folder):
+    name = folder(LLAMA)
+    assert "holds no weights" in "".join(weight_problems(name))
+    file = save_weights(name)
+    assert not list(weight_problems(name))
+    whole = file.read_bytes()
+    for kept, says in ((len(whole) - 1, "should have"), (20, "within its header")):
+        file.write_bytes(whole[:kept])
+        assert says in "".join(weight_problems(name))
+    file.write_bytes(whole)
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (Path(name) / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names other.safetensors" in "".join(weight_problems(name))
+    (Path(name) / "model.safetensors.index.json").unlink()
+    folder({k: v for k, v in LLAMA.items() if k != "architectures"})
+    assert "names no architectures" in "".join(weight_problems(name))
+    assert not list(weight_problems("some/model-of-the-hub"))
+
+
 def test_the_command(folder):
     command = [sys.executable, "-m", "vllm_sparse", "doctor", "--json", "--model"]
     command += [folder(LLAMA), "--context", "8192", "--batch", "4"]
+    save_weights(command[-5])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

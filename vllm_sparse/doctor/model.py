@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from ..config import BACKEND_DEFAULTS, NAMESPACE, SparseConfig, SparseConfigError
+from .weights import weight_files
 
 
 class DoctorError(RuntimeError):
@@ -228,15 +228,4 @@ def parse_config(backend: str, additional_config: Any) -> SparseConfig:
 
 
 def _weight_bytes(name: str) -> int | None:
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except Exception:  # not downloaded yet: the question has no answer
-            return None
-    # Some folders hold the weights a second time, under a name of their own.
-    patterns = ("model*.safetensors", "*.safetensors", "*.bin")
-    files = next((found for p in patterns if (found := list(folder.glob(p)))), [])
-    return sum(file.stat().st_size for file in files) or None
+    return sum(file.stat().st_size for file in weight_files(name) or ()) or None
