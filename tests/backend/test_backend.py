@@ -262,7 +262,7 @@ def test_layer_that_reads_another_layers_cache(drive, options, steps):
 def padded_batch(driver: Driver, lengths: list[int], padding: int):
     """A decode step of one token each, as vLLM pads it to the size of a CUDA graph."""
     size = len(lengths) + padding
-    table = torch.zeros(size, driver.BLOCKS_PER_REQUEST, dtype=torch.int32)
+    table = torch.zeros(size, driver.blocks, dtype=torch.int32)
     for row in range(len(lengths)):
         blocks = driver.requests[row].blocks
         table[row, : len(blocks)] = torch.tensor(blocks)
@@ -381,15 +381,28 @@ def test_graphs_hold_options_that_a_running_engine_cannot_change(drive, monkeypa
         driver.builder.check(config)
 
 
-def test_missing_is_prefilling_means_that_single_tokens_decode(drive):
+def test_missing_is_prefilling_means_that_all_rows_are_prompts(drive):
+    """Dense is never wrong; vLLM drops the flags where it cuts a batch anew."""
     driver = drive(GQA, SPARSE, 1)
     driver.step(Part(0, 300))
     build = driver.builder.build
     driver.builder.build = lambda common_prefix_len, common_attn_metadata: build(
         common_prefix_len, replace(common_attn_metadata, is_prefilling=None)
     )
-    driver.step(decode(0))
-    assert driver.recorder.snapshot()["sparse_rows"] == driver.sparse_rows == 1
+    driver.step(replace(decode(0), prompt=True))
+    assert driver.recorder.snapshot()["sparse_rows"] == 0
+
+
+def test_attention_in_both_directions_is_refused(drive):
+    driver = drive(GQA, SPARSE, 1)
+    build = driver.builder.build
+    for causal in (False, torch.tensor([False])):
+        driver.builder.build = lambda common_prefix_len, common_attn_metadata: build(
+            common_prefix_len,
+            replace(common_attn_metadata, causal=causal),  # noqa: B023
+        )
+        with pytest.raises(NotImplementedError, match="causal attention only"):
+            driver.step(Part(0, 300))
 
 
 def test_warm_up_without_metadata_and_unsupported_output_scales(drive):

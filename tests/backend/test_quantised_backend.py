@@ -16,8 +16,25 @@ from vllm_sparse.attention.quantised_prefill import (  # noqa: E402
 from vllm_sparse.cache.formats import FORMATS  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
 
-from .driver import BF16, DENSE, FP16, GQA, MHA, MQA, SPARSE, Part, decode  # noqa: E402
-from .test_backend import DRAFT_STEPS, SCENARIOS, num_requests, run_scenario  # noqa: E402
+from .driver import (  # noqa: E402
+    BF16,
+    DENSE,
+    FP16,
+    GQA,
+    LAYER,
+    MHA,
+    MQA,
+    SPARSE,
+    Part,
+    decode,
+)
+from .test_backend import (  # noqa: E402
+    DRAFT_STEPS,
+    SCENARIOS,
+    num_requests,
+    padded_batch,
+    run_scenario,
+)
 
 NAMES = [name for name, fmt in FORMATS.items() if fmt.quantised]
 CASES = [("cpu", name) for name in NAMES] + [("gpu-on-cpu", "int4")]
@@ -73,6 +90,23 @@ def test_a_cached_prefix_is_read_in_the_step_that_fills_it(drive, name, user_fir
     driver.step(decode(2), decode(1), decode(0), Part(3, 1, hit=(0, 2)))
     driver.step(*[decode(i) for i in range(4)])
     assert driver.check_sealed() == 2 + 2 + 1 + 2
+
+
+@on_every_path
+def test_an_idle_step_over_a_live_table_changes_nothing(drive, name):
+    """Data parallelism: no slots, but lengths and tables of requests that wait."""
+    driver = drive(GQA, SPARSE | {"kv_format": name}, 2)
+    driver.step(Part(0, 255), Part(1, 257))
+    before = driver.cache[1:].clone().view(torch.uint8)
+    idle = padded_batch(driver, [256, 258], 0)
+    idle.slot_mapping.fill_(-1)
+    metadata = driver.builder.build(0, idle)
+    tokens = [torch.randn(2, n, 64).to(driver.device) for n in (6, 2, 2)]
+    tokens = [t.to(driver.shape.dtype) for t in tokens]
+    output = torch.empty_like(tokens[0])
+    driver.impl.forward(LAYER, *tokens, driver.cache, metadata, output)
+    assert torch.equal(driver.cache[1:].view(torch.uint8), before)
+    driver.step(decode(0), decode(1))
 
 
 @pytest.mark.parametrize("drive", ["cpu", "gpu-on-cpu"], indirect=True)

@@ -143,6 +143,25 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
             )
         return torch.ones(common.num_reqs, dtype=torch.bool)
 
+    def storing(
+        self,
+        common: CommonAttentionMetadata,
+        num_reqs: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Block tables for storing by length: null where a request stores nothing.
+
+        An idle step of data parallelism has live tables, and no slots.
+
+        Args:
+            out: [>= num_reqs, max_blocks] int32, written; None: a new tensor.
+        """
+        last = (common.query_start_loc[1 : num_reqs + 1] - 1).clamp_(min=0)
+        stores = common.slot_mapping[last.long()] >= 0
+        table = common.block_table_tensor[:num_reqs]
+        out = torch.empty_like(table) if out is None else out[:num_reqs]
+        return torch.mul(table, stores[:, None], out=out)
+
     def check(self, config: SparseConfig) -> None:
         """Raise if the running engine cannot take these options; change nothing.
 

@@ -77,7 +77,7 @@ class CpuSparseMetadataBuilder(SparseMetadataBuilder[SparseMetadata]):
         if self.fmt.quantised:
             last = common.num_reqs
             new = NewTokens(
-                block_table=common.block_table_tensor[:last],
+                block_table=self.storing(common, last),
                 seq_lens=seq_lens,
                 query_start_loc=common.query_start_loc[: last + 1],
             )

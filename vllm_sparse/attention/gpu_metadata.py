@@ -76,6 +76,7 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
 
     def __init__(self, *args, **kwargs) -> None:
         self._buffers: _Buffers | None = None
+        self._storing: torch.Tensor | None = None
         self._captured = False
         self.counter: DeviceCounter | None = None
         super().__init__(*args, **kwargs)
@@ -157,8 +158,11 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             decode = self._decode_rows(common, num_decodes, num_decode_tokens)
         last = common.num_reqs if self.fmt.quantised else num_decodes
         if last:
+            table = common.block_table_tensor[:last]
+            if self.fmt.quantised:
+                table = self.storing(common, last, self._storing_buffer(table))
             requests = NewTokens(
-                block_table=common.block_table_tensor[:last],
+                block_table=table,
                 seq_lens=common.seq_lens[:last],
                 query_start_loc=common.query_start_loc[: last + 1],
                 one_token_each=self._one_token_each(num_decodes, num_decode_tokens),
@@ -209,6 +213,12 @@ class GpuSparseMetadataBuilder(SparseMetadataBuilder[GpuMetadata]):
             self._captured = True
             recorder.reset()
         return metadata
+
+    def _storing_buffer(self, table: torch.Tensor) -> torch.Tensor:
+        """[max_rows, max_blocks] int32 at a fixed address: graphs hold it."""
+        if self._storing is None:
+            self._storing = table.new_zeros(self.max_rows, table.shape[1])
+        return self._storing
 
     def _one_token_each(self, num_decodes: int, num_decode_tokens: int) -> bool:
         """Fixed for an engine: graphs of one batch size must not differ in it."""
