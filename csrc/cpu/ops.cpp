@@ -4,7 +4,6 @@
 // Checked entry points: tensors in, pointers and shapes out.
 #include "ops.h"
 
-#include <numeric>
 #include <vector>
 
 #include "../checks.h"
@@ -114,8 +113,10 @@ void store_rows(const Tensor& key,
   p.cache = kv_cache_view(kv_cache, key.size(2));
   p.num_rows = slot_mapping.size(0);
   set_contexts(block_table, seq_lens, p.num_rows, p);
+  // A row without a slot brings no token, and so fills no block.
+  const int64_t* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
   std::vector<int32_t> starts(p.num_rows + 1);
-  std::iota(starts.begin(), starts.end(), 0);
+  for (int64_t row = 0; row < p.num_rows; ++row) starts[row + 1] = starts[row] + (slots[row] >= 0);
   p.query_start_loc = starts.data();
   seal_filled(p);
 }

@@ -109,7 +109,7 @@ def seal_rows(kv_cache, block_table, seq_lens, query_start_loc, head_size) -> No
         block_table.tolist(), seq_lens.tolist(), new.tolist()
     ):
         full = length // BLOCK_SIZE
-        if length - count < full * BLOCK_SIZE and blocks[full - 1] > 0:
+        if full and length - count < full * BLOCK_SIZE and blocks[full - 1] > 0:
             prev = blocks[full - 2] if full > 1 else -1
             jobs.append((full - 1, blocks[full - 1], prev))
     if jobs:
@@ -118,9 +118,12 @@ def seal_rows(kv_cache, block_table, seq_lens, query_start_loc, head_size) -> No
 
 
 def store_rows(key, value, kv_cache, slot_mapping, block_table, seq_lens) -> None:
-    """One new token per row: store it, and seal the block that it fills."""
+    """One new token per row: store it, and seal the block that it fills.
+
+    A row without a slot stores nothing and fills nothing.
+    """
     store_kv(key, value, kv_cache, slot_mapping)
-    starts = torch.arange(len(seq_lens) + 1)
+    starts = torch.cat((torch.zeros(1), (slot_mapping >= 0).cumsum(0))).int()
     seal_rows(kv_cache, block_table, seq_lens, starts, key.shape[-1])
 
 

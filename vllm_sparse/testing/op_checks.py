@@ -93,27 +93,35 @@ def check_rows(
     before = torch.isin(block, prev)  # earlier steps sealed all but the last ones
     jobs = (block[before], prev[before], index[before])
     reference.seal_blocks(ctx.kv_cache, *jobs, head_size)
-    # A request that only pads the batch: no tokens, and vLLM's null block.
-    seq_lens = torch.cat([ctx.seq_lens, torch.zeros(1)]).int()
-    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:1])])
+    # Requests that only pad the batch: no tokens, and vLLM's null block, or a live one
+    # that is not full, at length 0 and where a block would end.
+    unfilled = int(ctx.block_table[6, 1])
+    seq_lens = torch.cat([ctx.seq_lens, torch.tensor([0, 0, 256])]).int()
+    table = torch.cat([ctx.block_table, torch.zeros_like(ctx.block_table[:3])])
+    table[-2:] = unfilled
+    untouched = raw(ctx.kv_cache)[unfilled].clone()
     cache, want = moved_cache(ctx.kv_cache, device), ctx.kv_cache
     if drafts:
         new = torch.minimum(seq_lens, torch.tensor(1 + drafts))
+        new[-1] = 0
         rest = (table, seq_lens, torch.cat([torch.zeros(1), new.cumsum(0)]).int())
         ops.seal_rows(cache, *(t.to(device) for t in rest), head_size)
         reference.seal_rows(want, *rest, head_size)
     else:
         key, value = (
-            torch.stack([t[-1] for t in ts] + [ts[0][-1]]) + 1
+            torch.stack([t[-1] for t in ts] + 3 * [ts[0][-1]]) + 1
             for ts in (ctx.keys, ctx.values)
         )
         slots = [int(ctx.slots(row)[-1]) for row in range(len(lens))]
-        rest = (torch.tensor([*slots, -1]), table, seq_lens)
+        rest = (torch.tensor([*slots, -1, -1, -1]), table, seq_lens)
         there = (t.to(device) for t in (key, value))
         ops.store_rows(*there, cache, *(t.to(device) for t in rest))
         reference.store_rows(key, value, want, *rest)
-    end = BlockLayout(head_size, dtype.itemsize).prefix_mean_offset
+    lay = BlockLayout(head_size, dtype.itemsize)
+    end = lay.prefix_mean_offset
     got, expected = raw(cache), raw(want)
+    sidecar = (..., slice(lay.codes_offset, None))
+    assert torch.equal(expected[unfilled][sidecar], untouched[sidecar])
     assert torch.equal(got[..., :end], expected[..., :end])
     means = [
         t[..., end : end + 2 * head_size].contiguous().view(torch.float16)

@@ -100,6 +100,7 @@ def store_rows(
 ) -> None:
     """See :func:`vllm_sparse.ops.store_rows`."""
     store_kv(key, value, kv_cache, slot_mapping)
-    rows = seq_lens.shape[0]
-    starts = torch.arange(rows + 1, dtype=torch.int32, device=seq_lens.device)
+    # A row without a slot brings no token, and so fills no block.
+    starts = seq_lens.new_zeros(seq_lens.shape[0] + 1)
+    torch.cumsum(slot_mapping >= 0, 0, dtype=torch.int32, out=starts[1:])
     seal_rows(kv_cache, block_table, seq_lens, starts, key.shape[-1])
