@@ -10,6 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    model_parallel_is_initialized,
+)
 
 from scripts.get_model import get_model
 
@@ -48,6 +52,8 @@ def running(in_process: bool = True, **options) -> Iterator[LLM]:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
         environment = dict(os.environ)
+        # An engine that lives in this process keeps its groups.
+        alone = in_process and not model_parallel_is_initialized()
         llm = None
         try:
             llm = LLM(**settings | options)
@@ -57,9 +63,7 @@ def running(in_process: bool = True, **options) -> Iterator[LLM]:
                 llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
-            if in_process:
-                from vllm.distributed import cleanup_dist_env_and_memory
-
+            if alone:
                 cleanup_dist_env_and_memory()
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
