@@ -29,7 +29,7 @@ export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}" TORCH_CPP_LOG_LEVEL=ERROR
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
 
 serve() {
-  local port="${PORT:-8000}" server
+  local port="${PORT:-8000}"
   # Eager: compiling takes minutes on CPU and pays only for a server that stays up.
   # The module, not `vllm serve`: that asks for the version of a package named vllm, and
   # the CPU build's is vllm-cpu.

@@ -19,7 +19,8 @@ venv="$root/.venv"
 if [ $# -eq 0 ]; then set -- cpu bench; fi
 extras="$(IFS=,; echo "$*")"
 
-say() { printf '[setup %3ds] %s\n' "$SECONDS" "$*" >&2; }
+started=$SECONDS
+say() { printf '[setup %3ds] %s\n' "$((SECONDS - started))" "$*" >&2; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 check_tools() {

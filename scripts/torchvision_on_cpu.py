@@ -38,12 +38,15 @@ def main() -> int:
     extension = Path(spec.origin).parent / "extension.py"
     text = extension.read_text()
     if DECLARED not in text:
-        extension.write_text(text + DECLARED)
+        # Never in place: installers link files of several environments to one.
+        changed = extension.with_suffix(".changed")
+        changed.write_text(text + DECLARED)
+        changed.replace(extension)
     if imports():
         return 0
     print(
-        "torchvision does not import here: install the CPU build of PyTorch's index of "
-        "CPU wheels, or uninstall it (vision models and Qwen3.5 need it, others do not)",
+        "torchvision does not import here: install the build of PyTorch's index of CPU "
+        "wheels, or uninstall it (vision models and Qwen3.5 need it, others do not)",
         file=sys.stderr,
     )
     return 1

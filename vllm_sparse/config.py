@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """The options under ``--additional-config '{"sparse": {...}}'``, parsed once."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
 # "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,200
-# tokens one request lost 4 % of a step and sixteen gained 13 % (README).
+# tokens one request lost 4 % of a step and sixteen gained 13 % (docs/results.md).
 DENSE_BELOW = {"cpu": 512, "cuda": 6144}
 # With K by channel alone sparse decoding costs more than dense up to here: 16 rows on
 # an H100 (docs/quantised_kv.md); one row: 56 for 36 us at 32K.
@@ -261,18 +262,19 @@ def _refuse_misplaced(additional_config: Mapping, known: list[str]) -> None:
 
     Keys of other plugins are theirs.
     """
-    names = {NAMESPACE, "vllm_sparse", *(name.lower() for name in BACKEND_DEFAULTS)}
-    for key in additional_config:
-        first, _, rest = str(key).partition(".")
-        near = first.lower().replace("-", "_")
-        if key == NAMESPACE or not (near in names or key in known):
+    names = [NAMESPACE, "vllm_sparse", "sparse_attention"]
+    names += [name.lower() for name in BACKEND_DEFAULTS]
+    for key, value in additional_config.items():
+        first, _, option = str(key).partition(".")
+        options = value if isinstance(value, Mapping) else {option or key: value}
+        near = get_close_matches(first.lower().replace("-", "_"), names, 1, cutoff=0.9)
+        ours = bool(options) and set(options) <= {*known, NAMESPACE}
+        if key == NAMESPACE or not (near or ours):
             continue
-        option = rest or (key if key in known else "top_k")
+        meant = json.dumps({NAMESPACE: options.get(NAMESPACE, options)}, default=str)
         raise SparseConfigError(
             f"additional_config has {key!r} beside {NAMESPACE!r}, where nobody reads "
-            f"it: options lie under {NAMESPACE!r}, as in --additional-config "
-            f'\'{{"{NAMESPACE}": {{"{option}": ...}}}}\' or '
-            f"--additional-config.{NAMESPACE}.{option} ..."
+            f"it; options lie under {NAMESPACE!r}: --additional-config '{meant}'"
         )
 
 

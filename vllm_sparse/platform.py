@@ -14,7 +14,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from . import compat
 from .compat.vllm import init_logger, require_supported
-from .config import BACKEND_DEFAULTS, SparseConfig
+from .config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
 from .plugin import chosen_names, is_ours
 
 
@@ -61,9 +61,10 @@ class HonourOurBackends:
         names = chosen_names(vllm_config)
         for name in names:
             require_supported()
-            SparseConfig.from_additional_config(
+            config = SparseConfig.from_additional_config(
                 vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
             )
+            _check_dense_layers(config, vllm_config.model_config)
         if names:
             compat.install()
         super().check_and_update_config(vllm_config)
@@ -90,6 +91,17 @@ def honouring(platform: type) -> type:
 SparseCpuPlatform = honouring(
     resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 )
+
+
+def _check_dense_layers(config: SparseConfig, model_config) -> None:
+    if model_config is None or not config.dense_layers:
+        return
+    layers = model_config.get_total_num_hidden_layers()
+    if config.dense_layers > layers:
+        raise SparseConfigError(
+            f"sparse.dense_layers = {config.dense_layers} is more than the {layers} "
+            "layers of this model"
+        )
 
 
 def _kind_left_to_vllm(attn_selector_config) -> str | None:

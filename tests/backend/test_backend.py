@@ -16,6 +16,7 @@ from vllm.config.compilation import CUDAGraphMode  # noqa: E402
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 
 from vllm_sparse.cache.layout import BLOCK_SIZE  # noqa: E402
+from vllm_sparse.compat import prompts  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
 from vllm_sparse.testing.compare import assert_close  # noqa: E402
 
@@ -175,7 +176,7 @@ def test_a_block_that_one_request_fills_and_another_reads_in_one_step(
     assert driver.sparse_rows == 1 + 3 + 4
 
 
-@pytest.mark.parametrize(("dense_layers", "sparse"), [(0, 1), (1, 1), (2, 0), (9, 0)])
+@pytest.mark.parametrize(("dense_layers", "sparse"), [(0, 1), (1, 1), (2, 0)])
 def test_first_layers_stay_dense(drive, dense_layers, sparse):
     # The layer that is driven has index 1.
     driver = drive(GQA, SPARSE | {"dense_layers": dense_layers}, 1)
@@ -183,6 +184,11 @@ def test_first_layers_stay_dense(drive, dense_layers, sparse):
     driver.step(Part(0, 300))
     driver.step(decode(0))
     assert driver.recorder.snapshot()["sparse_rows"] == driver.sparse_rows == sparse
+
+
+def test_more_dense_layers_than_there_are_stop_the_engine(drive):
+    with pytest.raises(ValueError, match="dense_layers = 9 is more than the 2 layers"):
+        drive(GQA, SPARSE | {"dense_layers": 9}, 1)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +396,23 @@ def test_missing_is_prefilling_means_that_all_rows_are_prompts(drive):
         common_prefix_len, replace(common_attn_metadata, is_prefilling=None)
     )
     driver.step(replace(decode(0), prompt=True))
+    assert driver.recorder.snapshot()["sparse_rows"] == 0
+
+
+def test_a_prompts_last_token_is_dense_where_vllm_calls_it_a_decode(drive, monkeypatch):
+    """As for models with states on a GPU (compat/prompts.py)."""
+    driver = drive(GQA, SPARSE, 1)
+    driver.step(Part(0, 300))
+    monkeypatch.setattr(prompts, "_in_prompts", torch.tensor([True]))
+    build = driver.builder.build
+
+    def as_vllm_does(common_prefix_len, common_attn_metadata):
+        flags = torch.tensor([False])
+        common = replace(common_attn_metadata, is_prefilling=flags)
+        return build(common_prefix_len, common)
+
+    driver.builder.build = as_vllm_does
+    driver.step(Part(0, 1))
     assert driver.recorder.snapshot()["sparse_rows"] == 0
 
 

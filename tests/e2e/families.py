@@ -34,7 +34,7 @@ TEXT = dict(
     eos_token_id=2,
 )
 WINDOW = 192
-# Two layers with a window, one without, then once more the window.
+# Layers with a window and without, in turns.
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 MOE = dict(
     num_experts=4,

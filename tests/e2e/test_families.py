@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm.config.attention import AttentionConfig  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import KVQuantMode  # noqa: E402
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
 from vllm_sparse.attention import backend  # noqa: E402
@@ -83,17 +84,10 @@ def test_vllms_own_clearing_fails_here(monkeypatch):
     with family(name, FULL) as llm:
         expected = alone(llm, name)
         assert together(llm, name, **COLD) == expected
-    ours = zeroing._zero_block_ids
-
-    def vllms(runner, block_ids):
-        for cache in zeroing._whole_pages(runner):
-            cache[block_ids] = 0
-
-    monkeypatch.setattr(zeroing, "_zero_block_ids", vllms)
+    monkeypatch.setattr(zeroing, "install", lambda: None)
+    monkeypatch.setattr(CPUModelRunner, "_zero_block_ids", zeroing.vllms)
     with family(name, FULL) as llm:
         assert together(llm, name, **COLD) != expected
-    monkeypatch.setattr(zeroing, "_zero_block_ids", ours)
-    zeroing.install()
 
 
 def test_blocks_without_a_mode_of_ours_are_not_cleared(monkeypatch):

@@ -192,9 +192,14 @@ def test_weights_that_cannot_be_loaded(folder):
     index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
     (Path(name) / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names other.safetensors" in "".join(weight_problems(name))
+    for broken in ("[]", '{"weight_map'):
+        (Path(name) / "model.safetensors.index.json").write_text(broken)
+        assert "not an index" in "".join(weight_problems(name))
     (Path(name) / "model.safetensors.index.json").unlink()
-    folder({k: v for k, v in LLAMA.items() if k != "architectures"})
-    assert "names no architectures" in "".join(weight_problems(name))
+    file.write_bytes((2).to_bytes(8, "little") + b"[]")
+    assert "not a safetensors file" in "".join(weight_problems(name))
+    file.rename(Path(name) / "training_args.bin")
+    assert "holds no weights" in "".join(weight_problems(name))
     assert not list(weight_problems("some/model-of-the-hub"))
 
 

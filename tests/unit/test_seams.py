@@ -7,12 +7,18 @@ fields are looked at where vLLM asks questions of a backend (test_plugin.py).
 """
 
 import inspect
+import re
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
+
+import vllm  # noqa: E402
+
+from vllm_sparse.compat import prompts  # noqa: E402
 
 # "module:attribute": the arguments or, of a dataclass, fields that we name. "...": it
 # must exist, no more.
@@ -42,6 +48,11 @@ SEAMS = {
     "vllm.v1.attention.backend:AttentionBackend."
     "supports_device_cpu_query_lens_mismatch": "",
     "vllm.v1.attention.backend:AttentionImpl": "...",
+    "vllm.v1.attention.backend:AttentionImplBase": "...",
+    "vllm.v1.attention.backend:MultipleOf": "...",
+    "vllm.v1.attention.backends.cpu_attn:_get_attn_isa": "...",
+    "vllm.v1.kv_cache_interface:KVCacheLayout.LBHNC": "...",
+    "vllm.platforms.interface:DeviceCapability.as_version_str": "",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": (
         "kv_cache_spec layer_names vllm_config device"
     ),
@@ -117,7 +128,14 @@ SEAMS = {
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "",
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "",
     "vllm.model_executor.model_loader.utils:initialize_model": "vllm_config",
-    "vllm.distributed:init_distributed_environment": "world_size rank",
+    "vllm.distributed:init_distributed_environment": (
+        "world_size rank distributed_init_method local_rank backend"
+    ),
+    "vllm.distributed:initialize_model_parallel": "",
+    "vllm.distributed:parallel_state": "...",
+    "vllm.config:set_current_vllm_config": "vllm_config",
+    "vllm.config:get_current_vllm_config": "",
+    "vllm.envs:VLLM_CPU_ATTN_SPLIT_KV": "...",
     "vllm.distributed:cleanup_dist_env_and_memory": "",
 }
 
@@ -139,15 +157,12 @@ def test_vllm_still_has(seam):
 
 
 def test_the_gpu_runner_still_keeps_a_prompts_flags():
-    """Read, not imported: the module wants a GPU build's packages."""
-    from pathlib import Path
-
-    import vllm
-
+    """Read, not imported: the modules want a GPU build's packages."""
     folder = Path(vllm.__file__).parent / "v1/worker/gpu"
+    for module, name in prompts.STATES.items():
+        text = (folder / f"model_states/{module}.py").read_text()
+        assert f"class {name}" in text
+        assert re.search(r"def prepare_attn\(\s*self,\s*input_batch: InputBatch,", text)
     hybrid = (folder / "model_states/mamba_hybrid.py").read_text()
-    assert "class MambaHybridModelState" in hybrid
-    assert (
-        "def prepare_attn(\n        self,\n        input_batch: InputBatch," in hybrid
-    )
+    assert "prefill_runs_as_decode_np" in hybrid  # else the change can go
     assert "is_prefilling_np" in (folder / "input_batch.py").read_text()

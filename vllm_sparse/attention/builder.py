@@ -128,7 +128,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         """Which requests are in their prompts: [num_reqs] bool on the host.
 
         vLLM leaves it out where it cuts a batch anew (chunked local attention, two
-        halves of a batch in turns). All of them then: dense is never wrong.
+        halves of a batch in turns, some draft models). All of them then: dense is
+        never wrong.
         """
         known = in_prompts()
         if known is None:
@@ -137,9 +138,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
             return known
         if self.config.selector != "dense":
             logger.warning_once(
-                "vLLM does not say here which rows are prompts: all of %s are served "
-                "densely",
-                ", ".join(self.layer_names[:1]),
+                "vLLM does not say which rows are prompts: %d layers, from %s on, are "
+                "served densely.",
+                len(self.layer_names),
+                self.layer_names[0],
             )
         return torch.ones(common.num_reqs, dtype=torch.bool)
 

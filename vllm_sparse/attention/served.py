@@ -92,7 +92,6 @@ def check_layers(vllm_config: VllmConfig) -> None:
     for name, layer in layers.items():
         if isinstance(getattr(layer, "impl", None), SparseAttentionImpl):
             _check_spec(name, layer, vllm_config)
-    _check_dense_layers(vllm_config, layers)
     kinds = layer_kinds(vllm_config)
     total, ours = kinds.total(), sum(n for k, n in kinds.items() if k.ours)
     backends = " and ".join(chosen_names(vllm_config))
@@ -110,17 +109,6 @@ def check_layers(vllm_config: VllmConfig) -> None:
         )
     log = logger.warning if 2 * ours < total else logger.info
     log("%s %s%s", backends, found, f" (dense are {others})" if others else "")
-
-
-def _check_dense_layers(vllm_config: VllmConfig, layers) -> None:
-    impls = [getattr(layer, "impl", None) for layer in layers.values()]
-    most = vllm_config.model_config.get_total_num_hidden_layers()
-    for impl in impls:
-        if isinstance(impl, SparseAttentionImpl) and impl.config.dense_layers > most:
-            raise SparseConfigError(
-                f"sparse.dense_layers = {impl.config.dense_layers} is more than the "
-                f"{most} layers of this model"
-            )
 
 
 def _check_spec(name: str, layer, vllm_config: VllmConfig) -> None:

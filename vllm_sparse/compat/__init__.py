@@ -4,8 +4,19 @@
 
 
 def install() -> None:
-    """Make all changes in this process. Idempotent."""
+    """Make all changes in this process. Idempotent.
+
+    Raises:
+        RuntimeError: vLLM has moved what a change needs; without it answers could be
+            wrong.
+    """
     from . import live, prompts, zeroing
 
     for change in (live, prompts, zeroing):
-        change.install()
+        try:
+            change.install()
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"{change.__name__} does not fit this vLLM: {error}. Choose another "
+                "attention backend, or a vLLM that is supported"
+            ) from error

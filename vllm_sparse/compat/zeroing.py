@@ -12,9 +12,12 @@ Upstream: ``CPUModelRunner._zero_block_ids(block_ids)``, which reads ``kv_cache_
 and ``compilation_config.static_forward_context``. To go when vLLM's clears by ratio.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+
+# The method that was replaced: a test asks whether it is still wrong.
+vllms: Callable | None = None
 
 
 def install() -> None:
@@ -28,7 +31,10 @@ def install() -> None:
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    CPUModelRunner._zero_block_ids = _zero_block_ids
+    global vllms
+    if CPUModelRunner._zero_block_ids is not _zero_block_ids:
+        vllms = CPUModelRunner._zero_block_ids
+        CPUModelRunner._zero_block_ids = _zero_block_ids
 
 
 def _zero_block_ids(runner, block_ids: list[int]) -> None:

@@ -25,17 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--additional-config",
-        type=json.loads,
+        type=_mapping,
         default={},
         metavar="JSON",
         help='as for vLLM: \'{"sparse": {"top_k": 0.125}}\'',
     )
-    parser.add_argument("--context", type=int, nargs="+", help="tokens of a request")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument(
+        "--context", type=_positive, nargs="+", help="tokens of a request"
+    )
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 16])
+    parser.add_argument("--tensor-parallel-size", "-tp", type=_positive, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--language-model-only", action="store_true")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,6 +102,7 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
         args.tensor_parallel_size,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        language_model_only=args.language_model_only,
     )
     report = {
         "model": asdict(model),
@@ -99,6 +120,7 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return report | {
         "memory": asdict(memory(model, config)),
+        "other_layers": model.other_layers,
         "gains": [asdict(gain) for gain in gains],
     }
 
@@ -117,8 +139,9 @@ def _arguments(args: argparse.Namespace) -> list[str]:
         given += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     if args.dtype != "auto":
         given += ["--dtype", args.dtype]
-    if args.trust_remote_code:
-        given += ["--trust-remote-code"]
+    for flag in ("trust_remote_code", "language_model_only"):
+        if getattr(args, flag):
+            given.append(f"--{flag.replace('_', '-')}")
     return given
 
 
@@ -142,7 +165,7 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     if report["refused"]:
         print(f"REFUSED: {report['refused']}")
     if "memory" in report:
-        _print_memory(report["memory"])
+        _print_memory(report["memory"], report["other_layers"])
         _print_gains(report["gains"])
     if report["refused"] is None and not any(c.status == PROBLEM for c in checks):
         print("\nServe it with:")
@@ -152,12 +175,16 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
         print("vllm.entrypoints.openai.api_server --model in place of vllm serve)")
 
 
-def _print_memory(memory: dict[str, int]) -> None:
+def _print_memory(memory: dict[str, int], other_layers: bool) -> None:
     ours, dense = memory["bytes_per_token"], memory["bytes_per_token_dense"]
     print(
         f"\nKV cache of a rank: {ours / 1024:.1f} KiB per token (vLLM's own: "
-        f"{dense / 1024:.1f}), {2**30 // ours:,} tokens per GiB"
+        f"{dense / 1024:.1f})"
+        + ("" if other_layers else f", {2**30 // ours:,} tokens per GiB")
     )
+    if other_layers:
+        print("  in the layers that are ours; vLLM gives all kinds of layers blocks of")
+        print("  one size, so that the engine's start says how many tokens fit")
     if memory["held_bytes"]:
         held = memory["held_bytes"] / 2**20
         print(f"  and {held:.1f} MiB for every running request's newest tokens")

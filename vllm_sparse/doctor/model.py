@@ -62,6 +62,8 @@ class Model:
     layers: list[Layers]
     refusal: str | None
     weight_bytes: int | None
+    # Whether layers of other kinds (windows, states) share the memory with ours.
+    other_layers: bool = False
 
     @property
     def served(self) -> list[Layers]:
@@ -119,6 +121,7 @@ def inspect_model(
         layers=layers,
         refusal=refusal,
         weight_bytes=_weight_bytes(name),
+        other_layers=model.is_hybrid or any(not found.ours for found in layers),
     )
 
 
