@@ -9,12 +9,13 @@ asked (attention/served.py): what is said here is what a start would say.
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..attention.served import LayerKind, check_layers, layer_kinds
 from ..config import BACKEND_DEFAULTS, NAMESPACE, SparseConfig, SparseConfigError
 from .weights import weight_files
 
@@ -24,23 +25,10 @@ class DoctorError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Layers:
-    """Attention layers that are served alike, on one rank.
+class Layers(LayerKind):
+    """So many of a kind, on one rank."""
 
-    Attributes:
-        ours: whether they lie in our blocks.
-        dense: who or what keeps them dense; None where they are sparse.
-        chunk: the most tokens that they look back on; None: all.
-    """
-
-    kind: str
-    count: int
-    ours: bool
-    dense: str | None
-    head_size: int
-    num_heads: int
-    num_kv_heads: int
-    chunk: int | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,23 +128,12 @@ def _check_split(what: str, count: int, ranks: int, fits: bool) -> None:
 
 def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None]:
     """The model's attention layers, and why the engine would refuse them."""
-    from ..attention.served import check_layers, layer_kinds
-
     found: list[Layers] = []
     try:
         vllm_config = arguments.create_engine_config()
         _make(vllm_config)
         found = [
-            Layers(
-                kind=kind.kind,
-                count=count,
-                ours=kind.ours,
-                dense=kind.dense,
-                head_size=kind.head_size,
-                num_heads=kind.num_heads // ranks,
-                num_kv_heads=max(1, kind.num_kv_heads // ranks),
-                chunk=kind.chunk,
-            )
+            Layers(**asdict(_on_one_rank(kind, ranks)), count=count)
             for kind, count in layer_kinds(vllm_config).items()
         ]
         check_layers(vllm_config)
@@ -166,6 +143,14 @@ def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None]:
         text = f"vLLM cannot make the layers of {arguments.model!r}: {error}"
         raise DoctorError(text) from error
     return found, None
+
+
+def _on_one_rank(kind: LayerKind, ranks: int) -> LayerKind:
+    return replace(
+        kind,
+        num_heads=kind.num_heads // ranks,
+        num_kv_heads=max(1, kind.num_kv_heads // ranks),
+    )
 
 
 def _make(vllm_config) -> None:
