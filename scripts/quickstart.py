@@ -107,7 +107,7 @@ def run_engine(args: argparse.Namespace) -> dict:
         options = {
             "attention_backend": args.engine,
             "additional_config": {"sparse": args.sparse},
-            "worker_extension_cls": "vllm_sparse.attention.stats.WorkerExtension",
+            "worker_extension_cls": "vllm_sparse.worker.WorkerExtension",
         }
     llm = LLM(
         args.model,

@@ -15,7 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from . import compat
 from .compat.vllm import init_logger, require_supported
 from .config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
-from .plugin import chosen_names, is_ours
+from .registry import chosen_names, is_ours
 
 
 class HonourOurBackends:

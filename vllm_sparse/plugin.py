@@ -10,11 +10,8 @@ chosen.
 
 import logging
 
-# Name on the command line (any case) -> class.
-BACKENDS = {
-    "SPARQ": "vllm_sparse.attention.backend.SparqBackend",
-    "TWILIGHT": "vllm_sparse.attention.backend.TwilightBackend",
-}
+from .registry import BACKENDS
+
 PLATFORM = "vllm_sparse.platform.SparseCpuPlatform"
 PLATFORM_PLUGIN = "vllm_sparse_cpu"
 
@@ -61,23 +58,6 @@ def restore(name: str):
     # This process was sent the configuration of an engine of ours.
     install()
     return AttentionBackendEnum[name]
-
-
-def is_ours(backend) -> bool:
-    """Whether ``backend`` (an enum member or None) is one of this package's."""
-    return getattr(backend, "name", None) in BACKENDS
-
-
-def chosen_in(vllm_config) -> bool:
-    """Whether an engine so configured has one of our backends in any layer."""
-    return bool(chosen_names(vllm_config))
-
-
-def chosen_names(vllm_config) -> list[str]:
-    """Our backends that an engine so configured has, as users write them."""
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return sorted({backend.name.lower() for backend in chosen if is_ours(backend)})
 
 
 def activate_cpu_platform() -> str | None:

@@ -11,7 +11,7 @@ from benchmarks.accuracy.methods import ModelShape
 from benchmarks.accuracy.metrics import TOP_LOGPROBS, ForcedResult
 from benchmarks.accuracy.tasks import ANSWER_TOKENS, Sample
 
-WORKER_EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
+WORKER_EXTENSION = "vllm_sparse.worker.WorkerExtension"
 OUR_BACKEND = "sparq"
 
 

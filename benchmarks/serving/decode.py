@@ -36,9 +36,7 @@ class Timed:
         self.backend = backend
         self.is_sparse = backend in OURS
         if self.is_sparse:
-            settings["worker_extension_cls"] = (
-                "vllm_sparse.attention.stats.WorkerExtension"
-            )
+            settings["worker_extension_cls"] = "vllm_sparse.worker.WorkerExtension"
         self.llm = LLM(
             attention_backend=backend,
             dtype="bfloat16",

@@ -23,7 +23,7 @@ NGRAM = {
     "prompt_lookup_max": 3,
     "prompt_lookup_min": 1,
 }
-EXTENSION = "vllm_sparse.attention.stats.WorkerExtension"
+EXTENSION = "vllm_sparse.worker.WorkerExtension"
 DENSE = {"top_k": 1.0, "dense_below": 0}
 SPARSE = {"top_k": 0.2, "dense_below": 64, "local_window": 16, "sink_tokens": 4}
 # Single tokens, both sides of a block boundary, several blocks.

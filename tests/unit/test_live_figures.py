@@ -28,7 +28,7 @@ from vllm_sparse.attention.counters import (  # noqa: E402
 from vllm_sparse.attention.live import LiveReader  # noqa: E402
 from vllm_sparse.attention.stats import StatsRecorder  # noqa: E402
 from vllm_sparse.cache.layout import BlockLayout  # noqa: E402
-from vllm_sparse.compat import live  # noqa: E402
+from vllm_sparse.compat import carrier, live  # noqa: E402
 from vllm_sparse.metrics import Figures, live_figures, reporter  # noqa: E402
 from vllm_sparse.metrics.figures import add_up  # noqa: E402
 from vllm_sparse.metrics.prometheus import BUCKETS, SparseStatLogger  # noqa: E402
@@ -131,7 +131,7 @@ class Engine:
     def step(self, **new: int) -> dict[str, int]:
         self.counts.update(new)
         stats = self.reporter.make_stats("outputs")
-        found = live.take(stats)
+        found = carrier.take(stats)
         assert stats.num_kv_fetch_reqs_by_stage == {"waiting": 1}
         return found
 
@@ -234,10 +234,10 @@ def test_the_older_ray_executor_is_waited_for():
 
 def test_counts_survive_vllms_wire_format():
     sent = SchedulerStats()
-    live.put(sent, {"rows_sparse": 2**50, "kept_9": 1})
+    carrier.put(sent, {"rows_sparse": 2**50, "kept_9": 1})
     parts = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=sent))
     got = MsgpackDecoder(EngineCoreOutputs).decode(parts).scheduler_stats
-    assert live.take(got) == {"rows_sparse": 2**50, "kept_9": 1}
+    assert carrier.take(got) == {"rows_sparse": 2**50, "kept_9": 1}
     assert got == SchedulerStats()
 
 
@@ -269,7 +269,7 @@ def test_metrics_count_every_engine_apart(stat_logger):
     counts |= {"kv_bytes_read": 30, "kv_bytes_dense": 40}
     for _ in range(2):
         stats = SchedulerStats()
-        live.put(stats, counts)
+        carrier.put(stats, counts)
         stat_logger.record(stats, None, engine_idx=1)
         stat_logger.record(SchedulerStats(), None, engine_idx=0)
     assert metric("rows_sparse_total", 0) == 0
@@ -297,7 +297,7 @@ def test_a_broken_report_ends_the_metrics_alone(stat_logger, monkeypatch):
     monkeypatch.setattr("vllm_sparse.metrics.prometheus.logger.exception", lines.append)
     for _ in range(2):
         stats = SchedulerStats()
-        live.put(stats, {"rows_sparse": "broken"})
+        carrier.put(stats, {"rows_sparse": "broken"})
         stat_logger.record(stats, None, engine_idx=0)
     assert len(lines) == 1 and stats == SchedulerStats()
 

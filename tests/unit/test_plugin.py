@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_sparse import plugin
+from vllm_sparse import plugin, registry
 from vllm_sparse.cache import formats
 from vllm_sparse.config import _RULES, SparseConfig, SparseConfigError
 
@@ -85,9 +85,9 @@ def test_name_of_the_class_is_the_registered_name():
 
 
 def test_is_ours():
-    assert plugin.is_ours(SPARQ)
-    assert not plugin.is_ours(CPU_ATTN)
-    assert not plugin.is_ours(None)
+    assert registry.is_ours(SPARQ)
+    assert not registry.is_ours(CPU_ATTN)
+    assert not registry.is_ours(None)
 
 
 def test_member_copies_to_itself():

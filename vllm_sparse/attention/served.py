@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from ..compat.vllm import init_logger
 from ..config import SparseConfigError
-from ..plugin import chosen_names
+from ..registry import chosen_names
 from .impl import SparseAttentionImpl
 
 logger = init_logger(__name__)

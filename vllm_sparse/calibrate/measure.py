@@ -12,7 +12,8 @@ import torch
 
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfig
-from ..ops.reference import forced_ranges, unpack_codes
+from ..ops.codes import unpack_codes
+from ..ops.reference import forced_ranges
 from ..selectors import LayerShape
 from ..selectors.base import keeps_all
 from ..selectors.sparq import SparqSelector

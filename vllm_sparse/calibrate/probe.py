@@ -12,9 +12,9 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ..attention.impl import SparseAttentionImpl
-from ..attention.stats import WorkerExtension
 from ..config import SparseConfig
 from ..selectors import DecodeRows, LayerShape, Selector
+from ..worker import WorkerExtension
 from .measure import Setting, measure_row, read_context
 
 

@@ -17,24 +17,19 @@ and captures graphs. So two constructors are wrapped:
   ``stat_loggers``, with the label values and metric classes of the
   ``PrometheusStatLogger`` there (Ray Serve has its own).
 
-``SchedulerStats.num_kv_fetch_reqs_by_stage`` carries the counts: a dict[str, int] that
-is msgpack'd with the rest; vLLM reads its own three keys, and asks whether there are
-any at all.
-
-``live_figures`` asks the engine core by a utility call, as vLLM's own methods of
-``LLM`` do: ``call_utility`` of the client, or ``engine_core`` of one in this process.
+What carries the counts is in carrier.py.
 
 To go when vLLM lets attention backends add to its statistics.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import wraps
 
+from ..registry import chosen_in
 from .vllm import init_logger
 
 logger = init_logger(__name__)
-PREFIX = "vllm_sparse:"
 NONE = "No live figures of sparse attention (all else works)."
 
 
@@ -53,35 +48,6 @@ def install() -> None:
     _after_init(StatLoggerManager, _log_in)
 
 
-def put(scheduler_stats, counts: Mapping[str, int]) -> None:
-    """Let ``SchedulerStats`` carry ``counts`` to the front end."""
-    carrier = scheduler_stats.num_kv_fetch_reqs_by_stage
-    carrier.update({PREFIX + name: count for name, count in counts.items()})
-
-
-def take(scheduler_stats) -> dict[str, int]:
-    """What :func:`put` put there; it is gone then."""
-    carrier = scheduler_stats.num_kv_fetch_reqs_by_stage
-    names = [name for name in carrier if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX): carrier.pop(name) for name in names}
-
-
-def ask(llm) -> dict[str, int]:
-    """An ``LLM``'s counts: of its engine core, wherever that is.
-
-    Raises:
-        RuntimeError: when it has none.
-    """
-    client = llm.llm_engine.engine_core
-    try:
-        if hasattr(client, "engine_core"):
-            return client.engine_core.sparse_figures()
-        return client.call_utility("sparse_figures")
-    except Exception as error:
-        text = f"no live figures, the engine's log may say more: {error}"
-        raise RuntimeError(text) from error
-
-
 def _after_init(cls: type, then: Callable) -> None:
     """Call ``then(self, vllm_config)`` at the end of every construction."""
     original = cls.__init__
@@ -91,8 +57,6 @@ def _after_init(cls: type, then: Callable) -> None:
     @wraps(original)
     def __init__(self, vllm_config, *args, **kwargs):
         original(self, vllm_config, *args, **kwargs)
-        from ..plugin import chosen_in
-
         if not chosen_in(vllm_config):
             return
         try:

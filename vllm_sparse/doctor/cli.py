@@ -9,7 +9,7 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
-from ..plugin import BACKENDS
+from ..registry import BACKENDS
 from .environment import OK, PROBLEM, Check, check_environment
 
 MARKS = {OK: "ok", PROBLEM: "PROBLEM"}

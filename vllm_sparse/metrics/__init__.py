@@ -18,8 +18,8 @@ def live_figures(llm) -> Figures:
         ValueError: when the engine has another backend.
         RuntimeError: when the engine could not be asked.
     """
-    from ..compat.live import ask
-    from ..plugin import chosen_in
+    from ..compat.carrier import ask
+    from ..registry import chosen_in
 
     if not chosen_in(llm.llm_engine.vllm_config):
         raise ValueError(

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
 
 from ..attention.counters import DENSE_REASONS
-from ..compat.live import take
+from ..compat.carrier import take
 from ..compat.vllm import init_logger
 from .figures import Figures
 

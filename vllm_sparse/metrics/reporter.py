@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..attention.live import report
-from ..compat.live import put
+from ..compat.carrier import put
 from ..compat.vllm import init_logger
 from .figures import Figures, add_up
 

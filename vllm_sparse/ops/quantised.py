@@ -10,6 +10,14 @@ Layout: :mod:`vllm_sparse.cache.layout`.
 import torch
 
 from ..cache.layout import BLOCK_SIZE, BlockLayout
+from .codes import (
+    dequantise_k,
+    key_params,
+    pack_codes,
+    prefix_mean,
+    sidecar,
+    unpack_codes,
+)
 
 LIMIT = torch.finfo(torch.float16).max
 
@@ -81,8 +89,6 @@ def write_block(
         chunk: [BLOCK_SIZE, C], contiguous.
         key, value: [BLOCK_SIZE, head_size].
     """
-    from .reference import _sidecar, pack_codes
-
     fmt = lay.fmt
     if fmt.key_bits == 8:
         codes, params = quantise_key_8(key.T)
@@ -109,28 +115,26 @@ def write_block(
     ]
     for offset, data in parts:
         data = data.contiguous().reshape(-1).view(torch.uint8)
-        _sidecar(chunk, offset, data.numel()).copy_(data)
+        sidecar(chunk, offset, data.numel()).copy_(data)
 
 
 def read_block(
     chunk: torch.Tensor, lay: BlockLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of a sealed chunk: two of [BLOCK_SIZE, head_size] fp32."""
-    from .reference import _sidecar, dequantise_k, key_params, unpack_codes
-
     key = dequantise_k(chunk, lay)
     size = lay.head_size
     if lay.fmt.key_rows:
         key = read_key_rows(chunk, lay)
     elif lay.fmt.key_bits == 8:
         plane = size * lay.channel_code_bytes
-        low = unpack_codes(_sidecar(chunk, lay.low_codes_offset, plane))
+        low = unpack_codes(sidecar(chunk, lay.low_codes_offset, plane))
         key = key + (low.float() - 7.5) * (key_params(chunk, lay)[0] / 16)
-    packed = _sidecar(
+    packed = sidecar(
         chunk, lay.value_codes_offset, BLOCK_SIZE * lay.value_code_bytes
     ).view(BLOCK_SIZE, -1)
     codes = unpack_value(packed, lay.fmt.value_bits)
-    params = _sidecar(
+    params = sidecar(
         chunk, lay.value_params_offset, BLOCK_SIZE * lay.value_param_bytes
     ).view(torch.float16)
     scale, minimum = params.float().view(BLOCK_SIZE, -1, 1, 2).unbind(-1)
@@ -140,10 +144,8 @@ def read_block(
 
 def read_key_rows(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
     """K by token of a sealed chunk: [BLOCK_SIZE, head_size] fp32."""
-    from .reference import _sidecar
-
-    codes = _sidecar(chunk, lay.key_rows_offset, BLOCK_SIZE * lay.head_size)
-    params = _sidecar(chunk, lay.key_row_params_offset, BLOCK_SIZE * 4)
+    codes = sidecar(chunk, lay.key_rows_offset, BLOCK_SIZE * lay.head_size)
+    params = sidecar(chunk, lay.key_row_params_offset, BLOCK_SIZE * 4)
     scale, minimum = params.view(torch.float16).float().view(BLOCK_SIZE, 2).unbind(-1)
     codes = codes.view(BLOCK_SIZE, -1).float()
     return codes * scale[:, None] + minimum[:, None]
@@ -217,8 +219,6 @@ def store_quantised(
 
 
 def _seal(kv_cache, lay, jobs) -> None:
-    from .reference import _sidecar, prefix_mean
-
     size = lay.head_size
     for index, block, previous, tokens in jobs:
         for head in range(kv_cache.shape[1]):
@@ -232,4 +232,4 @@ def _seal(kv_cache, lay, jobs) -> None:
                 before = prefix_mean(kv_cache[previous, head], lay)
                 mean = before + (mean - before) / (index + 1)
             data = mean.clamp(-LIMIT, LIMIT).half().view(torch.uint8)
-            _sidecar(chunk, lay.prefix_mean_offset, 2 * size).copy_(data)
+            sidecar(chunk, lay.prefix_mean_offset, 2 * size).copy_(data)

@@ -12,7 +12,8 @@ import math
 import torch
 
 from ..cache.formats import ROWS, KvFormat
-from ..cache.layout import BLOCK_SIZE, CODE_MAX, LANES, BlockLayout
+from ..cache.layout import BLOCK_SIZE, BlockLayout
+from .codes import dequantise_k, pack_codes, prefix_mean, quantise_k, sidecar
 from .kept import add_counts
 from .quantised import read_block, tail_rows
 from .quantised import store_quantised as store_quantised
@@ -31,11 +32,6 @@ def kv_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
     return kv_cache.as_strided((blocks, heads, tokens, 2 * head_size), stride)
 
 
-def _sidecar(chunk: torch.Tensor, offset: int, size: int) -> torch.Tensor:
-    """``size`` bytes at byte ``offset`` of one contiguous (block, head) chunk."""
-    return chunk.reshape(-1).view(torch.uint8)[offset : offset + size]
-
-
 def store_kv(key, value, kv_cache, slot_mapping) -> None:
     """Write K and V rows at their slots; negative slots are skipped."""
     rows = kv_rows(kv_cache, key.shape[-1])
@@ -43,38 +39,6 @@ def store_kv(key, value, kv_cache, slot_mapping) -> None:
         if slot >= 0:
             block, offset = divmod(slot, BLOCK_SIZE)
             rows[block, :, offset] = torch.cat([key[token], value[token]], dim=-1)
-
-
-def quantise_k(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Asymmetric 4-bit quantiser per channel (KIVI, arXiv 2402.02750, section 3.1).
-
-    Args:
-        k: [BLOCK_SIZE, head_size] keys of one block and head.
-
-    Returns:
-        codes [BLOCK_SIZE, head_size] uint8, scale and minimum [head_size] fp16, rounded
-        before the codes are taken.
-    """
-    k = k.float()
-    limit = torch.finfo(torch.float16).max
-    minimum = k.amin(0).clamp(-limit, limit).half()
-    scale = ((k.amax(0) - k.amin(0)) / CODE_MAX).clamp(max=limit).half()
-    divisor = torch.where(scale > 0, scale.float(), 1.0)
-    codes = ((k - minimum.float()) / divisor).round().clamp(0, CODE_MAX)
-    return codes.to(torch.uint8), scale, minimum
-
-
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """[BLOCK_SIZE, head_size] codes to [head_size, BLOCK_SIZE / 2] bytes."""
-    nibbles = codes.T.reshape(-1, BLOCK_SIZE // LANES, LANES).transpose(1, 2)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-
-
-def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of pack_codes: [head_size, bytes] uint8 to [BLOCK_SIZE, head_size]."""
-    pairs = packed.reshape(-1, LANES, BLOCK_SIZE // LANES // 2)
-    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
-    return nibbles.transpose(1, 2).reshape(-1, BLOCK_SIZE).T
 
 
 def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> None:
@@ -98,7 +62,7 @@ def seal_blocks(kv_cache, block_ids, prev_block_ids, block_index, head_size) -> 
                 (lay.prefix_mean_offset, mean.clamp(-65504, 65504).half()),
             ):
                 data = data.contiguous().reshape(-1).view(torch.uint8)
-                _sidecar(chunk, offset, data.numel()).copy_(data)
+                sidecar(chunk, offset, data.numel()).copy_(data)
 
 
 def seal_rows(kv_cache, block_table, seq_lens, query_start_loc, head_size) -> None:
@@ -125,32 +89,6 @@ def store_rows(key, value, kv_cache, slot_mapping, block_table, seq_lens) -> Non
     store_kv(key, value, kv_cache, slot_mapping)
     starts = torch.cat((torch.zeros(1), (slot_mapping >= 0).cumsum(0))).int()
     seal_rows(kv_cache, block_table, seq_lens, starts, key.shape[-1])
-
-
-def prefix_mean(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
-    """Mean of V from the context's start to this block's end: [head_size] fp32."""
-    data = _sidecar(chunk, lay.prefix_mean_offset, 2 * lay.head_size)
-    return data.view(torch.float16).float()
-
-
-def dequantise_k(chunk: torch.Tensor, lay: BlockLayout) -> torch.Tensor:
-    """K of a sealed (block, head) chunk, from codes: [BLOCK_SIZE, head_size] fp32."""
-    size = lay.head_size * lay.channel_code_bytes
-    codes = unpack_codes(_sidecar(chunk, lay.codes_offset, size))
-    scale, minimum = key_params(chunk, lay)
-    return codes.float() * scale + minimum
-
-
-def key_params(
-    chunk: torch.Tensor, lay: BlockLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum of every K: two of [BLOCK_SIZE, head_size] fp32."""
-    size = lay.head_size * lay.channel_param_bytes
-    params = _sidecar(chunk, lay.params_offset, size).view(torch.float16).float()
-    params = params.view(lay.head_size, lay.key_groups, 2)
-    params = params.repeat_interleave(BLOCK_SIZE // lay.key_groups, dim=1)
-    scale, minimum = params.transpose(0, 1).unbind(-1)
-    return scale, minimum
 
 
 def gather_kv(kv_cache, block_table, seq_lens, out_start, key, value, fmt=ROWS) -> None:

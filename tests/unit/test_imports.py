@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Which files of the package import which, also within functions: arrows, no circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import vllm_sparse
+
+ROOT = Path(vllm_sparse.__file__).parent
+# A part may import those before it.
+ORDER = "registry cache config ops kernels selectors compat attention metrics platform"
+ORDER = [*ORDER.split(), "plugin", "worker", "testing", "calibrate", "doctor"]
+# Figures leave through vLLM's constructors; the choice of kernels loads the chosen.
+UPWARD = {("compat.live", "metrics"), ("ops.dispatch", "kernels")}
+
+
+def module(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+FILES = {module(file): file for file in ROOT.rglob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """Modules of the package that a file names in an import, wherever it stands."""
+    file, found = FILES[name], set()
+    package = name.split(".") if file.stem == "__init__" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                found.add(whole if whole in FILES else ".".join(base))
+    return found & set(FILES) - {name, "", "__init__"}
+
+
+def test_no_circle():
+    TopologicalSorter({name: imports(name) for name in FILES}).prepare()
+
+
+def test_arrows_point_one_way():
+    place = {part: i for i, part in enumerate(ORDER)}
+    wrong = [
+        (name, other)
+        for name in FILES
+        for other in imports(name)
+        if (a := name.split(".")[0]) in place
+        and (b := other.split(".")[0]) in place
+        and place[a] < place[b]
+        and (name, b) not in UPWARD
+    ]
+    assert not wrong
