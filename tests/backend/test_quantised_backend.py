@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
+from vllm_sparse.attention import builder  # noqa: E402
 from vllm_sparse.attention.quantised_prefill import (  # noqa: E402
     plan_quantised_prefill,
 )
@@ -107,6 +108,22 @@ def test_an_idle_step_over_a_live_table_changes_nothing(drive, name):
     driver.impl.forward(LAYER, *tokens, driver.cache, metadata, output)
     assert torch.equal(driver.cache[1:].view(torch.uint8), before)
     driver.step(decode(0), decode(1))
+
+
+@on_the_cpu
+def test_padding_that_makes_small_blocks_pointless_is_said(drive, monkeypatch):
+    """Beside layers whose blocks are larger."""
+    driver, said = drive(GQA, SPARSE | {"kv_format": "k8v4"}, 1), []
+    monkeypatch.setattr(
+        builder.logger, "warning_once", lambda s, *a: said.append(s % a)
+    )
+    spec = driver.builder.kv_cache_spec
+    for padded, lines in ((None, 0), (spec.page_size_bytes + 512, 1)):
+        driver.builder.kv_cache_spec = replace(spec, page_size_padded=padded)
+        driver.builder._report_padding()
+        assert len(said) == lines
+    size = spec.page_size_bytes
+    assert f"Blocks of {size} bytes are padded to {size + 512}" in said[0]
 
 
 @pytest.mark.parametrize("drive", ["cpu", "gpu-on-cpu"], indirect=True)

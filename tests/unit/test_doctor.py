@@ -111,6 +111,18 @@ def test_sliding_window_layers_stay_vllms(folder):
     assert "serves 0 of 4 attention layers" in model.refusal
 
 
+def test_few_layers_of_ours_are_a_warning(folder, monkeypatch):
+    from vllm_sparse.attention import served
+
+    said: list[str] = []
+    monkeypatch.setattr(served.logger, "warning", lambda s, *a: said.append(s % a))
+    inspect(folder(LLAMA))
+    assert not said
+    inspect(folder(GEMMA))
+    others = "dense are 3 x sliding-window attention: CPU_ATTN"
+    assert said == [f"sparq serves 1 of 4 attention layers ({others})"]
+
+
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
