@@ -71,15 +71,16 @@ def _kind(layer) -> LayerKind:
     elif chunk is not None:
         kind = CHUNKED
     if not ours:
-        dense = layer.attn_backend.get_name()
+        dense = layer.get_attn_backend().get_name()
     elif kind == CHUNKED:
         dense = "chunks are short"
     elif impl.config.selector == "dense":
         dense = "sparse.selector"
     elif impl.selector_of(layer) is None:
         dense = "sparse.dense_layers"
-    heads = layer.num_heads, getattr(layer, "num_kv_heads", 1)
-    return LayerKind(kind, ours, dense, layer.head_size, *heads, chunk)
+    # Layers that are not ours may be of any class.
+    shape = (getattr(layer, n, 0) for n in ("head_size", "num_heads", "num_kv_heads"))
+    return LayerKind(kind, ours, dense, *shape, chunk)
 
 
 def check_layers(vllm_config: VllmConfig) -> None:
