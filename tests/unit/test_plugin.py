@@ -23,7 +23,6 @@ pytest.importorskip("vllm")
 import vllm  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
-from vllm.platforms.interface import DeviceCapability, PlatformEnum  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm.v1.attention.backends.registry import (  # noqa: E402
     AttentionBackendEnum,
@@ -31,7 +30,7 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
 from vllm_sparse.compat.vllm import UnsupportedVllmError  # noqa: E402
-from vllm_sparse.platform import SparseCpuPlatform, honouring  # noqa: E402
+from vllm_sparse.platform import SparseCpuPlatform  # noqa: E402
 
 plugin.register()
 SPARQ = AttentionBackendEnum["SPARQ"]
@@ -234,98 +233,6 @@ def test_served(head_size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        pytest.param({"use_mla": True, "head_size": 576}, "attention (MLA)", id="mla"),
-        pytest.param({"has_sink": True}, "models with attention sinks", id="sinks"),
-        pytest.param({"use_sparse": True}, "(indexers)", id="indexer"),
-        pytest.param({"use_rswa": True}, "(R-SWA)", id="rswa"),
-        pytest.param(
-            {"head_size": 72},
-            "head size 72, which is not one of [64, 80, 96, 128, 256]",
-            id="head-72",
-        ),
-        pytest.param({"head_size": 512}, "models with head size 512", id="head-512"),
-    ],
-)
-def test_what_the_model_is_comes_alone(changes, said):
-    """Nothing can be changed, so no option is named, whatever else is wrong."""
-    with pytest.raises(ValueError) as error:
-        SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(block_size=64, **changes))
-    message = str(error.value)
-    assert message.startswith("--attention-backend sparq does not serve ")
-    assert said in message
-    assert message.endswith(": leave --attention-backend out")
-    assert "--block-size" not in message and "Config(" not in message
-    assert message.count("head size") == ("head size" in said)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        pytest.param(
-            {"kv_cache_dtype": "fp8"},
-            "--kv-cache-dtype must be auto, not fp8",
-            id="fp8",
-        ),
-        pytest.param(
-            {"kv_cache_dtype": "float16"},
-            "--kv-cache-dtype must be auto, not float16",
-            id="float16-cache",
-        ),
-        pytest.param(
-            {"block_size": 64},
-            "--block-size must be a multiple of 128, not 64",
-            id="block-64",
-        ),
-        pytest.param(
-            {"block_size": 192},
-            "--block-size must be a multiple of 128, not 192",
-            id="block-192",
-        ),
-        pytest.param({"dtype": torch.float64}, "--dtype bfloat16", id="float64"),
-        pytest.param(
-            {"use_mm_prefix": True}, "add --language-model-only", id="mm-prefix"
-        ),
-        pytest.param({"use_non_causal": True}, "use_non_causal", id="non-causal"),
-        pytest.param(
-            {"use_kv_connector": True}, "--kv-transfer-config", id="kv-connector"
-        ),
-        pytest.param({"use_dcp": True}, "--decode-context-parallel-size", id="dcp"),
-        pytest.param({"use_batch_invariant": True}, "VLLM_BATCH_INVARIANT", id="inv"),
-        pytest.param(
-            {"use_adaptive_verification": True}, "--speculative-config", id="verify"
-        ),
-    ],
-)
-def test_refused_with_the_reason_and_a_way_out(changes, said):
-    with pytest.raises(ValueError) as error:
-        SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(**changes))
-    message = str(error.value)
-    assert message.startswith("--attention-backend sparq cannot serve this engine: ")
-    assert said in message
-    assert message.endswith("Or leave --attention-backend out")
-
-
-def test_all_options_to_change_are_given_at_once():
-    with pytest.raises(ValueError) as error:
-        SparseCpuPlatform.get_attn_backend_cls(
-            SPARQ, layer(block_size=72, dtype=torch.float64, use_kv_connector=True)
-        )
-    for said in ("--block-size", "--dtype", "--kv-transfer-config"):
-        assert said in str(error.value)
-
-
-def test_every_question_of_vllms_has_an_answer():
-    """A field that a new vLLM adds must be looked at, not passed over."""
-    known = "attn_type has_sliding_window dtype kv_cache_dtype block_size head_size "
-    known += "use_mla has_sink use_sparse use_mm_prefix use_per_head_quant_scales "
-    known += "use_non_causal use_batch_invariant use_kv_connector use_pcp use_dcp "
-    known += "use_adaptive_verification use_rswa"
-    assert set(AttentionSelectorConfig._fields) == set(known.split())
-
-
-@pytest.mark.parametrize(
     "changes",
     [
         pytest.param({"has_sliding_window": True}, id="sliding"),
@@ -338,65 +245,6 @@ def test_every_question_of_vllms_has_an_answer():
 def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     answer = SparseCpuPlatform.get_attn_backend_cls(SPARQ, layer(**changes))
     assert answer == CPU_ATTN.get_path()
-
-
-class Gpu:
-    """Stands for a GPU platform of vLLM's, of any compute capability."""
-
-    _enum = PlatformEnum.CUDA
-    device_type = "cuda"
-    capability = DeviceCapability(9, 0)
-
-    @classmethod
-    def get_device_capability(cls):
-        return cls.capability
-
-    @classmethod
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config):
-        return selected_backend
-
-
-def test_gpus_are_served_like_cpus():
-    platform = honouring(Gpu)
-    assert platform.__name__ == "SparseGpu" and honouring(platform) is platform
-    assert platform.get_attn_backend_cls(SPARQ, layer()) == SPARQ_PATH
-    assert platform.get_attn_backend_cls(None, layer()) is None
-    for other in ({"attn_type": AttentionType.ENCODER}, {"has_sliding_window": True}):
-        assert platform.get_attn_backend_cls(SPARQ, layer(**other)) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "capability", "reason"),
-    [
-        ({"dtype": torch.float32}, (9, 0), "--dtype bfloat16"),
-        ({}, (7, 5), "compute capability 7.5, which is below 8.0"),
-        ({"kv_cache_dtype": "fp8"}, (9, 0), "--kv-cache-dtype must be auto"),
-    ],
-    ids=["float32", "old", "fp8"],
-)
-def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypatch):
-    monkeypatch.setattr(Gpu, "capability", DeviceCapability(*capability))
-    with pytest.raises(ValueError, match=reason):
-        honouring(Gpu).get_attn_backend_cls(SPARQ, layer(**changes))
-
-
-@pytest.mark.parametrize(
-    "unsupported",
-    [
-        {"alibi_slopes": [0.5, 0.25]},
-        {"sliding_window": 128},
-        {"sinks": torch.zeros(2)},
-        {"future_argument": 1},
-    ],
-    ids=["alibi_slopes", "sliding_window", "sinks", "future_argument"],
-)
-def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
-    from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl
-
-    with pytest.raises(NotImplementedError) as error:
-        CpuSparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
-    assert "--attention-backend sparq does not support" in str(error.value)
-    assert repr(next(iter(unsupported))) in str(error.value)
 
 
 def test_quantised_blocks_reach_vllms_spec(monkeypatch):
