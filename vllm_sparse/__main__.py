@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``python -m vllm_sparse doctor``."""
+"""``python -m vllm_sparse doctor|calibrate ...``; each command has a ``--help``."""
 
 import argparse
 import sys
+from importlib import import_module
 
-from .doctor.cli import add_arguments, run
+COMMANDS = ("doctor", "calibrate")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vllm_sparse")
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser(
-        "doctor", help="what this machine and a model get from sparse attention"
-    )
-    add_arguments(doctor)
-    sys.exit(run(parser.parse_args()))
+    parser = argparse.ArgumentParser(prog="python -m vllm_sparse", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(sys.argv[1:2]).command
+    sys.exit(import_module(f"vllm_sparse.tools.{command}.cli").main(sys.argv[2:]))
 
 
 if __name__ == "__main__":

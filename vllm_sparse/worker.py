@@ -4,11 +4,11 @@
 
 from dataclasses import asdict
 
-from .attention.builder import SparseMetadataBuilder
-from .attention.impl import SparseAttentionImpl
-from .attention.stats import recorder
 from .config import NAMESPACE, SparseConfig
+from .layer.impl import SparseAttentionImpl
 from .ops.kept import summary
+from .stats.recorder import recorder
+from .step.builder import SparseMetadataBuilder
 
 
 class WorkerExtension:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_sparse.config import SELECTOR_NAMES, SparseConfig
-from vllm_sparse.selectors import SELECTORS, LayerShape
+from vllm_sparse.methods import SELECTORS, LayerShape
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from benchmarks.serving.results import save
 
 def switches(reporter) -> dict[str, Callable[[], None]]:
     """By name of what is measured: what switches the engine to it."""
-    from vllm_sparse.attention.counters import DeviceCounter
+    from vllm_sparse.stats.counters import DeviceCounter
 
     # An engine that falls idle asks at once, after what is timed.
     add, interval = DeviceCounter.add, reporter._interval

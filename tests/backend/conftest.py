@@ -62,7 +62,8 @@ def drive(model_folder, request, monkeypatch):
     if path == "triton-on-cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
     if path in ("gpu-on-cpu", "triton-on-cpu"):
-        from vllm_sparse.attention import gpu_impl, gpu_prefill
+        from vllm_sparse.layer import gpu_impl
+        from vllm_sparse.layer import prefill_fa as gpu_prefill
 
         monkeypatch.setattr(gpu_impl, "flash_attention_version", lambda shape: 0)
         monkeypatch.setattr(gpu_prefill, "attend_pages", plain_attention)

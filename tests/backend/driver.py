@@ -113,16 +113,16 @@ class Driver:
     BLOCKS_PER_REQUEST = 6
 
     def __init__(self, path, shape, vllm_config, num_requests, **layer_arguments):
-        from vllm_sparse.attention.stats import recorder
+        from vllm_sparse.stats.recorder import recorder
 
         if path == "cpu":
-            from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl as Impl
-            from vllm_sparse.attention.cpu_metadata import (
+            from vllm_sparse.layer.cpu_impl import CpuSparseAttentionImpl as Impl
+            from vllm_sparse.step.cpu_metadata import (
                 CpuSparseMetadataBuilder as Builder,
             )
         else:
-            from vllm_sparse.attention.gpu_impl import GpuSparseAttentionImpl as Impl
-            from vllm_sparse.attention.gpu_metadata import (
+            from vllm_sparse.layer.gpu_impl import GpuSparseAttentionImpl as Impl
+            from vllm_sparse.step.gpu_metadata import (
                 GpuSparseMetadataBuilder as Builder,
             )
         self.path = path

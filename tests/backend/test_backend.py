@@ -16,8 +16,8 @@ from vllm.config.compilation import CUDAGraphMode  # noqa: E402
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 
 from vllm_sparse.cache.layout import BLOCK_SIZE  # noqa: E402
-from vllm_sparse.compat import prompts  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
+from vllm_sparse.plugin import prompts  # noqa: E402
 from vllm_sparse.testing.compare import assert_close  # noqa: E402
 
 from .driver import (  # noqa: E402
@@ -400,7 +400,7 @@ def test_missing_is_prefilling_means_that_all_rows_are_prompts(drive):
 
 
 def test_a_prompts_last_token_is_dense_where_vllm_calls_it_a_decode(drive, monkeypatch):
-    """As for models with states on a GPU (compat/prompts.py)."""
+    """As for models with states on a GPU (plugin/prompts.py)."""
     driver = drive(GQA, SPARSE, 1)
     driver.step(Part(0, 300))
     monkeypatch.setattr(prompts, "_in_prompts", torch.tensor([True]))

@@ -10,12 +10,10 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from vllm_sparse.attention import builder  # noqa: E402
-from vllm_sparse.attention.quantised_prefill import (  # noqa: E402
-    plan_quantised_prefill,
-)
 from vllm_sparse.cache.formats import FORMATS  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
+from vllm_sparse.layer.prefill_codes import plan_quantised_prefill
+from vllm_sparse.step import builder  # noqa: E402
 
 from .driver import (  # noqa: E402
     BF16,

@@ -15,13 +15,8 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from tests.e2e.engines import running  # noqa: E402
-from vllm_sparse.calibrate import __main__ as command  # noqa: E402
-from vllm_sparse.calibrate.run import (  # noqa: E402
-    ENGINE_OPTIONS,
-    NEW_TOKENS,
-    Plan,
-    measure,
-)
+from vllm_sparse.tools.calibrate import cli as command  # noqa: E402
+from vllm_sparse.tools.calibrate.run import ENGINE_OPTIONS, NEW_TOKENS, Plan, measure
 
 pytestmark = pytest.mark.engine
 

@@ -17,9 +17,11 @@ from vllm.v1.kv_cache_interface import KVQuantMode  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
-from vllm_sparse.attention import backend  # noqa: E402
-from vllm_sparse.compat import zeroing  # noqa: E402
-from vllm_sparse.doctor.model import inspect_model, parse_config  # noqa: E402
+from vllm_sparse.plugin import (
+    backend,  # noqa: E402
+    zeroing,  # noqa: E402
+)
+from vllm_sparse.tools.doctor.model import inspect_model, parse_config  # noqa: E402
 
 from .engines import COLD, tokens  # noqa: E402
 from .families import FAMILIES, save_config  # noqa: E402
@@ -131,7 +133,7 @@ def test_refused_by_engine_and_doctor_alike(name, tmp_path):
 
 @pytest.mark.parametrize("name", some_always(SERVED, ("Llama 4", "Falcon-H1")))
 def test_the_doctor_sees_what_the_engine_serves(name, tmp_path):
-    from vllm_sparse.attention.served import layer_kinds
+    from vllm_sparse.plugin.served import layer_kinds
 
     with family(name, FULL) as llm:
         kinds = layer_kinds(llm.llm_engine.vllm_config)

@@ -203,7 +203,7 @@ def test_graphs_off_gives_the_same_tokens(prompts, sparse, repeating):
 
 
 def test_a_slept_engine_wakes_with_its_counts_and_graphs(prompts, sparse):
-    from vllm_sparse.metrics import live_figures
+    from vllm_sparse.stats import live_figures
 
     # A process of its own: its memory pools end with it.
     options = dict(in_process=False, gpu_memory_utilization=0.5)

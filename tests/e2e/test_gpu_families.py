@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Families whose layers share blocks of several kinds, on a GPU, with CUDA graphs.
 
-vLLM clears blocks there by its own kernel; we only say that it must (cache/mode.py).
+vLLM clears blocks there by its own kernel; we only say that it must (plugin/mode.py).
 """
 
 import math

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from benchmarks.serving.processes import free_port, running  # noqa: E402
 from scripts.get_model import get_model  # noqa: E402
-from vllm_sparse.metrics import live_figures  # noqa: E402
+from vllm_sparse.stats import live_figures  # noqa: E402
 
 from .engines import EXTENSION  # noqa: E402
 from .engines import running as running_engine  # noqa: E402

@@ -9,28 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sparse.calibrate import __main__ as command
-from vllm_sparse.calibrate import plot
-from vllm_sparse.calibrate.choose import (
-    Measurements,
-    dense_prefix,
-    grid,
-    outcome,
-    propose,
-)
-from vllm_sparse.calibrate.measure import Setting, measure_row, read_context
-from vllm_sparse.calibrate.report import additional_config, full_report, table
-from vllm_sparse.calibrate.run import CalibrationError, Plan, read_text, windows
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.methods import LayerShape
+from vllm_sparse.methods.sparq import SparqSelector
 from vllm_sparse.ops import reference
-from vllm_sparse.selectors import LayerShape
-from vllm_sparse.selectors.sparq import SparqSelector
 from vllm_sparse.testing.op_inputs import (
     filled,
     list_buffers,
     random_query,
     sparq_options,
 )
+from vllm_sparse.tools.calibrate import cli as command
+from vllm_sparse.tools.calibrate import plot
+from vllm_sparse.tools.calibrate.choose import (
+    Measurements,
+    dense_prefix,
+    grid,
+    outcome,
+    propose,
+)
+from vllm_sparse.tools.calibrate.measure import Setting, measure_row, read_context
+from vllm_sparse.tools.calibrate.report import additional_config, full_report, table
+from vllm_sparse.tools.calibrate.run import CalibrationError, Plan, read_text, windows
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,7 @@ def test_resolve_changes_nothing_else_and_can_be_repeated():
 
 
 def test_selector_names_match_the_selectors():
-    from vllm_sparse.selectors import SELECTORS
+    from vllm_sparse.methods import SELECTORS
 
     assert {*SELECTORS, "dense"} == set(SELECTOR_NAMES)
     for name, cls in SELECTORS.items():

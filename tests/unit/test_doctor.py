@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What the doctor says of models and machines; no engine is started."""
 
-import argparse
 import json
 import logging
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.doctor import cli, environment, gain
-from vllm_sparse.doctor.environment import OK, Check
-from vllm_sparse.doctor.model import DoctorError, inspect_model, parse_config
-from vllm_sparse.doctor.weights import weight_problems
+from vllm_sparse.tools.doctor import cli, environment, gain
+from vllm_sparse.tools.doctor.environment import OK, Check
+from vllm_sparse.tools.doctor.model import DoctorError, inspect_model, parse_config
+from vllm_sparse.tools.doctor.weights import weight_problems
 
 FULL, SLIDING = "full attention", "sliding-window attention"
 
@@ -112,7 +111,7 @@ def test_sliding_window_layers_stay_vllms(folder):
 
 
 def test_few_layers_of_ours_are_a_warning(folder, monkeypatch):
-    from vllm_sparse.attention import served
+    from vllm_sparse.plugin import served
 
     said: list[str] = []
     monkeypatch.setattr(served.logger, "warning", lambda s, *a: said.append(s % a))
@@ -231,10 +230,7 @@ def test_the_command(folder):
 def test_status_of_what_would_not_start(folder, config, monkeypatch, capsys):
     monkeypatch.setattr(cli, "check_environment", lambda: [Check("vLLM", OK, "0")])
     monkeypatch.setattr(logging, "disable", lambda level: None)
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    asked = parser.parse_args(["--model", folder(config), "-tp", "2"])
-    assert cli.run(asked) == 1
+    assert cli.main(["--model", folder(config), "-tp", "2"]) == 1
     shown = capsys.readouterr().out
     assert "REFUSED" in shown or "PROBLEM" in shown
     assert "Serve it with" not in shown

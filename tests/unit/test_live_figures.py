@@ -19,20 +19,17 @@ from vllm.v1.metrics.stats import SchedulerStats  # noqa: E402
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
-from vllm_sparse.attention import live as attention_live  # noqa: E402
-from vllm_sparse.attention.counters import (  # noqa: E402
-    DeviceCounter,
-    KeptHistograms,
-    LayerKinds,
-)
-from vllm_sparse.attention.live import LiveReader  # noqa: E402
-from vllm_sparse.attention.stats import StatsRecorder  # noqa: E402
 from vllm_sparse.cache.layout import BlockLayout  # noqa: E402
-from vllm_sparse.compat import carrier, live  # noqa: E402
-from vllm_sparse.metrics import Figures, live_figures, reporter  # noqa: E402
-from vllm_sparse.metrics.figures import add_up  # noqa: E402
-from vllm_sparse.metrics.prometheus import BUCKETS, SparseStatLogger  # noqa: E402
 from vllm_sparse.ops.kept import KEPT_BINS, add_counts  # noqa: E402
+from vllm_sparse.plugin import channel as carrier  # noqa: E402
+from vllm_sparse.plugin import live
+from vllm_sparse.stats import Figures, live_figures, reporter  # noqa: E402
+from vllm_sparse.stats import reader as attention_live  # noqa: E402
+from vllm_sparse.stats.counters import DeviceCounter, KeptHistograms, LayerKinds
+from vllm_sparse.stats.figures import add_up  # noqa: E402
+from vllm_sparse.stats.prometheus import BUCKETS, SparseStatLogger  # noqa: E402
+from vllm_sparse.stats.reader import LiveReader  # noqa: E402
+from vllm_sparse.stats.recorder import StatsRecorder  # noqa: E402
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana_dashboard.json"
 
@@ -294,7 +291,7 @@ def test_bounds_of_buckets_are_ends_of_bins():
 
 def test_a_broken_report_ends_the_metrics_alone(stat_logger, monkeypatch):
     lines = []
-    monkeypatch.setattr("vllm_sparse.metrics.prometheus.logger.exception", lines.append)
+    monkeypatch.setattr("vllm_sparse.stats.prometheus.logger.exception", lines.append)
     for _ in range(2):
         stats = SchedulerStats()
         carrier.put(stats, {"rows_sparse": "broken"})

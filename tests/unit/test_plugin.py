@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_sparse import plugin, registry
+from vllm_sparse import plugin
 from vllm_sparse.cache import formats
 from vllm_sparse.config import _RULES, SparseConfig, SparseConfigError
+from vllm_sparse.plugin import registry
 
 pytest.importorskip("vllm")
 
@@ -29,12 +30,12 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 )
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
-from vllm_sparse.compat.vllm import UnsupportedVllmError  # noqa: E402
-from vllm_sparse.platform import SparseCpuPlatform  # noqa: E402
+from vllm_sparse.plugin.platform import SparseCpuPlatform  # noqa: E402
+from vllm_sparse.plugin.versions import UnsupportedVllmError  # noqa: E402
 
 plugin.register()
 SPARQ = AttentionBackendEnum["SPARQ"]
-SPARQ_PATH = "vllm_sparse.attention.backend.SparqBackend"
+SPARQ_PATH = "vllm_sparse.plugin.backend.SparqBackend"
 CPU_ATTN = AttentionBackendEnum.CPU_ATTN
 
 

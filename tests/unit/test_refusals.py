@@ -11,7 +11,7 @@ from vllm.platforms.interface import DeviceCapability, PlatformEnum  # noqa: E40
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
-from vllm_sparse.platform import SparseCpuPlatform, honouring  # noqa: E402
+from vllm_sparse.plugin.platform import SparseCpuPlatform, honouring  # noqa: E402
 
 from .test_plugin import SPARQ, SPARQ_PATH, layer  # noqa: E402
 
@@ -159,7 +159,7 @@ def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypa
     ids=["alibi_slopes", "sliding_window", "sinks", "future_argument"],
 )
 def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
-    from vllm_sparse.attention.cpu_impl import CpuSparseAttentionImpl
+    from vllm_sparse.layer.cpu_impl import CpuSparseAttentionImpl
 
     with pytest.raises(NotImplementedError) as error:
         CpuSparseAttentionImpl(2, 64, 0.125, 2, **unsupported)

@@ -15,7 +15,7 @@ from vllm.platforms.interface import PlatformEnum  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
 from vllm_sparse.ops import library  # noqa: E402
-from vllm_sparse.platform import honouring  # noqa: E402
+from vllm_sparse.plugin.platform import honouring  # noqa: E402
 
 from .test_plugin import CPU_ATTN, SPARQ, SPARQ_PATH, layer, python  # noqa: E402
 
@@ -91,7 +91,7 @@ def test_register_never_raises(monkeypatch, caplog):
 @pytest.mark.slow
 def test_a_registration_that_fails_hurts_only_those_who_choose_us(tmp_path):
     """A module of ours that cannot be imported stands for all that may be broken."""
-    broken = "import sys\nsys.modules['vllm_sparse.platform'] = None\n"
+    broken = "import sys\nsys.modules['vllm_sparse.plugin.platform'] = None\n"
     chosen = (
         "from vllm.config.attention import AttentionConfig\n"
         "AttentionConfig(backend='CPU_ATTN')\n"
@@ -107,7 +107,7 @@ def test_a_registration_that_fails_hurts_only_those_who_choose_us(tmp_path):
     assert "Unknown attention backend: 'SPARQ'" in output
     assert "could not register its attention backends (sparq, twilight)" in output
     assert "install vllm_sparse anew" in output
-    assert "vllm_sparse.platform" in output  # the reason
+    assert "vllm_sparse.plugin.platform" in output  # the reason
 
 
 def test_a_library_that_does_not_load_says_so_when_it_is_needed(monkeypatch):

@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 
 import vllm  # noqa: E402
 
-from vllm_sparse.compat import prompts  # noqa: E402
+from vllm_sparse.plugin import prompts  # noqa: E402
 
 # "module:attribute": the arguments or, of a dataclass, fields that we name. "...": it
 # must exist, no more.

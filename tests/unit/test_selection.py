@@ -13,9 +13,9 @@ from vllm_sparse import config as config_module
 from vllm_sparse import ops
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.methods import SELECTORS, DecodeRows, LayerShape
+from vllm_sparse.methods.base import keeps_all, tokens_kept
 from vllm_sparse.ops.reference import forced_ranges
-from vllm_sparse.selectors import SELECTORS, DecodeRows, LayerShape
-from vllm_sparse.selectors.base import keeps_all, tokens_kept
 from vllm_sparse.testing.generate import paged_context
 
 SEQ_LENS = [100, 128, 165, 300, 512, 1111]
@@ -317,7 +317,7 @@ def test_score_bytes(name, options, seq_len, expected):
     ids=str,
 )
 def test_the_table_of_budgets_is_what_every_length_gets(options, kv_format):
-    from vllm_sparse.attention.builder import budget_for, budget_table
+    from vllm_sparse.step.builder import budget_for, budget_table
 
     options = dict(dense_below=0) | options
     config = SparseConfig(kv_format=kv_format, **options).resolve(64, 3)

@@ -5,14 +5,7 @@
 import triton
 import triton.language as tl
 
-from .common import (
-    BLOCK_SIZE,
-    CODE_BITS,
-    CODE_MAX,
-    FP16_MAX,
-    LANES,
-    NIBBLES,
-)
+from .common import BLOCK_SIZE, CODE_BITS, CODE_MAX, FP16_MAX, LANES, NIBBLES
 
 
 @triton.jit

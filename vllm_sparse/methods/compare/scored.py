@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Selectors for comparison, in plain PyTorch: correct, not fast.
+
+They share the budget, the sinks, the window and the exact attention with SparQ and
+differ in the score alone, so that a table of methods compares like with like.
+"""
+
+from abc import abstractmethod
+
+import torch
+
+from ...ops.reference import context, forced_ranges, top_k_positions, top_p_count
+from ..base import DecodeRows, Selector, keeps_all
+
+
+class ScoredSelector(Selector):
+    """Keeps the tokens whose :meth:`scores` are largest."""
+
+    @abstractmethod
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Score tokens for all KV heads of one row.
+
+        With ``top_p`` a token's share of all scores stands for its share of the mass.
+
+        Args:
+            query: [num_kv_heads, group, head_size] fp32.
+            key: [num_kv_heads, seq_len, head_size] fp32.
+
+        Returns:
+            [num_kv_heads, seq_len]
+        """
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> torch.Tensor | None:
+        shape, config = self.shape, self.config
+        grouped = query.float().view(
+            -1, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
+        )
+        for row, (length, budget) in enumerate(
+            zip(rows.seq_lens_list, rows.budgets_list)
+        ):
+            forced_tokens = (config.local_window, config.sink_tokens, shape.fmt)
+            if keeps_all(length, budget, *forced_tokens):
+                rows.counts[row] = -1
+                continue
+            sinks, recent = forced_ranges(length, *forced_tokens)
+            forced = sinks + length - recent
+            most = max(0, budget - forced)
+            blocks = rows.block_table[row]
+            key = torch.stack(
+                [
+                    context(kv_cache, blocks, length, h, shape.head_size, shape.fmt)[0]
+                    for h in range(shape.num_kv_heads)
+                ]
+            )
+            scores = self.scores(grouped[row], key)
+            if config.top_p is not None:
+                scores *= shape.num_queries_per_kv / scores.sum(-1, keepdim=True)
+            scores = scores[:, sinks:recent]
+            for head in range(shape.num_kv_heads):
+                wanted = most
+                if config.top_p is not None:
+                    enough = top_p_count(scores[head], config.top_p)
+                    wanted = min(max(enough, config.min_tokens - forced), most)
+                best = top_k_positions(scores[head], wanted) + sinks
+                kept = torch.cat(
+                    [torch.arange(sinks), best, torch.arange(recent, length)]
+                )
+                rows.indices[row, head, : len(kept)] = kept.int()
+                rows.counts[row, head] = len(kept)
+        return None
+
+    def _logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        logits = query @ key.transpose(1, 2) * self.shape.scale
+        if self.shape.soft_cap > 0:
+            logits = self.shape.soft_cap * (logits / self.shape.soft_cap).tanh()
+        return logits

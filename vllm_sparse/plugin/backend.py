@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the backends can do, as vLLM asks it, and the KV bytes they need."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from .versions import require_supported
+
+require_supported()
+
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backend import (  # noqa: E402
+    AttentionBackend,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
+
+from ..cache.formats import chosen_format  # noqa: E402
+from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
+from ..config import BACKEND_DEFAULTS  # noqa: E402
+from .mode import BlockMode  # noqa: E402
+from .refusals import DTYPES, HEAD_SIZES  # noqa: E402
+
+
+@cache
+def _with_defaults(backend: type, part: type) -> type:
+    """``part`` (implementation or builder) with a backend's own options, if any."""
+    if not backend.defaults:
+        return part
+    name = f"{backend.__name__}{part.__name__}"
+    own = {"defaults": backend.defaults, "backend": backend.get_name().lower()}
+    return type(name, (part,), own)
+
+
+class SparqBackend(AttentionBackend):
+    """``--attention-backend sparq``."""
+
+    # Storing may seal blocks, which needs the metadata.
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
+    # Quantised formats have an option of ours: vLLM's list of dtypes is closed.
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARQ"
+
+    # Options that differ from SparseConfig's defaults.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def get_impl_cls(cls):
+        if current_platform.is_cuda():
+            from ..layer.gpu_impl import GpuSparseAttentionImpl as Impl
+        else:
+            from ..layer.cpu_impl import CpuSparseAttentionImpl as Impl
+        return _with_defaults(cls, Impl)
+
+    @classmethod
+    def get_builder_cls(cls):
+        if current_platform.is_cuda():
+            from ..step.gpu_metadata import GpuSparseMetadataBuilder as Builder
+        else:
+            from ..step.cpu_metadata import CpuSparseMetadataBuilder as Builder
+        return _with_defaults(cls, Builder)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec=None,
+    ) -> list[int | MultipleOf]:
+        # Larger blocks are split into these by vLLM; codes belong to one kernel block.
+        return [BLOCK_SIZE]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Head-major: each (block, KV head) is one contiguous chunk.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # Blocks carry their sidecar, but no connector has been tested with it.
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Size every block: see cache/layout.py."""
+        if spec.state_content_bytes is not None:
+            return spec
+        # Called outside vLLM's config context, after the layers were made.
+        fmt = chosen_format(spec.head_size, spec.num_kv_heads)
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize, fmt)
+        content = {
+            "state_content_bytes": layout.content_bytes,
+            "kv_quant_mode": BlockMode.SPARSE,
+        }
+        if not fmt.quantised:
+            return replace(spec, **content)
+        from .managers import LookaheadSpec
+
+        ahead = layout.lookahead_blocks * BLOCK_SIZE
+        return LookaheadSpec.of(spec, **content, lookahead_tokens=ahead)
+
+
+class TwilightBackend(SparqBackend):
+    """``--attention-backend twilight``: sparq with budgets that adapt to every head."""
+
+    defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["TWILIGHT"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "TWILIGHT"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Bytes that a decode step reads, dense and sparse, and how many tokens memory holds.
+
+Decoding is bound by memory, so the ratio of the bytes is the most that sparsity can
+gain; what was measured beside it is in docs/performance.md.
+"""
+
+from dataclasses import dataclass
+
+from ...cache.layout import BLOCK_SIZE, BlockLayout
+from ...config import SparseConfig
+from ...methods.base import tokens_kept
+from .model import Layers, Model
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One context length and batch, on one rank.
+
+    Attributes:
+        tokens_kept: of a KV head in sparse layers; adaptive budgets: the fewest.
+        tokens_kept_most: adaptive budgets: the most, else the same.
+        kv_bytes_dense: a step's KV reads of vLLM's own backends.
+        kv_bytes_sparse, kv_bytes_sparse_most: of ours, for the two counts.
+        weight_bytes: read in every step; None where unknown.
+        attention_gain: the ratio of KV bytes; adaptive budgets: the best case.
+        step_gain: the same of a whole step, KV and weights; None where unknown.
+    """
+
+    context: int
+    batch: int
+    tokens_kept: int
+    tokens_kept_most: int
+    kv_bytes_dense: int
+    kv_bytes_sparse: int
+    kv_bytes_sparse_most: int
+    weight_bytes: int | None
+    attention_gain: float
+    step_gain: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """KV bytes per token on one rank, all layers that share our blocks.
+
+    Attributes:
+        held_bytes: of a request beside its tokens (quantised formats).
+    """
+
+    bytes_per_token: int
+    bytes_per_token_dense: int
+    held_bytes: int
+
+
+def _layout(layers: Layers, model: Model, config: SparseConfig) -> BlockLayout:
+    fmt = config.format(layers.head_size, layers.num_heads // layers.num_kv_heads)
+    return BlockLayout(layers.head_size, model.dtype.itemsize, fmt)
+
+
+def memory(model: Model, config: SparseConfig) -> Memory:
+    ours = dense = held = 0
+    for layers in model.served:
+        layout = _layout(layers, model, config)
+        heads = layers.num_kv_heads * layers.count
+        ours += heads * layout.content_bytes
+        dense += heads * layout.row_bytes
+        held += heads * BLOCK_SIZE * layout.content_bytes * layout.lookahead_blocks
+    return Memory(ours, dense, held)
+
+
+def expected_gain(
+    model: Model, config: SparseConfig, device_type: str, context: int, batch: int
+) -> Gain:
+    """By the byte model.
+
+    Args:
+        config: not resolved.
+        context: tokens of every request.
+        batch: requests of a decode step.
+    """
+    fewest, most = context, context
+    dense = sparse = sparse_most = 0
+    for layers in model.served:
+        options = config.resolve(
+            layers.head_size, layers.num_heads // layers.num_kv_heads, device_type
+        )
+        layout = _layout(layers, model, options)
+        items = batch * layers.num_kv_heads * layers.count
+        length = min(context, layers.chunk or context)
+        dense += items * length * layout.row_bytes
+        kept = kept_most = length
+        if layers.dense is None:
+            kept = fewest = _fewest(options, layout, length)
+            kept_most = most = _kept(options, layout, length, options.budget(length))
+        sparse += items * _row_bytes(options, layout, length, kept)
+        sparse_most += items * _row_bytes(options, layout, length, kept_most)
+    weights = model.weight_bytes
+    step = None
+    if weights is not None:
+        weights //= model.tensor_parallel_size
+        step = (weights + dense) / (weights + sparse)
+    return Gain(
+        context=context,
+        batch=batch,
+        tokens_kept=fewest,
+        tokens_kept_most=most,
+        kv_bytes_dense=dense,
+        kv_bytes_sparse=sparse,
+        kv_bytes_sparse_most=sparse_most,
+        weight_bytes=weights,
+        attention_gain=dense / max(1, sparse),
+        step_gain=step,
+    )
+
+
+def _fewest(config: SparseConfig, layout: BlockLayout, context: int) -> int:
+    budget = config.budget(context)
+    if config.top_p is not None:
+        budget = min(config.min_tokens, budget)
+    return _kept(config, layout, context, budget)
+
+
+def _kept(config: SparseConfig, layout: BlockLayout, context: int, budget: int) -> int:
+    if config.selector == "dense" or context < config.dense_below:
+        return context
+    forced = config.local_window, config.sink_tokens
+    return tokens_kept(context, budget, *forced, layout.fmt)
+
+
+def _row_bytes(
+    config: SparseConfig, layout: BlockLayout, context: int, kept: int
+) -> int:
+    """Of one query position and KV head."""
+    sealed = layout.fmt.sealed_blocks(context)
+    if kept >= context:
+        return layout.attended_bytes(context, sealed * BLOCK_SIZE, sealed)
+    listed = max(0, kept - layout.fmt.tail_tokens(context))
+    size = layout.score_bytes(sealed, config.rank)
+    size += 2 * layout.head_size * bool(config.mean_value)
+    # Kept tokens may lie in as many blocks as there are.
+    return size + layout.attended_bytes(kept, listed, min(sealed, listed))
