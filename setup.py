@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import (
 
 # Build front ends do not put the project's folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-from scripts.nvcc import NVCC_FLAGS, TUNED_ARCHS, find_nvcc, gencode  # noqa: E402
+from scripts.nvcc import CSRC, NVCC_FLAGS, TUNED_ARCHS, find_nvcc, gencode  # noqa: E402
 
 # Lowest torch whose stable ABI is used; one build serves all later ones.
 TORCH_TARGET = "0x020b000000000000"
@@ -34,6 +34,7 @@ PY_LIMITED_API = "0x030b0000"
 # Without this the linker drops libtorch, which the stable shims live in.
 LINK_TORCH = ["--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 CUDA_NAME = "vllm_sparse._C_cuda"
+CUDA = CSRC / "cuda"
 
 
 def wants_cuda() -> bool:
@@ -71,9 +72,10 @@ class Build(BuildExtension):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         objects = []
-        for source in sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")]):
-            objects.append(str(folder / (Path(source).name + ".o")))
-            command = [find_nvcc(), *flags, "-c", source, "-o", objects[-1]]
+        for source in sorted([*CUDA.rglob("*.cu"), *CUDA.rglob("*.cpp")]):
+            name = "-".join(source.relative_to(CUDA).parts) + ".o"
+            objects.append(str(folder / name))
+            command = [find_nvcc(), *flags, "-c", str(source), "-o", objects[-1]]
             subprocess.run(command, check=True)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)

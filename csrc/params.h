@@ -38,6 +38,9 @@ VLLM_SPARSE_HOST_DEVICE inline int kept_bin(int32_t count) {
   return bin < kKeptBins - 2 ? bin : kKeptBins - 2;
 }
 
+// Whether a token is stored: block 0 is vLLM's null block, which pads tables and is never written.
+VLLM_SPARSE_HOST_DEVICE inline bool has_slot(int64_t slot) { return slot >= kBlockSize; }
+
 struct KvCache {
   uint8_t* data;                      // [num_blocks, num_kv_heads] chunks
   int64_t block_stride, head_stride;  // bytes
@@ -48,7 +51,24 @@ struct KvCache {
   int key_bits = 0, value_bits = 0, value_group = 0, key_groups = 1;
   bool has_mean = true;
   bool key_rows = false;  // K also by token, 8 bits
+  int device_index;
 
+  // Takes KvFormat.code of vllm_sparse/cache/formats.py; false: it is none for the head size.
+  bool set_format(int64_t format) {
+    const int key_group = static_cast<int>(format >> 32 & 0xffff);
+    key_bits = static_cast<int>(format & 0xff);
+    value_bits = static_cast<int>(format >> 8 & 0xff);
+    value_group = static_cast<int>(format >> 16 & 0xffff);
+    key_groups = format == 0 ? 1 : kBlockSize / (key_group > 0 ? key_group : kBlockSize);
+    has_mean = format == 0 || (format >> 48 & 1) != 0;
+    key_rows = (format >> 49 & 1) != 0;
+    // 8-bit K has one scale for the block: halves of a code share it.
+    const bool key = (key_bits == 4 && (key_group == 32 || key_group == kBlockSize)) ||
+                     (key_bits == 8 && key_group == kBlockSize && !key_rows);
+    const bool value = (value_bits == 4 || value_bits == 8) && value_group > 0 &&
+                       value_group % 16 == 0 && head_size % value_group == 0;
+    return format == 0 || (key && value);
+  }
   uint8_t* chunk(int64_t block, int head) const {
     return data + block * block_stride + head * head_stride;
   }
@@ -99,123 +119,117 @@ struct KvCache {
   }
 };
 
-struct StoreParams {
+// The same for kernels on a GPU: divisions are made once, ahead of a launch.
+struct Codes {
+  int low_codes, params, value_codes, value_params, mean;  // mean: also of plain rows
+  int key_rows, key_row_params;                            // 0: K is read by channel
+  int value_code_bytes, value_param_bytes;                 // of a token
+  int rows, ahead;  // of a chunk; blocks to come that hold a tail
+
+  static Codes of(const KvCache& cache) {
+    const auto narrow = [](int64_t x) { return static_cast<int>(x); };
+    const int mean = narrow(cache.prefix_mean_offset());
+    if (!cache.quantised()) return {.mean = mean};
+    return {narrow(cache.low_codes_offset()),
+            narrow(cache.params_offset()),
+            narrow(cache.value_codes_offset()),
+            narrow(cache.value_params_offset()),
+            mean,
+            cache.key_rows ? narrow(cache.key_rows_offset()) : 0,
+            cache.key_rows ? narrow(cache.key_row_params_offset()) : 0,
+            narrow(cache.value_code_bytes()),
+            narrow(cache.value_param_bytes()),
+            cache.rows_per_block(),
+            cache.lookahead_blocks()};
+  }
+};
+
+// Requests, or rows of a decode batch, and their blocks.
+struct Contexts {
   KvCache cache;
+  const int32_t* block_table;              // [num_rows, block_table_stride]
+  int64_t block_table_stride, max_blocks;  // max_blocks: columns
+  const int32_t* seq_lens;                 // [num_rows], new tokens included
+  int64_t num_rows;
+
+  VLLM_SPARSE_HOST_DEVICE const int32_t* table(int64_t row) const {
+    return block_table + row * block_table_stride;
+  }
+};
+
+// A block whose last token a call stores.
+struct FilledBlock {
+  int64_t row;
+  int32_t index;         // place in the context
+  int32_t id, previous;  // previous: negative for the first of a context
+  int32_t old;           // tokens stored in earlier calls
+  int64_t first_new;     // the first new one, in key and value
+};
+
+struct StoreParams : Contexts {
   const void *key, *value;                     // [num_tokens, num_kv_heads, head_size]
   int64_t key_stride, value_stride;            // bytes between tokens
   int64_t key_head_stride, value_head_stride;  // bytes between heads
-  const int64_t* slot_mapping;                 // [num_tokens], negative: not stored
+  const int64_t* slot_mapping;                 // [num_tokens], see has_slot
   int64_t num_tokens;
-};
-
-struct SealParams {
-  KvCache cache;
-  const int32_t* block_ids;       // [num_jobs], sorted by the block's place in its context
-  const int32_t* prev_block_ids;  // [num_jobs], negative: first block of a context
-  const int32_t* block_index;     // [num_jobs], place in the context
-  int64_t num_jobs;
-};
-
-struct SealRowsParams {
-  KvCache cache;
-  const int32_t* block_table;  // [num_rows, block_table_stride]
-  int64_t block_table_stride, max_blocks;
-  const int32_t* seq_lens;         // [num_rows]
   const int32_t* query_start_loc;  // [num_rows + 1]
-  int64_t num_rows;
+  const FilledBlock* filled;       // CPU: [num_filled], sorted by index
+  int64_t num_filled;
 };
 
-// One new token per row.
-struct StoreRowsParams : StoreParams {
-  const int32_t* block_table;  // [num_tokens, block_table_stride]
-  int64_t block_table_stride, max_blocks;
-  const int32_t* seq_lens;  // [num_tokens], the new token included
-};
-
-struct StoreQuantisedParams {
-  KvCache cache;
-  const void *key, *value;                     // [num_tokens, num_kv_heads, head_size]
-  int64_t key_stride, value_stride;            // bytes between tokens
-  int64_t key_head_stride, value_head_stride;  // bytes between heads
-  const int32_t* block_table;                  // [num_rows, block_table_stride]
-  int64_t block_table_stride, max_blocks;
-  const int32_t* seq_lens;         // [num_rows], new tokens included
-  const int32_t* query_start_loc;  // [num_rows + 1]
-  int64_t num_rows;
-};
-
-struct GatherParams {
-  KvCache cache;
-  const int32_t* block_table;  // [num_rows, block_table_stride]
-  int64_t block_table_stride;
-  const int32_t* seq_lens;   // [num_rows]
+struct GatherParams : Contexts {
   const int64_t* out_start;  // [num_rows], first output token of a row
-  int64_t num_rows;
-  void *key, *value;  // [num_out_tokens, num_kv_heads, head_size]
+  void *key, *value;         // [num_out_tokens, num_kv_heads, head_size]
+  int64_t num_out_tokens;
 };
 
-struct SelectParams {
-  KvCache cache;
-  const void* query;           // [num_rows, num_kv_heads * group, head_size]
-  int64_t query_stride;        // bytes between rows
-  const int32_t* block_table;  // [num_rows, block_table_stride]
-  int64_t block_table_stride;
-  const int32_t* seq_lens;  // [num_rows]
-  const int32_t* budgets;   // [num_rows] tokens to keep; negative: keep all
-  int64_t num_rows;
-  int group;  // query heads of a KV head
+struct QueryParams : Contexts {
+  const void* query;     // [num_rows, num_kv_heads * group, head_size]
+  int64_t query_stride;  // bytes between rows
+  int group;             // query heads of a KV head
+};
+
+struct SparqOptions {
   int rank, local_window, sink_tokens;
+  int min_tokens;         // with top_p below 1; budgets are the most
   float scale, soft_cap;  // soft_cap 0: none
   float top_p;            // 1: budgets are met; below: as many tokens as leave 1 - top_p outside
-  int min_tokens;         // with top_p below 1; budgets are the most
-  int32_t* indices;       // [num_rows, num_kv_heads, max_kept] ascending positions
-  int64_t max_kept;
-  int32_t* counts;   // [num_rows, num_kv_heads]; -1: attend to everything
-  float* kept_mass;  // [num_rows, num_kv_heads * group] or null
 };
 
-struct AttendParams {
-  KvCache cache;
-  const void* query;           // [num_rows, num_kv_heads * group, head_size]
-  int64_t query_stride;        // bytes between rows
-  const int32_t* block_table;  // [num_rows, block_table_stride]
-  int64_t block_table_stride;
-  const int32_t* seq_lens;  // [num_rows]
-  const int32_t* indices;   // [num_rows, num_kv_heads, max_kept] or null: everything
+struct SelectParams : QueryParams, SparqOptions {
+  const int32_t* budgets;  // [num_rows] tokens to keep; negative: keep all
+  int32_t* indices;        // [num_rows, num_kv_heads, max_kept] ascending positions
+  int64_t max_kept;
+  int32_t* counts;          // [num_rows, num_kv_heads]; -1: attend to everything
+  float* kept_mass;         // [num_rows, num_kv_heads * group] or null
+  int64_t* kept_histogram;  // [num_kv_heads, kKeptBins] or null
+};
+
+struct AttendParams : QueryParams {
+  float scale, soft_cap;
+  const int32_t* indices;  // [num_rows, num_kv_heads, max_kept] or null: everything
   int64_t max_kept;
   const int32_t* counts;   // [num_rows, num_kv_heads]; -1: everything
   const float* kept_mass;  // [num_rows, num_kv_heads * group] or null: no mean term
-  int64_t num_rows;
-  int group;
-  float scale, soft_cap;
-  void* out;           // [num_rows, num_kv_heads * group, head_size]
-  int64_t out_stride;  // bytes between rows
+  void* out;               // [num_rows, num_kv_heads * group, head_size]
+  int64_t out_stride;      // bytes between rows
 };
 
 // What attention takes over from the selection before it; outputs are left to the caller.
 inline void attend_after(const SelectParams& s, AttendParams& p) {
-  p.cache = s.cache;
-  p.query = s.query;
-  p.query_stride = s.query_stride;
-  p.block_table = s.block_table;
-  p.block_table_stride = s.block_table_stride;
-  p.seq_lens = s.seq_lens;
+  static_cast<QueryParams&>(p) = s;
+  p.scale = s.scale;
+  p.soft_cap = s.soft_cap;
   p.indices = s.indices;
   p.max_kept = s.max_kept;
   p.counts = s.counts;
   p.kept_mass = s.kept_mass;
-  p.num_rows = s.num_rows;
-  p.group = s.group;
-  p.scale = s.scale;
-  p.soft_cap = s.soft_cap;
 }
 
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
   void (*store)(const StoreParams&);
-  void (*seal)(const SealParams&);
-  void (*store_quantised)(const StoreQuantisedParams&);
   void (*gather)(const GatherParams&);
   void (*select)(const SelectParams&);
   void (*attend)(const AttendParams&);

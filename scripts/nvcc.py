@@ -4,12 +4,20 @@
 
 import os
 import shutil
+from pathlib import Path
 
 # Compute capabilities that the sources must compile for, and those where the result
 # was tested and timed: TUNED of vllm_sparse/ops/dispatch.py.
 CUDA_ARCHS = ("80", "89", "90a", "100")
 TUNED_ARCHS = "90a"
-NVCC_FLAGS = ("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+NVCC_FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    f"-I{CSRC}",
+    f"-I{CSRC / 'cuda'}",
+)
 
 
 def gencode(arch: str) -> str:

@@ -3,7 +3,6 @@
 """The options under ``--additional-config '{"sparse": {...}}'``, parsed once."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -242,19 +241,6 @@ class SparseConfig:
                 f"{NAMESPACE}.kv_group_size = {self.kv_group_size}: {error}. Example: "
                 f"--additional-config.{NAMESPACE}.kv_group_size 16"
             ) from None
-
-    def budget(self, seq_len: int) -> int:
-        """Tokens to keep of ``seq_len``; with ``top_p``, the most to keep."""
-        most = self.top_k if self.top_p is None else self.max_tokens
-        if isinstance(most, float):
-            floor = self.local_window + self.sink_tokens
-            if self.top_p is not None:
-                floor = max(floor, self.min_tokens)
-            most = max(math.ceil(most * seq_len), floor)
-        if self.top_p is None or self.min_tokens >= seq_len:
-            return most
-        # A row that may keep everything is not one that has to.
-        return min(most, seq_len - 1)
 
 
 def _refuse_misplaced(additional_config: Mapping, known: list[str]) -> None:

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Methods and budgets: which options give a method a target share of the KV bytes."""
 
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from vllm_sparse.config import SELECTOR_NAMES, SparseConfig
-from vllm_sparse.methods import SELECTORS, LayerShape
+from vllm_sparse.methods import METHODS, LayerShape
+from vllm_sparse.ops import Ops
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,10 @@ def parse_method(text: str) -> Method:
 
 
 def _parse_value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def estimate_bytes(method: Method, shape: ModelShape, context: int) -> float:
@@ -86,7 +84,8 @@ def estimate_bytes(method: Method, shape: ModelShape, context: int) -> float:
     layer = LayerShape(2, 1, shape.head_size, dtype, 1.0)
     options = {**method.options, "selector": method.selector}
     config = SparseConfig(**options).resolve(shape.head_size, layer.num_queries_per_kv)
-    read = SELECTORS[method.selector](config, layer).score_bytes(context)
+    cost = METHODS[method.selector](config, layer, Ops()).score_bytes
+    read = cost.of_row(context)
     # Decoding opens a page of Quest's at once.
     return read + (shape.row_bytes if method.selector == "quest" else 0)
 

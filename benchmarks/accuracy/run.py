@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,38 +75,30 @@ def run(
     """
     sources = TextSources(engine.tokenizer)
     records = []
-    total = len(plan.tasks) * len(plan.lengths) * len(plan.runs())
-    with tqdm(total=total, disable=not progress) as bar:
-        for length in plan.lengths:
-            count = plan.samples_of(length)
-            for task in plan.tasks:
-                samples = make_samples(task, sources, length, count)
-                bar.set_description(f"{task} {length}: prefill")
-                engine.configure(options_for(DENSE, None, length, engine.shape))
-                engine.prefill(samples)
-                dense: list[ForcedResult] | None = None
-                for method, budget in plan.runs():
-                    bar.set_description(f"{task} {length}: {method.label} {budget}")
-                    record = {
-                        "task": task,
-                        "length": length,
-                        "method": method.label,
-                        "budget": budget,
-                    }
-                    options = options_for(method, budget, length, engine.shape)
-                    if options is None:
-                        record["skipped"] = (
-                            "estimate, dense layers, sinks and window exceed it"
-                        )
-                    else:
-                        measured, results = _measure(
-                            engine, sources, samples, options, dense
-                        )
-                        record |= measured
-                        dense = dense or results
-                    records.append(record)
-                    save(records)
-                    bar.update()
+    cases = list(product(plan.lengths, plan.tasks))
+    with tqdm(total=len(cases) * len(plan.runs()), disable=not progress) as bar:
+        for length, task in cases:
+            samples = make_samples(task, sources, length, plan.samples_of(length))
+            bar.set_description(f"{task} {length}: prefill")
+            engine.configure(options_for(DENSE, None, length, engine.shape))
+            engine.prefill(samples)
+            dense: list[ForcedResult] | None = None
+            for method, budget in plan.runs():
+                bar.set_description(f"{task} {length}: {method.label} {budget}")
+                record = {"task": task, "length": length}
+                record |= {"method": method.label, "budget": budget}
+                options = options_for(method, budget, length, engine.shape)
+                if options is None:
+                    why = "estimate, dense layers, sinks and window exceed it"
+                    record["skipped"] = why
+                else:
+                    measure = partial(_measure, engine, sources, samples)
+                    measured, results = measure(options, dense)
+                    record |= measured
+                    dense = dense or results
+                records.append(record)
+                save(records)
+                bar.update()
     return records
 
 
@@ -155,7 +148,7 @@ def _measure(
 def write_result(
     path: Path, plan: Plan, options: "EngineOptions", records: list[dict]
 ) -> None:
-    from benchmarks.accuracy.environment import describe
+    from benchmarks.environment import describe
 
     engine = asdict(options) | {"model": Path(options.model).name}
     header = describe() | {
@@ -183,33 +176,20 @@ def to_json(value: dict) -> str:
 def main() -> None:
     from benchmarks.accuracy.engine import Engine, EngineOptions
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=["repetition", "needle", "code"])
     add("--lengths", nargs="+", type=int, default=[4096])
-    add(
-        "--methods",
-        nargs="+",
-        default=Plan.methods,
-        help=f"selector[:option=value]..., selector one of {', '.join(SELECTOR_NAMES)}",
-    )
+    names = ", ".join(SELECTOR_NAMES)
+    methods = f"selector[:option=value]..., selector one of {names}"
+    add("--methods", nargs="+", default=Plan.methods, help=methods)
     add("--budgets", nargs="+", type=float, default=Plan.budgets)
-    add(
-        "--samples",
-        nargs="+",
-        type=int,
-        default=[10],
-        help="one number, or one for every length",
-    )
+    counts = "one number, or one for every length"
+    add("--samples", nargs="+", type=int, default=[10], help=counts)
     add("--model", help="a name of get_model.py's or a folder in HF format")
     add("--max-model-len", type=int, default=EngineOptions.max_model_len)
-    add(
-        "--attention-backend",
-        default=EngineOptions.attention_backend,
-        help="or one of vLLM's, for '--methods dense'",
-    )
+    backends = "or one of vLLM's, for '--methods dense'"
+    add("--attention-backend", default=EngineOptions.attention_backend, help=backends)
     add("--max-num-seqs", type=int, default=EngineOptions.max_num_seqs)
     add("--kv-cache-gib", type=float, default=EngineOptions.kv_cache_gib)
     add("--kv-format", default="auto", choices=FORMATS, help="of our cache")
@@ -221,15 +201,9 @@ def main() -> None:
     counts = args.samples if len(args.samples) > 1 else args.samples[0]
     plan = Plan(args.tasks, args.lengths, args.methods, args.budgets, counts)
     plan.runs()  # a typing error shows before the model loads
-    options = EngineOptions(
-        model=model_path(args.model),
-        attention_backend=args.attention_backend,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        kv_cache_gib=args.kv_cache_gib,
-        kv_format=args.kv_format,
-        kv_cache_dtype=args.kv_cache_dtype,
-    )
+    fields = EngineOptions.__dataclass_fields__.keys() & vars(args).keys()
+    given = {name: getattr(args, name) for name in fields}
+    options = EngineOptions(**given | {"model": model_path(args.model)})
     save = partial(write_result, args.output, plan, options)
     records = run(plan, Engine(options), save=save)
 

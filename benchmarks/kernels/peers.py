@@ -35,6 +35,14 @@ class DenseCache:
     seq_lens: torch.Tensor
     seq_len: int
 
+    def put(self, row: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """A whole context of [seq_len, num_kv_heads, head_size]."""
+        page = self.key.shape[1]
+        place = torch.arange(len(key), device=key.device)
+        block = self.block_table[row][place // page].long()
+        self.key[block, place % page] = key
+        self.value[block, place % page] = value
+
     @property
     def batch(self) -> int:
         return self.query.shape[0]
@@ -180,7 +188,65 @@ def xformers_decode(cache: DenseCache) -> Callable[[], None]:
     return call
 
 
+def cpu_attention(cache: DenseCache) -> Callable[[], None]:
+    """vLLM's CPU_ATTN, which keeps keys in an order of its own."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    current_platform.import_kernels()
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+    pages, page, kv_heads, size = cache.key.shape
+    isa = _get_attn_isa(cache.key.dtype, page, size)
+    packed = torch.zeros(pages, kv_heads, 2 * page, size, dtype=cache.key.dtype)
+    key, value = packed.chunk(2, dim=2)
+    vllm_ops.cpu_attn_reshape_and_cache(
+        cache.key.flatten(0, 1),
+        cache.value.flatten(0, 1),
+        key,
+        value,
+        torch.arange(pages * page),
+        isa,
+    )
+    starts = cache.query_start_loc
+    plan = vllm_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=cache.batch,
+        num_heads=cache.query.shape[1],
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        seq_lens=cache.seq_lens,
+        dtype=cache.key.dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+    )
+
+    def call() -> None:
+        vllm_ops.cpu_attention_with_kv_cache(
+            query=cache.query,
+            key_cache=key,
+            value_cache=value,
+            output=cache.out,
+            query_start_loc=starts,
+            seq_lens=cache.seq_lens,
+            scale=cache.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=cache.block_table,
+            softcap=0.0,
+            scheduler_metadata=plan,
+            s_aux=None,
+        )
+
+    return call
+
+
 PEERS = {
+    "cpu_attn": cpu_attention,
     "fa3": flash_attention,
     "triton": triton_attention,
     "xformers": xformers_decode,

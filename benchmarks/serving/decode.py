@@ -1,230 +1,311 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Whole-engine decode speed and time to first token, backends side by side.
+"""Decode steps and time to first token of whole engines, side by side.
 
-    python -m benchmarks.serving.decode --backends cpu_attn sparq \\
-        --output benchmarks/results/serving_NAME.json
+    python -m benchmarks.serving.decode --engines flash_attn sparq --model FOLDER \\
+        --cases 1x32768 10x40000 --output benchmarks/results/serving_NAME.json
 
-One engine per backend, alive at the same time and measured in turns, so that both see
-the same machine. Prompts are random tokens; prefix caching keeps them, so a decode
-measurement is (time of 1 + N tokens) - (time of 1 token), divided by N.
+A case is batch x context. On a CPU all engines are alive and measured in turns, so that
+they see the same machine. On a GPU each has it for itself, in a process of its own,
+with dummy weights; one that fails leaves an error in the result and the others alone.
+
+``flash_attn:mp`` and ``sparq:ray`` are engines of two ranks. Ranks split the KV heads,
+so the batch of a case is one rank's, and the KV bytes of a GPU are those that one has
+alone. What they say is compared with the same engine of one rank ahead of them; for
+that ``--layers`` of the model get random weights from a file that all ranks read.
+
+``--live-figures`` measures what they add to a step: off, on, and asked for as often as
+can be. Prompts are random tokens that prefix caching keeps.
 """
 
 import argparse
 import json
 import os
 import statistics
-import time
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy.environment import describe
+from benchmarks.environment import save
+from benchmarks.serving.engine import CLOCKS, OURS, RANKS, Timed
+from benchmarks.serving.live import switches
+from benchmarks.serving.processes import exit_on_signals, running
+from benchmarks.serving.texts import LENGTHS, compare, greedy_texts, save_model
+from benchmarks.serving.texts import describe as describe_texts
 from scripts.get_model import get_model
 
-OURS = ("sparq", "twilight")  # backends that take options of ours
+# What says nothing of the result.
+HIDDEN = {"output", "part", "checkpoint", "compare", "in_turns"}
+Job = tuple[str, str, dict | None]  # label, engine, options of ours
 
 
-class Timed:
-    """One engine and its measurements."""
-
-    def __init__(self, backend: str, **settings) -> None:
-        """Start it; ``settings`` are those of ``vllm.LLM``."""
-        from vllm import LLM
-
-        self.backend = backend
-        self.is_sparse = backend in OURS
-        if self.is_sparse:
-            settings["worker_extension_cls"] = "vllm_sparse.worker.WorkerExtension"
-        self.llm = LLM(
-            attention_backend=backend,
-            dtype="bfloat16",
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
-            **{"disable_log_stats": True} | settings,
-        )
-
-    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
-        """Time to generate ``tokens`` for every prompt, all prompts together."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        inputs = [{"prompt_token_ids": p} for p in prompts]
-        start = time.perf_counter()
-        self.llm.generate(inputs, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    def decode_step(
-        self, prompts: list[list[int]], tokens: int, before: int = 1
-    ) -> float:
-        """Seconds per decode step; the prompts must be in the prefix cache.
-
-        Args:
-            before: tokens of the shorter run, which is subtracted. One is cheap; more
-                than that decode while later prompts arrive in both runs, not in one.
-        """
-        first = self.seconds(prompts, before)
-        return (self.seconds(prompts, before + tokens) - first) / tokens
-
-    def steps(self, prompts: list[list[int]], tokens: int) -> list[float]:
-        """Seconds between the outputs of steps in which all prompts decode.
-
-        Their median is steadier than :meth:`decode_step` where a step takes few
-        milliseconds: what happens before and after does not enter.
-
-        Raises:
-            RuntimeError: the prompts never decode all together.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        engine = self.llm.llm_engine
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        for i, prompt in enumerate(prompts):
-            engine.add_request(f"timed-{i}", {"prompt_token_ids": prompt}, params)
-        found, last = [], None
-        while engine.has_unfinished_requests():
-            outputs, now = engine.step(), time.perf_counter()
-            everyone = len(outputs) == len(prompts)
-            if everyone and last is not None:
-                found.append(now - last)
-            last = now if everyone else None
-        if not found:
-            raise RuntimeError("prompts do not decode together: more tokens are needed")
-        return found
-
-    def configure(self, options: dict | None) -> None:
-        """Switch to other options of our backend; None where it is vLLM's own."""
-        if options is not None:
-            self.llm.collective_rpc("reconfigure_sparse", args=(options,))
-
-    def kv_share(self) -> float | None:
-        """Share of the dense KV bytes read since the last call."""
-        if not self.is_sparse:
-            return None
-        (stats,) = self.llm.collective_rpc("sparse_stats")
-        self.llm.collective_rpc("reset_sparse_stats")
-        return stats["kv_bytes_read"] / max(1, stats["kv_bytes_dense"])
-
-
-def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    # With the seed alone, longer prompts would begin as shorter ones do, and find them
-    # in the prefix cache.
-    generator = torch.Generator().manual_seed(seed * 10**6 + length)
-    ids = torch.randint(1000, 40000, (count, length), generator=generator)
-    return ids.tolist()
-
-
-def run(args: argparse.Namespace) -> list[dict]:
-    # Label, engine, options: our engine is measured once per set of options.
-    variants: list[tuple[str, Timed, dict | None]] = []
-    for backend in args.backends:
-        engine = Timed(
-            backend,
-            model=str(args.model or get_model()),
-            max_model_len=args.max_model_len,
-            max_num_seqs=max(args.batches),
-            kv_cache_memory_bytes=int(args.kv_cache_gib * 2**30),
-            enforce_eager=not args.compile,
-        )
-        if not engine.is_sparse:
-            variants.append((backend, engine, None))
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Our engines are measured once per set of options."""
+    jobs: list[Job] = []
+    for name in args.engines:
+        if name.partition(":")[0] not in OURS:
+            jobs.append((name, name, None))
             continue
-        for text in args.sparse:
-            label = f"{backend} {text}" if len(args.sparse) > 1 else backend
-            variants.append((label, engine, json.loads(text)))
-    cases = [("ttft", n, 1) for n in args.ttft_lengths]
-    cases += [("decode", n, b) for n in args.lengths for b in args.batches]
-    rows = []
-    bar = tqdm(total=len(cases) * args.repeats)
-    for kind, length, batch in cases:
-        bar.set_description(f"{kind} {length} x {batch}")
-        times: dict[str, list[float]] = {label: [] for label, *_ in variants}
-        shares: dict[str, float | None] = {}
-        prompts = make_prompts(batch, length, seed=length + batch)
-        if kind == "decode":
-            for engine in dict.fromkeys(engine for _, engine, _ in variants):
-                engine.seconds(prompts, 1)
-        for repeat in range(args.repeats):
-            for number, (label, engine, options) in enumerate(variants):
-                engine.configure(options)
-                engine.kv_share()
-                if kind == "ttft":  # prompts never seen before
-                    seed = 10**6 + 100 * repeat + number
-                    seconds = engine.seconds(make_prompts(1, length, seed), 1)
-                else:
-                    seconds = engine.decode_step(prompts, args.tokens)
-                    shares[label] = engine.kv_share()
-                times[label].append(seconds)
-            bar.update()
-        for label, _, options in variants:
-            seconds = statistics.median(times[label])
-            row = {
-                "kind": kind,
-                "backend": label,
-                "sparse": options,
-                "context": length,
-                "batch": batch,
-                "ms": seconds * 1e3,
-                "all_ms": [t * 1e3 for t in times[label]],
-            }
-            if kind == "decode":
-                row |= {
-                    "tokens_per_s": batch / seconds,
-                    "kv_share": shares[label],
-                }
-            rows.append(row)
-    bar.close()
-    return rows
+        for options in args.sparse:
+            several = len(args.sparse) > 1
+            label = f"{name} {json.dumps(options)}" if several else name
+            jobs.append((label, name, options))
+    return jobs
 
 
-def print_table(rows: list[dict]) -> None:
-    print("| what | context | batch | backend | ms | vs first | KV read |")
-    print("|---|---|---|---|---|---|---|")
-    base = {}
-    for row in rows:
-        key = (row["kind"], row["context"], row["batch"])
-        first = base.setdefault(key, row["ms"])
-        share = row.get("kv_share")
-        print(
-            f"| {row['kind']} | {row['context']} | {row['batch']} | {row['backend']} "
-            f"| {row['ms']:.1f} | {first / row['ms']:.2f}x "
-            f"| {'' if share is None else f'{100 * share:.1f} %'} |"
-        )
+def start(args: argparse.Namespace, name: str, options: dict | None) -> Timed:
+    ranks = RANKS[name.partition(":")[2] or "one"][0]
+    lengths = [n for _, n in args.cases] + args.ttft_lengths
+    longest = max(lengths) + args.before + args.tokens + 128
+    settings: dict[str, Any] = {
+        "model": str(args.checkpoint or args.model),
+        "load_format": "auto" if args.checkpoint else args.load_format,
+        "max_model_len": args.max_model_len or longest,
+        "max_num_seqs": max(len(LENGTHS), *(ranks * batch for batch, _ in args.cases)),
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "disable_log_stats": not args.live_figures,
+        "seed": 0,
+    }
+    if args.kv_cache_gib:
+        settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
+    if args.compilation_config:
+        settings["compilation_config"] = args.compilation_config
+    else:
+        settings["enforce_eager"] = True
+    return Timed(name, options, **settings)
+
+
+def measure(
+    args: argparse.Namespace, jobs: list[Job], results: list[dict[str, Any]]
+) -> None:
+    """Adds a result for every job and saves after each case: a run that is cut off
+    leaves the rest."""
+    engines: dict[str, Timed] = {}
+    variants: list[tuple[dict, Timed, Callable[[], Any]]] = []
+    for label, name, options in jobs:
+        if name not in engines:
+            engines[name] = start(args, name, options)
+        engine = engines[name]
+        cache = engine.config.cache_config
+        result = {
+            "engine": label,
+            "sparse": options,
+            "cudagraph_mode": str(engine.config.compilation_config.cudagraph_mode),
+            "kv_capacity_tokens": cache.num_gpu_blocks * cache.block_size,
+            "rows": [],
+        }
+        if args.compare:
+            result["texts"] = greedy_texts(engine)
+        if args.live_figures:
+            for figures, switch in switches(engine).items():
+                of_figures = {"engine": f"{label}, figures {figures}", "rows": []}
+                variants.append((result | of_figures, engine, switch))
+            continue
+        # Several options are several engines on a GPU, whose graphs hold them.
+        call = partial(engine.llm.collective_rpc, "reconfigure_sparse")
+        several = options is not None and args.in_turns and len(args.sparse) > 1
+        switch = partial(call, args=(options,)) if several else lambda: None
+        variants.append((result, engine, switch))
+    results += [result for result, *_ in variants]
+    cases = [("ttft", 1, n) for n in args.ttft_lengths]
+    cases += [("decode", batch, n) for batch, n in args.cases]
+    with tqdm(total=len(cases) * (args.repeats + 1), disable=None) as bar:
+        for kind, batch, length in cases:
+            bar.set_description(f"{kind} {batch} x {length}")
+            rows = [
+                {"kind": kind, "context": length, "batch_per_rank": batch, "all_ms": []}
+                for _ in variants
+            ]
+            for repeat in range(args.repeats + 1):
+                # Every variant is first in turn, as a machine slows while it gets warm.
+                first = repeat % len(variants)
+                order = list(range(len(variants)))
+                for i in order[first:] + order[:first]:
+                    _, engine, switch = variants[i]
+                    switch()
+                    seed = 10**6 + 100 * repeat + i
+                    one_case(args, engine, rows[i], repeat, seed)
+                bar.update()
+            for (result, *_), row in zip(variants, rows, strict=True):
+                row["ms"] = statistics.median(row["all_ms"])
+                result["rows"].append(row)
+            save(args, results, HIDDEN)
+
+
+def one_case(
+    args: argparse.Namespace, engine: Timed, row: dict, repeat: int, seed: int
+) -> None:
+    """Time one repeat; the first one warms up."""
+    length, batch = row["context"], row["batch_per_rank"]
+    if row["kind"] == "ttft":  # prompts never seen before
+        row["batch"] = batch
+        seconds = engine.seconds(engine.prompts(batch, length, seed), 1)
+    else:
+        row["batch"] = batch * engine.ranks
+        prompts = engine.prompts(row["batch"], length, length + batch)
+        if not repeat:
+            engine.seconds(prompts, 1)
+        engine.reset()
+        seconds = engine.time(args.clock, prompts, args.tokens, args.before)
+        row |= engine.kv_read()
+    if repeat:
+        row["all_ms"].append(seconds * 1e3)
+
+
+def in_processes(args: argparse.Namespace, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Each job in a child process, which adds its result to ``--output``."""
+    results: list[dict[str, Any]] = []
+    references: dict[str, list] = {}
+    save(args, results, HIDDEN)
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["--output", str(args.output)]
+        if args.layers:
+            extra += ["--checkpoint", folder]
+            print("weights ...", flush=True)
+            # In a process of its own, which leaves no CUDA context behind.
+            if error := run_part(args, "weights", extra):
+                raise SystemExit(error)
+        for i, (label, name, _) in enumerate(jobs):
+            print(f"{label} ...", flush=True)
+            error = run_part(args, str(i), extra)
+            results = json.loads(args.output.read_text())["results"]
+            if error:
+                results.append({"engine": label, "error": error, "rows": []})
+            backend, _, ranks = name.partition(":")
+            for result in results:
+                texts = result.pop("texts", None)
+                if texts and ranks in ("", "one"):
+                    references[backend] = texts
+                elif texts and backend in references:
+                    result["compared"] = compare(texts, references[backend])
+            save(args, results, HIDDEN)
+    return results
+
+
+def run_part(args: argparse.Namespace, part: str, extra: list[str]) -> str | None:
+    """What went wrong, if anything did."""
+    command = [sys.executable, "-m", "benchmarks.serving.decode", *sys.argv[1:]]
+    with running([*command, *extra, "--part", part]) as process:
+        try:
+            code = process.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            return f"not done after {args.seconds:g} s"
+    return f"exit status {code}" if code else None
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print("| what | context | batch | engine | ms | vs first | KV read | KV tokens |")
+    print("|---|---|---|---|---|---|---|---|")
+    base: dict[tuple, float] = {}
+    for result in results:
+        for r in result["rows"]:
+            key = (r["kind"], r["context"], r["batch_per_rank"])
+            first = base.setdefault(key, r["ms"])
+            share = f"{r['kv_share']:.1%}" if "kv_share" in r else ""
+            print(
+                f"| {r['kind']} | {r['context']} | {r['batch']} | {result['engine']} "
+                f"| {r['ms']:.2f} | {first / r['ms']:.2f}x | {share} "
+                f"| {result['kv_capacity_tokens']} |"
+            )
+    for result in results:
+        if "error" in result:
+            print(f"{result['engine']}: {result['error']}")
+        if "compared" in result:
+            print(describe_texts(result["engine"], result["compared"]))
+
+
+def parse_args() -> argparse.Namespace:
+    from vllm.platforms import current_platform
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    names = ", ".join(RANKS)
+    add("--engines", nargs="+", help=f"backend or backend:ranks, ranks of {names}")
+    add("--sparse", type=json.loads, nargs="+", default=[{}], help="our options, JSON")
+    add("--model", type=Path, help="default: SmolLM2-135M-Instruct")
+    add("--load-format", help="default: dummy on GPUs")
+    add("--layers", type=int, help="of the model, with random weights from a file")
+    add("--cases", nargs="+", help="batch x context")
+    add("--ttft-lengths", type=int, nargs="*", default=[])
+    add("--clock", choices=CLOCKS, help="default: difference; mean with live figures")
+    add("--tokens", type=int, help="decode steps timed")
+    add("--before", type=int, default=16, help="decode steps ahead of those")
+    add("--repeats", type=int, default=3)
+    add("--max-model-len", type=int, help="default: what the cases need")
+    add("--gpu-memory-utilization", type=float, default=0.92)
+    add("--kv-cache-gib", type=float, help="of a rank")
+    add("--compilation-config", type=json.loads, help="of vLLM, JSON")
+    add("--live-figures", action="store_true", help="what they cost")
+    add("--seconds", type=float, default=3600, help="that one engine may take")
+    add("--output", type=Path)
+    # Set by the script itself, for a child process.
+    add("--part", help=argparse.SUPPRESS)
+    add("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    on_cpu = current_platform.is_cpu()
+    defaults: dict[str, Any] = {
+        "engines": ["cpu_attn", "sparq"],
+        "cases": ["1x512", "4x512", "4x8000", "8x8000"],
+        "tokens": 48,
+        "load_format": "auto",
+        "kv_cache_gib": 2.5,
+    }
+    if not on_cpu:
+        defaults = {
+            "engines": ["flash_attn", "sparq"],
+            "cases": ["1x32768", "10x40000"],
+            "tokens": 64,
+            "load_format": "dummy",
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        }
+    defaults["clock"] = "mean" if args.live_figures else "difference"
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.cases = [tuple(map(int, case.split("x"))) for case in args.cases]
+    ranks = {name: name.partition(":")[2] for name in args.engines}
+    for name, of_ranks in ranks.items():
+        if of_ranks and of_ranks not in RANKS:
+            parser.error(f"--engines {name}: expected backend:ranks, ranks of {names}")
+    args.compare = any(ranks.values())
+    args.in_turns = on_cpu and not args.compare
+    if args.load_format == "dummy" and args.compare and not args.layers:
+        parser.error("several ranks need --layers: dummy weights differ between ranks")
+    if args.live_figures and on_cpu:
+        parser.error("--live-figures: rows are counted otherwise on CPUs")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backends", nargs="+", default=["cpu_attn", "sparq"])
-    add = parser.add_argument
-    add("--sparse", nargs="+", default=["{}"], help="options of sparq, as JSON each")
-    parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8000])
-    parser.add_argument("--ttft-lengths", type=int, nargs="*", default=[6000])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--tokens", type=int, default=48, help="decode steps timed")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--kv-cache-gib", type=float, default=2.5)
-    parser.add_argument("--compile", action="store_true", help="not enforce_eager")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    rows = run(args)
-    print_table(rows)
-    if args.output:
-        options = {k: str(v) for k, v in vars(args).items() if k != "output"}
-        header = describe() | {"options": options}
-        args.output.write_text(json.dumps({"header": header, "rows": rows}, indent=1))
+    args = parse_args()
+    if args.live_figures or args.clock == "timeline":
+        # The engine must be in this process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    args.model = args.model or get_model()
+    exit_on_signals()
+    jobs = jobs_of(args)
+    results: list[dict[str, Any]] = []
+    if args.part == "weights":
+        return save_model(args)
+    if args.part:
+        results = json.loads(args.output.read_text())["results"]
+        return measure(args, [jobs[int(args.part)]], results)
+    if args.in_turns:
+        measure(args, jobs, results)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            args.output = args.output or Path(folder) / "result.json"
+            results = in_processes(args, jobs)
+    print_table(results)
+    if any("error" in result for result in results):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -19,86 +19,147 @@ the memory: ``--server-args --gpu-memory-utilization 0.47 --kv-cache-memory-byte
 """
 
 import argparse
+import asyncio
+import dataclasses
+import io
 import json
 import os
-import subprocess
+import re
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.decode import OURS
+from benchmarks.environment import save
+from benchmarks.serving.engine import OURS
 from benchmarks.serving.processes import exit_on_signals, free_port, running
-from benchmarks.serving.results import save
 
 QUESTION = 64  # tokens after a shared document
-# ``vllm bench serve`` again and again in one process, whose imports take long, with
-# prompts that were drawn before: drawing long ones takes longer than serving them.
-# (vLLM's command line asks for a distribution named vllm; its CPU build has another
-# name.)
-BENCH = """
-import asyncio, dataclasses, json, sys
-from vllm.benchmarks import serve
-from vllm.tokenizers import get_tokenizer
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-serve.add_cli_args(parser)
-draw, drawn, chosen = serve.get_samples, {}, []
-serve.get_samples = lambda args, tokenizer: chosen
-for line in sys.stdin:
-    task = json.loads(line)
-    args, case = parser.parse_args(task["arguments"]), task["case"]
-    if "first" in task:
-        chosen = [
-            dataclasses.replace(sample, expected_output_len=task["output_tokens"])
-            for sample in drawn[case][task["first"]:][:args.num_prompts]
-        ]
-        asyncio.run(serve.main_async(args))
-    else:
-        drawn[case] = draw(args, get_tokenizer(args.tokenizer))
-    print("@done", flush=True)
-"""
-KEPT = (
-    "completed",
-    "duration",
-    "request_throughput",
-    "output_throughput",
-    "median_ttft_ms",
-    "p99_ttft_ms",
-    "median_tpot_ms",
-    "p99_tpot_ms",
-    "median_itl_ms",
-    "p99_itl_ms",
-)
+TIMES = [
+    f"{of}_{what}_ms" for what in ("ttft", "tpot", "itl") for of in ("median", "p99")
+]
+KEPT = ["completed", "duration", "request_throughput", "output_throughput", *TIMES]
 
 
-@contextmanager
-def server(engine: str, args: argparse.Namespace, log: Path):
-    """A server that starts, and its client, which draws prompts meanwhile."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(args.model), "--attention-backend", engine]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+class Case:
+    """One case: its prompts lie in a row, run after run."""
+
+    def __init__(self, text: str, args: argparse.Namespace) -> None:
+        self.text = text
+        kind, length, count = text.split(":")
+        self.count, self.shared = int(count), kind == "shared"
+        # Prompts lie shuffled, and every document must come into the cache.
+        self.warm = max(self.count, 8 * args.documents) if self.shared else 2
+        self.total = self.warm + self.count * (1 + len(args.rates))
+        name, options = "random", {"random-input-len": int(length)}
+        if self.shared:
+            self.total += -self.total % args.documents
+            name, options = (
+                "prefix_repetition",
+                {
+                    "prefix-repetition-prefix-len": int(length) - QUESTION,
+                    "prefix-repetition-suffix-len": QUESTION,
+                    "prefix-repetition-num-prefixes": args.documents,
+                },
+            )
+        self.dataset = arguments({"dataset-name": name} | options)
+
+    def first(self, run: int) -> int:
+        """Of a run's prompts; run 0 comes after warming up."""
+        return self.warm + run * self.count
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    return [word for k, v in options.items() for word in (f"--{k}", str(v))]
+
+
+class Load:
+    """``vllm bench serve`` in this process.
+
+    (vLLM's command line asks for a distribution named vllm; its CPU build has another
+    name.)
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Draw the prompts of all cases once, in a thread: drawing long ones takes
+        longer than serving them, and servers start meanwhile."""
+        from vllm.benchmarks import serve
+        from vllm.tokenizers import get_tokenizer
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        self.args, self.serve = args, serve
+        self.parser = FlexibleArgumentParser()
+        serve.add_cli_args(self.parser)
+        self.cases = [Case(text, args) for text in args.cases]
+        tokenizer, get_samples = str(args.tokenizer or args.model), serve.get_samples
+
+        def draw(case: Case) -> list:
+            parsed = self._parse(case, {"num-prompts": case.total, "seed": 0})
+            return get_samples(parsed, get_tokenizer(tokenizer))
+
+        pool = ThreadPoolExecutor(1)
+        self.drawn = {case.text: pool.submit(draw, case) for case in self.cases}
+
+    def _parse(self, case: Case, options: dict[str, Any]) -> argparse.Namespace:
+        options |= {"tokenizer": self.args.tokenizer or self.args.model}
+        return self.parser.parse_args(case.dataset + arguments(options))
+
+    def bench(
+        self, url: str, case: Case, first: int, count: int, rate: float, tokens: int
+    ) -> dict[str, Any]:
+        """``count`` prompts of a case, from number ``first``; ``tokens`` of output.
+
+        Raises:
+            RuntimeError: with the end of the output, when not all requests succeed.
+        """
+        samples = self.drawn[case.text].result()[first : first + count]
+        samples = [dataclasses.replace(s, expected_output_len=tokens) for s in samples]
+        self.serve.get_samples = lambda *_: samples
+        options = {
+            "backend": "openai",
+            "endpoint": "/v1/completions",
+            "base-url": url,
+            "model": self.args.model,
+            "num-prompts": count,
+            "temperature": 0,
+            # Requests of one case and rate arrive at the same times at all engines.
+            "seed": zlib.crc32(f"{case.text} {rate:.3f}".encode()),
+            "request-rate": rate,
+            "percentile-metrics": "ttft,tpot,itl",
+        }
+        parsed, limit = self._parse(case, options), self.args.run_seconds
+        parsed.ignore_eos = parsed.disable_tqdm = True
+        error, result = "", {}
+        with redirect_stdout(io.StringIO()) as shown:
+            try:
+                # A server that hangs would be waited for, for hours.
+                run = asyncio.wait_for(self.serve.main_async(parsed), limit)
+                result = asyncio.run(run)
+            except TimeoutError:
+                error = f"it took more than --run-seconds {limit:g}\n"
+            except Exception as other:
+                error = f"{other!r}\n"
+        if error or result.get("completed") != count:
+            raise RuntimeError(f"the load failed: {error}{shown.getvalue()[-3000:]}")
+        return {name: result[name] for name in KEPT if name in result}
+
+
+def server_command(engine: str, port: int, args: argparse.Namespace) -> list[str]:
+    options = {"model": args.model, "attention-backend": engine}
+    options |= {"host": "127.0.0.1", "port": port}
     if args.tokenizer:
-        command += ["--tokenizer", str(args.tokenizer)]
+        options["tokenizer"] = args.tokenizer
     if engine in OURS:
-        command += [
-            "--additional-config",
-            json.dumps({"sparse": json.loads(args.sparse)}),
-        ]
-    command += args.server_args
-    with running(command, log) as process:
-        client = Client(f"http://127.0.0.1:{port}", args)
-        try:
-            yield process, client
-        finally:
-            client.close()
+        options["additional-config"] = json.dumps({"sparse": json.loads(args.sparse)})
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    return command + arguments(options) + args.server_args
 
 
 def wait_for(engine: str, process, url: str, seconds: float, log: Path) -> None:
@@ -128,132 +189,18 @@ def healthy(url: str) -> bool:
 def our_metrics(url: str) -> dict[str, float]:
     """The server's ``vllm_sparse:`` counters, of all engines together."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
+        page = answer.read().decode()
+    # Gauges of several engines do not add up.
+    counter = r"^(vllm_sparse:\w+_total)\{(.*)\} (\S+)$"
     result: dict[str, float] = {}
-    for line in lines:
-        if not line.startswith("vllm_sparse:"):
-            continue
-        name, value = line.rsplit(" ", 1)
-        metric = name.partition("{")[0]
-        # Gauges of several engines do not add up.
-        if not metric.endswith("_total"):
-            continue
-        for label in ("reason", "le"):
-            kind = name.partition(f'{label}="')[2].partition('"')[0]
-            metric += f" {kind}" if kind else ""
+    for metric, labels, value in re.findall(counter, page, re.MULTILINE):
+        metric = " ".join([metric, *re.findall(r'\b(?:reason|le)="(.*?)"', labels)])
         result[metric] = result.get(metric, 0) + float(value)
     return result
 
 
-class Case:
-    """One case: its prompts lie in a row, run after run."""
-
-    def __init__(self, text: str, args: argparse.Namespace) -> None:
-        self.text = text
-        kind, length, count = text.split(":")
-        self.count, self.shared = int(count), kind == "shared"
-        # Prompts lie shuffled, and every document must come into the cache.
-        self.warm = max(self.count, 8 * args.documents) if self.shared else 2
-        total = self.warm + self.count * (1 + len(args.rates))
-        if not self.shared:
-            self.dataset = ["--dataset-name", "random", "--random-input-len", length]
-        else:
-            total += -total % args.documents
-            self.dataset = ["--dataset-name", "prefix_repetition"]
-            self.dataset += [
-                "--prefix-repetition-prefix-len",
-                str(int(length) - QUESTION),
-            ]
-            self.dataset += ["--prefix-repetition-suffix-len", str(QUESTION)]
-            self.dataset += ["--prefix-repetition-num-prefixes", str(args.documents)]
-        self.total = total
-
-    def first(self, run: int) -> int:
-        """Of a run's prompts; run 0 comes after warming up."""
-        return self.warm + run * self.count
-
-
-class Client:
-    """``vllm bench serve``, waiting for what to do."""
-
-    def __init__(self, url: str, args: argparse.Namespace) -> None:
-        """Start it, drawing the prompts of all cases."""
-        self.url, self.args = url, args
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BENCH],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._unread = 0  # answers on their way
-        for text in args.cases:
-            case = Case(text, args)
-            self._send(case, ["--num-prompts", str(case.total), "--seed", "0"])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def bench(
-        self, case: Case, first: int, count: int, rate: float, output_tokens: int
-    ) -> dict[str, Any]:
-        """``count`` prompts of a case, from number ``first``.
-
-        Raises:
-            RuntimeError: with the end of the output, when not all requests succeed.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = ["--backend", "openai", "--endpoint", "/v1/completions"]
-            arguments += ["--base-url", self.url, "--model", str(self.args.model)]
-            arguments += ["--num-prompts", str(count), "--ignore-eos"]
-            # Requests of one case and rate arrive at the same times at all engines.
-            seed = zlib.crc32(f"{case.text} {rate:.3f}".encode())
-            arguments += ["--temperature", "0", "--seed", str(seed)]
-            arguments += ["--request-rate", str(rate), "--disable-tqdm"]
-            arguments += ["--percentile-metrics", "ttft,tpot,itl"]
-            arguments += ["--save-result", "--result-dir", folder]
-            arguments += ["--result-filename", "result.json"]
-            self._send(case, arguments, first=first, output_tokens=output_tokens)
-            # A server that hangs would be waited for, for hours.
-            limit = threading.Timer(self.args.run_seconds, self.process.kill)
-            limit.start()
-            try:
-                shown = self._read()
-            finally:
-                limit.cancel()
-            path = Path(folder) / "result.json"
-            result = json.loads(path.read_text()) if path.exists() else {}
-        if result.get("completed") != count:
-            raise RuntimeError(
-                f"the load failed, or took more than --run-seconds "
-                f"{self.args.run_seconds:g}:\n{shown[-3000:]}"
-            )
-        return {name: result[name] for name in KEPT if name in result}
-
-    def _send(self, case: Case, arguments: list[str], **task) -> None:
-        arguments = case.dataset + arguments
-        arguments += ["--tokenizer", str(self.args.tokenizer or self.args.model)]
-        task |= {"case": case.text, "arguments": arguments}
-        assert self.process.stdin
-        with suppress(BrokenPipeError):  # what it printed says why
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-        self._unread += 1
-
-    def _read(self) -> str:
-        """What was printed up to the end of all tasks."""
-        shown = ""
-        assert self.process.stdout
-        for text in self.process.stdout:
-            shown += text
-            self._unread -= text.startswith("@done")
-            if not self._unread:
-                break
-        return shown
-
-
 def measure(
+    load: Load,
     engines: list[str],
     args: argparse.Namespace,
     limits: dict[str, float],
@@ -267,35 +214,40 @@ def measure(
         rows: filled as cases finish.
     """
     with ExitStack() as stack:
-        logs = {engine: folder / f"{engine}.log" for engine in engines}
-        servers = {
-            engine: stack.enter_context(server(engine, args, log))
-            for engine, log in logs.items()
-        }
-        for engine, (process, client) in servers.items():
-            seconds = args.start_seconds
-            wait_for(engine, process, client.url, seconds, logs[engine])
-        for case in (Case(text, args) for text in args.cases):
-            for engine, (_, client) in servers.items():
-                for row in measured(client, case, limits, args):
+        servers = {}
+        for engine in engines:
+            port, log = free_port(), folder / f"{engine}.log"
+            url, command = (
+                f"http://127.0.0.1:{port}",
+                server_command(engine, port, args),
+            )
+            process = stack.enter_context(running(command, log))
+            servers[engine] = process, url, log
+        for engine, (process, url, log) in servers.items():
+            wait_for(engine, process, url, args.start_seconds, log)
+        for case in load.cases:
+            for engine, (_, url, _) in servers.items():
+                for row in measured(partial(load.bench, url), case, limits, args):
                     row["engine"] = engine
                     rows.append(row)
                     save(args, rows)
                     print(line(row), flush=True)
-        for engine, (_, client) in servers.items():
-            if metrics := our_metrics(client.url):
+        for engine, (_, url, _) in servers.items():
+            if metrics := our_metrics(url):
                 rows.append({"engine": engine, "metrics": metrics})
 
 
 def measured(
-    client: Client, case: Case, limits: dict[str, float], args: argparse.Namespace
+    bench: Callable[..., dict[str, Any]],
+    case: Case,
+    limits: dict[str, float],
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """One case: all requests at once, then at every share of its limit."""
-    client.bench(case, 0, case.warm, float("inf"), 1)
+    bench(case, 0, case.warm, float("inf"), 1)
     for run, share in enumerate((None, *args.rates)):
         rate = float("inf") if share is None else share * limits[case.text]
-        first, tokens = case.first(run), args.output_tokens
-        row = client.bench(case, first, case.count, rate, tokens)
+        row = bench(case, case.first(run), case.count, rate, args.output_tokens)
         if share is None:
             limits.setdefault(case.text, row["request_throughput"])
         # No rate: all at once.
@@ -342,13 +294,14 @@ def main() -> None:
         "| ITL ms |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    load = Load(args)
     results: list[dict[str, Any]] = []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         groups = [args.engines] if args.together else [[e] for e in args.engines]
         for engines in groups:
             try:
-                measure(engines, args, limits, Path(folder), results)
+                measure(load, engines, args, limits, Path(folder), results)
             except (RuntimeError, OSError) as error:
                 failed = True
                 print(error, flush=True)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -27,14 +27,20 @@ def exit_on_signals() -> None:
 
 @contextmanager
 def running(
-    command: list[str], log: Path, environment: Mapping[str, str] | None = None
+    command: list[str],
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen]:
-    """A process in a group of its own, output to ``log``; interrupted, then killed."""
-    with log.open("w") as output:
+    """A process in a group of its own; interrupted in the end, then killed.
+
+    Args:
+        log: gets its output; None: it goes where ours goes.
+    """
+    with log.open("w") if log else nullcontext() as output:
         process = subprocess.Popen(
             command,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if log else None,
             env=environment,
             start_new_session=True,
         )

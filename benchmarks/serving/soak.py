@@ -22,6 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.environment import describe
+from scripts.get_model import get_model
+
 PREFIXES = 8
 STREAMED, COLLECTED, LAST = "DELTA", "CUMULATIVE", "FINAL_ONLY"
 
@@ -94,24 +97,15 @@ def make_jobs(
         prompt = rng.choice(prefixes) + ids(rng.randrange(1, max_model_len // 3))
         most = min(max_model_len - len(prompt), rng.choice((2, 8, 24, 60)))
         several = rng.random() < 0.15
-        jobs.append(
-            Job(
-                prompt,
-                rng.randint(1, most),
-                n=rng.randint(2, 3) if several else 1,
-            )
-        )
+        tokens, n = rng.randint(1, most), rng.randint(2, 3) if several else 1
+        jobs.append(Job(prompt, tokens, n))
     return jobs
 
 
 class Soak:
-    """Drives one engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+    """Drives a ``vllm.LLM`` of this process, with prefix caching."""
 
     def __init__(self, llm: Any, jobs: list[Job], rng: Random) -> None:
-        """
-        Args:
-            llm: ``vllm.LLM`` with prefix caching.
-        """
         self.engine = llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -243,27 +237,24 @@ def resident_megabytes() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a folder; default: SmolLM2-135M")
-    parser.add_argument("--backend", default="sparq")
-    parser.add_argument("--sparse", type=json.loads, default={}, metavar="JSON")
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--jobs", type=int, default=200, help="distinct requests")
-    parser.add_argument("--concurrency", type=int, default=24)
-    parser.add_argument("--max-model-len", type=int, default=1024)
+    add = parser.add_argument
+    add("--model", type=Path, help="a folder; default: SmolLM2-135M")
+    add("--backend", default="sparq")
+    add("--sparse", type=json.loads, default={}, metavar="JSON")
+    add("--requests", type=int, default=2000)
+    add("--jobs", type=int, default=200, help="distinct requests")
+    add("--concurrency", type=int, default=24)
+    add("--max-model-len", type=int, default=1024)
     # On CPUs vLLM keeps a oneDNN primitive for every number of tokens in a step; with
     # few such numbers that memory is soon all there.
-    parser.add_argument("--max-num-batched-tokens", type=int, default=128)
-    parser.add_argument("--kv-cache-mib", type=int, default=512)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add("--max-num-batched-tokens", type=int, default=128)
+    add("--kv-cache-mib", type=int, default=512)
+    add("--dtype", default="float32")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
     from vllm import LLM
-
-    from benchmarks.accuracy.environment import describe
-    from scripts.get_model import get_model
 
     llm = LLM(
         model=str(args.model or get_model()),
@@ -285,9 +276,8 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if args.output:
         settings = {k: str(v) for k, v in vars(args).items() if k != "output"}
-        header = describe() | settings
-        text = json.dumps({"header": header} | result, indent=1)
-        args.output.write_text(text + "\n")
+        found = {"header": describe() | settings} | result
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
     if report.mismatches or report.leaked_blocks or report.unfinished_in_scheduler:
         raise SystemExit(1)
 

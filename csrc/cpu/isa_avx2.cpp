@@ -7,7 +7,6 @@
 #pragma GCC target("avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx2 {
 #include "kernels.inc"
-const Kernels kernels = {
-    "avx2", store, seal, store_quantised, gather, select, attend, select_attend};
+const Kernels kernels = {"avx2", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::avx2
 #endif

@@ -8,7 +8,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx512 {
 #include "kernels.inc"
-const Kernels kernels = {
-    "avx512", store, seal, store_quantised, gather, select, attend, select_attend};
+const Kernels kernels = {"avx512", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::avx512
 #endif

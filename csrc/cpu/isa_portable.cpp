@@ -4,6 +4,5 @@
 
 namespace vllm_sparse::portable {
 #include "kernels.inc"
-const Kernels kernels = {
-    "portable", store, seal, store_quantised, gather, select, attend, select_attend};
+const Kernels kernels = {"portable", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::portable

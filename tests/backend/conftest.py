@@ -20,7 +20,8 @@ from vllm.config import (  # noqa: E402
     set_current_vllm_config,
 )
 
-from .driver import BF16, FP32, Driver, Shape, plain_attention  # noqa: E402
+from .driver import BF16, FP32, Driver, Shape  # noqa: E402
+from .plain import plain_attention  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +48,19 @@ def model_folder(tmp_path_factory):
     return make
 
 
+def plan_as_on_gpus(common, requests, shape, scratch_blocks):
+    from vllm_sparse.layer.prefill_codes import plan_codes
+    from vllm_sparse.layer.prefill_fa import FlashCodes, FlashRows
+
+    if shape.fmt.quantised:
+        return plan_codes(common, requests, scratch_blocks, FlashCodes)
+    return [FlashRows.of(common, requests)]
+
+
 @pytest.fixture(
     params=[
         "cpu",
-        "gpu-on-cpu",  # the GPU's layer and builder over the CPU's kernels
+        "gpu-on-cpu",  # the GPU's dense rows, in plain PyTorch
         pytest.param("triton-on-cpu", marks=pytest.mark.interpreted),
         pytest.param("gpu", marks=pytest.mark.gpu),
     ]
@@ -62,11 +72,12 @@ def drive(model_folder, request, monkeypatch):
     if path == "triton-on-cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
     if path in ("gpu-on-cpu", "triton-on-cpu"):
-        from vllm_sparse.layer import gpu_impl
-        from vllm_sparse.layer import prefill_fa as gpu_prefill
+        from vllm_sparse.layer import prefill_fa
+        from vllm_sparse.step import builder
 
-        monkeypatch.setattr(gpu_impl, "flash_attention_version", lambda shape: 0)
-        monkeypatch.setattr(gpu_prefill, "attend_pages", plain_attention)
+        monkeypatch.setattr(prefill_fa, "attend_pages", plain_attention)
+        monkeypatch.setattr(builder, "plan_dense", plan_as_on_gpus)
+        monkeypatch.setattr(builder, "one_call", lambda device, fmt: not fmt.quantised)
 
     def make(shape: Shape, options: dict, num_requests: int, **layer_arguments):
         if path == "gpu" and shape.dtype == FP32:

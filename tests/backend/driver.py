@@ -15,11 +15,13 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.ops.compare import assert_close
+from tests.ops.generate import empty_cache
 from vllm_sparse import plugin
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
-from vllm_sparse.ops import reference
-from vllm_sparse.testing.compare import assert_close
-from vllm_sparse.testing.generate import empty_cache
+from vllm_sparse.ops import SparqOptions, reference
+
+from .plain import causal_attention
 
 plugin.register()
 
@@ -80,57 +82,20 @@ class Request:
         return 0 if self.key is None else len(self.key)
 
 
-def plain_attention(query, key, value, rows, shape, version, out) -> None:
-    """What FlashAttention computes, from the views that it is given."""
-    starts = rows.query_start_loc.tolist()
-    for row, length in enumerate(rows.seq_lens.tolist()):
-        tokens = slice(starts[row], starts[row + 1])
-        blocks = rows.block_table[row, : -(-length // BLOCK_SIZE)].long()
-        k, v = (t[blocks].flatten(0, 1)[:length] for t in (key, value))
-        assert length <= rows.max_seq_len
-        assert tokens.stop - tokens.start <= rows.max_query_len
-        out[tokens] = causal_attention(
-            query[tokens], k, v, shape.scale, shape.soft_cap
-        ).to(out.dtype)
-
-
-def causal_attention(query, key, value, scale, soft_cap) -> torch.Tensor:
-    """The last tokens of one context: [tokens, heads, size] fp32."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (
-        t.float().transpose(0, 1).repeat_interleave(group, 0) for t in (key, value)
-    )
-    logits = query.float().transpose(0, 1) @ key.mT * scale
-    if soft_cap:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    future = torch.ones(logits.shape[1:], dtype=torch.bool)
-    future = future.triu(key.shape[1] - len(query) + 1)
-    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
-    return (weights @ value).transpose(0, 1)
-
-
 class Driver:
     BLOCKS_PER_REQUEST = 6
 
     def __init__(self, path, shape, vllm_config, num_requests, **layer_arguments):
+        from vllm_sparse.layer.impl import SparseAttentionImpl
         from vllm_sparse.stats.recorder import recorder
+        from vllm_sparse.step.builder import SparseMetadataBuilder
 
-        if path == "cpu":
-            from vllm_sparse.layer.cpu_impl import CpuSparseAttentionImpl as Impl
-            from vllm_sparse.step.cpu_metadata import (
-                CpuSparseMetadataBuilder as Builder,
-            )
-        else:
-            from vllm_sparse.layer.gpu_impl import GpuSparseAttentionImpl as Impl
-            from vllm_sparse.step.gpu_metadata import (
-                GpuSparseMetadataBuilder as Builder,
-            )
         self.path = path
         self.device = torch.device("cuda" if path == "gpu" else "cpu")
         recorder.counters.clear()
         self.shape = shape
         self.random = torch.Generator().manual_seed(0)
-        self.impl = Impl(
+        self.impl = SparseAttentionImpl(
             shape.heads,
             shape.size,
             shape.size**-0.5,
@@ -138,7 +103,7 @@ class Driver:
             logits_soft_cap=shape.soft_cap or None,
             **layer_arguments,
         )
-        self.builder = Builder(
+        self.builder = SparseMetadataBuilder(
             FullAttentionSpec(
                 block_size=BLOCK_SIZE,
                 num_kv_heads=shape.kv_heads,
@@ -228,8 +193,8 @@ class Driver:
         else:
             # Another layer has stored and sealed; this one has no K and V at all.
             cache = self.cache.cpu()
-            reference.store_kv(key, value, cache, slots)
-            self.seal_by_reference(cache, parts)
+            lens = torch.tensor(lens)
+            reference.store(key, value, cache, slots, table, lens, starts)
             self.cache.copy_(cache)
             key = value = None
         output = torch.full_like(query, torch.nan, device=self.device)
@@ -237,7 +202,7 @@ class Driver:
         self.impl.forward(LAYER, there, key, value, self.cache, metadata, output)
         assert output[total:].isnan().all()
         self.lists = None
-        if self.path == "gpu" and metadata.decode:
+        if self.path == "gpu" and metadata.decode and metadata.together is None:
             (rows,) = metadata.decode
             self.lists = rows.indices.cpu(), rows.counts.cpu()
         want = []
@@ -327,8 +292,10 @@ class Driver:
         lens = torch.tensor([length], dtype=torch.int32)
         q = query[None].float()
         out = torch.empty_like(q)
-        scaling = (self.shape.size**-0.5, self.shape.soft_cap)
-        reference.attend(q, cache, blocks, lens, *lists, *scaling, out, fmt=self.fmt)
+        names = ("indices", "counts", "kept_mass")
+        options = dict(zip(names, lists), fmt=self.fmt, out=out)
+        options |= {"scale": self.shape.size**-0.5, "soft_cap": self.shape.soft_cap}
+        reference.attend(q, cache, blocks, lens, **options)
         return out[0]
 
     def sparse(self, number, query, length, budget, row) -> torch.Tensor:
@@ -343,29 +310,31 @@ class Driver:
         mass = torch.ones(1, shape.heads) if config.mean_value else None
         where = (q, cache, blocks, lens)
         scaling = (shape.size**-0.5, shape.soft_cap)
-        assert config.selector == "sparq"
-        reference.sparq_select(
-            *where,
-            torch.tensor([budget]),
+        options = SparqOptions(
             config.rank,
             config.local_window,
             config.sink_tokens,
             *scaling,
-            1.0 if config.top_p is None else config.top_p,
-            config.min_tokens,
-            indices,
-            counts,
-            mass,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            min_tokens=config.min_tokens,
+        )
+        reference.sparq_attend(
+            *where,
+            torch.tensor([budget]),
+            options,
+            indices=indices,
+            counts=counts,
+            kept_mass=mass,
             fmt=self.fmt,
         )
         assert (counts > 0).all() and (counts < length).all(), (counts, request.length)
         if self.lists is not None:
             indices, counts, mass = self.chosen(
-                row, where, scaling, length, indices, counts, mass
+                row, where, options, length, indices, counts, mass
             )
         return self.attend(number, query, length, (indices, counts, mass))
 
-    def chosen(self, row, where, scaling, length, indices, counts, mass):
+    def chosen(self, row, where, options, length, indices, counts, mass):
         """The GPU's own lists, once they are known to be as good as the reference's.
 
         Its scores are rounded, so that tokens of nearly equal score may change places.
@@ -377,9 +346,7 @@ class Driver:
         for head in range(self.shape.kv_heads):
             q = query[0].view(self.shape.kv_heads, group, -1)[head]
             where = (q, cache, blocks[0], length, head)
-            probs = reference.sparq_probabilities(
-                *where, self.impl.config.rank, *scaling, fmt=self.fmt
-            )
+            probs = reference.sparq_probabilities(*where, options, self.fmt)
             count = int(counts[0, head])
             best, got = (t[0, head, :count].long() for t in (indices, got_indices))
             assert (got.diff() > 0).all()
@@ -398,33 +365,12 @@ class Driver:
         size = (shape.kv_heads, shape.size, shape.dtype, self.fmt)
         cache = empty_cache(1 + blocks, *size)
         table = torch.arange(1, 1 + blocks, dtype=torch.int32)[None]
-        if self.fmt.quantised:
-            reference.store_quantised(
-                request.key[:length],
-                request.value[:length],
-                cache,
-                table,
-                torch.tensor([length]),
-                torch.tensor([0, length]),
-                self.fmt,
-            )
-            return cache, table
         position = torch.arange(length)
-        rows = torch.cat([request.key[:length], request.value[:length]], dim=-1)
-        stored = reference.kv_rows(cache, shape.size)
-        stored[1 + position // BLOCK_SIZE, :, position % BLOCK_SIZE] = rows
-        full = torch.arange(length // BLOCK_SIZE)
-        before = torch.where(full > 0, full, -1)
-        reference.seal_blocks(cache, full + 1, before, full, shape.size)
+        slots = (1 + position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
+        new = (request.key[:length], request.value[:length])
+        where = (table, torch.tensor([length]), torch.tensor([0, length]))
+        reference.store(*new, cache, slots, *where, self.fmt)
         return cache, table
-
-    def seal_by_reference(self, cache, parts) -> None:
-        for part in parts:
-            request = self.requests[part.request]
-            full = torch.arange(request.length // BLOCK_SIZE)
-            ids = torch.tensor(request.blocks)[full]
-            previous = torch.cat([full[:1] - 1, ids[:-1]])
-            reference.seal_blocks(cache, ids, previous, full, self.shape.size)
 
     def check_sealed(self) -> int:
         """Compare the sidecars of all full blocks with the reference's."""

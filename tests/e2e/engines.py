@@ -184,3 +184,18 @@ def assert_a_killed_worker_ends_the_engine(llm: LLM, prompt: list[int]) -> None:
             llm.llm_engine.step()
     assert time.monotonic() - start < 60
     assert not psutil.wait_procs(family, timeout=30)[1]
+
+
+def differences(outputs, reference) -> list[float]:
+    """Of the log-probabilities, as far as the texts are the same."""
+    found: list[float] = []
+    for a, b, pa, pb in zip(
+        tokens(outputs),
+        tokens(reference),
+        logprobs(outputs),
+        logprobs(reference),
+        strict=True,
+    ):
+        same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
+        found += [abs(x - y) for x, y in zip(pa[:same], pb[:same])]
+    return found

@@ -6,10 +6,6 @@ One fp32 engine in this process serves most tests; its options are switched betw
 requests, and its scheduler is at hand. Tokens are compared exactly.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("vllm")
@@ -32,10 +28,10 @@ from .engines import (  # noqa: E402
     add,
     assert_a_killed_worker_ends_the_engine,
     configure,
+    differences,
     few_free_blocks,
     generate,
     greedy,
-    logprobs,
     running,
     scheduled,
     stats,
@@ -335,25 +331,14 @@ def test_reconfiguring_with_a_bad_option_names_it_and_changes_nothing(
     assert tokens(generate(sparse, prompts[4:5], greedy())) == sparse_tokens[4:5]
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-def test_bad_option_is_an_error_in_the_callers_process(in_process):
-    with (
-        pytest.raises(ValueError, match=r"unknown option sparse\.topk.*'top_k'"),
-        running(
-            in_process,
-            attention_backend="sparq",
-            additional_config={"sparse": {"topk": 0.5}},
-        ),
-    ):
-        pass
-
-
 def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     """N-gram drafts change the speed, not the tokens."""
     # Text that repeats itself is drafted well.
     chosen = [prompts[4][:150] * 2, prompts[3]]
     configure(llm, SPARSE)
     expected = tokens(generate(llm, chosen, greedy(**COLD)))
+    configure(llm, {"selector": "dense"})
+    dense = tokens(generate(llm, chosen, greedy(**COLD)))
     # In a process of its own: ngram drafting imports numba, and vLLM 0.32's
     # _rebind_kernels, which walks all modules at each start, fails on llvmlite's.
     with running(
@@ -366,37 +351,15 @@ def test_drafted_tokens_are_verified_by_sparse_rows(llm, prompts):
     ) as drafting:
         assert tokens(generate(drafting, chosen, greedy())) == expected
         totals = stats(drafting)
+        # Where everything is dense, all drafts of a request are one call.
+        configure(drafting, {"selector": "dense"})
+        assert tokens(generate(drafting, chosen, greedy(**COLD))) == dense
+        read = stats(drafting)
+    assert read["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
+    assert read["kv_bytes_read"] == read["kv_bytes_dense"]
     # More positions were decoded than tokens came out: drafts were among them.
     assert totals["decode_tokens"] > len(chosen) * (NEW_TOKENS - 1)
     assert totals["sparse_rows"] == totals["decode_rows"]
-
-
-def test_twilight_is_sparq_with_adaptive_budgets(prompts):
-    with running(
-        attention_backend="twilight",
-        worker_extension_cls=EXTENSION,
-        additional_config={"sparse": {"dense_below": 64}},
-    ) as llm:
-        llm.collective_rpc("reset_sparse_stats")  # what engines before it counted
-        generate(llm, prompts[4:], greedy(4))
-        (report,) = llm.collective_rpc("sparse_kept_tokens")
-    kept = [head["mean"] for layer in report.values() for head in layer]
-    assert 128 <= min(kept) < max(kept) < 460  # min_tokens, and not all
-
-
-def differences(outputs, reference) -> list[float]:
-    """Of the log-probabilities, as far as the texts are the same."""
-    found: list[float] = []
-    for a, b, pa, pb in zip(
-        tokens(outputs),
-        tokens(reference),
-        logprobs(outputs),
-        logprobs(reference),
-        strict=True,
-    ):
-        same = next((i for i in range(NEW_TOKENS) if a[i] != b[i]), NEW_TOKENS)
-        found += [abs(x - y) for x, y in zip(pa[:same], pb[:same])]
-    return found
 
 
 def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts, dense):
@@ -425,10 +388,3 @@ def test_bf16_logprobs_in_the_default_multiprocess_engine(prompts, dense):
     assert max(ours) < 0.3
     # Both round to bf16 (8 bits) in every layer, in another order.
     assert sum(ours) / len(ours) < 1.3 * sum(theirs) / len(theirs)
-
-
-def test_importing_the_engine_tests_left_the_threads_alone():
-    """Engines in this process must not bind later tests to fewer cores."""
-    count = "import os; print(len(os.sched_getaffinity(0)))"
-    output = subprocess.run([sys.executable, "-c", count], capture_output=True)
-    assert int(output.stdout) == len(os.sched_getaffinity(0))

@@ -6,14 +6,15 @@ vLLM clears blocks there by its own kernel; we only say that it must (plugin/mod
 """
 
 import math
+import sys
 
 import pytest
 
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from .engines import COLD, assert_same_but_for_ties, configure, greedy, stats  # noqa: E402
-from .family_runs import FULL, answers, family, needs_clearing, poison  # noqa: E402
+from .engines import COLD, NGRAM, assert_same_but_for_ties, configure, greedy, stats  # noqa: E402
+from .family_runs import ANSWERS, FULL, answers, family, needs_clearing, poison  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +26,7 @@ GRAPHS = dict(
     enforce_eager=False,
     compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 )
+DENSE = {"selector": "dense"}
 SPARSE = {"top_k": 0.25, "dense_below": 64}
 # Windows (with a soft cap, with 8 heads), chunks, states beside attention, cross.
 NAMES = [
@@ -98,3 +100,20 @@ def test_the_last_token_of_a_prompt_is_dense_where_it_comes_alone(name):
         assert stats(llm)["sparse_rows"] == 0
         llm.generate(prompt, greedy(3, detokenize=False), use_tqdm=False)
         assert stats(llm)["sparse_rows"] > 0
+
+
+@pytest.mark.parametrize("options", [FULL | {"dense_layers": 1}, DENSE], ids=str)
+def test_verified_drafts_change_no_token_but_for_ties(options):
+    """In one call for all of a request where a layer is dense, else row by row."""
+    if "numba" in sys.modules:
+        pytest.skip("vLLM starts no engine after ngram drafting: run each alone")
+    with family("Qwen3", None, **GRAPHS) as llm:
+        expected = answers(llm, "Qwen3", logprobs=4, **COLD)
+    with family("Qwen3", options, speculative_config=NGRAM, **GRAPHS) as llm:
+        for cache in (COLD, {}):
+            got = answers(llm, "Qwen3", logprobs=4, **cache)
+            assert_same_but_for_ties(got, expected, GAP, most=8)
+        totals = stats(llm)
+    assert totals["decode_tokens"] > 2 * (sum(ANSWERS) - len(ANSWERS))
+    if options is DENSE:
+        assert totals["kv_bytes_read"] == totals["kv_bytes_dense"]

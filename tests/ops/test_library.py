@@ -5,90 +5,76 @@
 import pytest
 import torch
 
-from vllm_sparse.cache.formats import resolve_format
+from vllm_sparse.cache.formats import ROWS, KvFormat, resolve_format
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.ops.library import load
-from vllm_sparse.testing.generate import PagedContext, paged_context
+
+from .generate import PagedContext, paged_context
+from .inputs import generator, sparq_options
 
 SEQ_LENS = [300, 131]
 HEADS, KV_HEADS, SIZE = 6, 3, 64
 ROOM = 80
-OPS = [
-    "store_kv",
-    "seal_blocks",
-    "seal_rows",
-    "store_rows",
-    "store_quantised",
-    "gather_kv",
-    "sparq_select",
-    "sparq_attend",
-    "attend",
-]
+OPS = ["store", "gather_kv", "sparq_attend", "attend"]
+OPTIONS = sparq_options(16, 0.125, top_p=0.9, min_tokens=20)
+INT4 = resolve_format("int4", None, SIZE)
 
 
-def context(dtype=torch.float32) -> PagedContext:
+def context(dtype=torch.float32, fmt: KvFormat = ROWS) -> PagedContext:
     """A stored and sealed batch; unused memory is zero, as opcheck compares it."""
-    lib = load()
-    generator = torch.Generator().manual_seed(0)
-    ctx = paged_context(SEQ_LENS, KV_HEADS, SIZE, dtype, generator)
+    ctx = paged_context(SEQ_LENS, KV_HEADS, SIZE, dtype, generator(), fmt=fmt)
     ctx.kv_cache.zero_()
-    for row in range(len(SEQ_LENS)):
-        lib.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
-    lib.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), SIZE)
+    load().store(**stored(ctx), kv_format=fmt.code)
     return ctx
 
 
-def arguments(op: str, optional: bool = True) -> tuple:
-    """Positional arguments of an op, in the order of its schema."""
-    ctx = context()
+def stored(ctx: PagedContext) -> dict[str, torch.Tensor]:
+    return dict(kv_cache=ctx.kv_cache, **ctx.new_tokens())
+
+
+def arguments(op: str, optional: bool = True, fmt: KvFormat = ROWS) -> dict:
+    """As its schema names them."""
+    ctx = context(fmt=fmt)
+    if op == "store":
+        step = stored(ctx)
+        return step | dict(key=step["key"] + 1, kv_format=fmt.code)
     rows, tokens = len(SEQ_LENS), sum(SEQ_LENS)
-    query = torch.randn(rows, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
-    where = (ctx.kv_cache, ctx.block_table, ctx.seq_lens)
-    indices = torch.arange(ROOM, dtype=torch.int32).expand(rows, KV_HEADS, ROOM)
-    lists = (indices.contiguous(), torch.full((rows, KV_HEADS), 70).int())
-    mass = torch.full((rows, HEADS), 0.5) if optional else None
-    budgets = torch.tensor([70, 60], dtype=torch.int32)
-    if op == "store_kv":
-        return ctx.keys[1] + 1, ctx.values[1], ctx.kv_cache, ctx.slots(1)
-    if op == "seal_blocks":
-        return ctx.kv_cache, *ctx.seal_jobs(), SIZE
-    if op == "seal_rows":
-        starts = torch.tensor([0, 50, 51], dtype=torch.int32)
-        return *where, starts, SIZE
-    if op == "store_rows":
-        new = (t[-1:].expand(rows, -1, -1) + 1 for t in (ctx.keys[0], ctx.values[0]))
-        slots = torch.tensor([int(ctx.slots(row)[-1]) for row in range(rows)])
-        return *new, ctx.kv_cache, slots, ctx.block_table, ctx.seq_lens
-    if op == "store_quantised":
-        fmt = resolve_format("int4", None, SIZE)
-        ctx = paged_context(
-            [300, 5], KV_HEADS, SIZE, torch.float32, torch.Generator(), fmt=fmt
-        )
-        ctx.kv_cache.zero_()
-        new = (torch.cat(ctx.keys), torch.cat(ctx.values), ctx.kv_cache)
-        starts = torch.tensor([0, 300, 305], dtype=torch.int32)
-        return *new, ctx.block_table, ctx.seq_lens, starts, fmt.code
+    where = dict(
+        kv_cache=ctx.kv_cache, block_table=ctx.block_table, seq_lens=ctx.seq_lens
+    )
     if op == "gather_kv":
-        out = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
-        return *where, torch.tensor([0, 300]), *out
-    if op == "sparq_select":
-        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, 1.0, 0, *lists, mass
-    read = torch.zeros(1, dtype=torch.int64) if optional else None
-    if op == "sparq_attend":
-        chosen = (*lists, mass, torch.zeros_like(query), read)
-        return query, *where, budgets, 16, 16, 4, 0.125, 0.0, 0.9, 20, *chosen
-    chosen = (*lists, mass) if optional else (None, None, None)
-    return query, *where, *chosen, 0.125, 0.0, torch.zeros_like(query), read
+        key, value = (torch.zeros(tokens, KV_HEADS, SIZE) for _ in range(2))
+        return where | dict(out_start=torch.tensor([0, 300]), key=key, value=value)
+    query = torch.randn(rows, HEADS, SIZE, generator=generator(1))
+    indices = torch.arange(ROOM, dtype=torch.int32).expand(rows, KV_HEADS, ROOM)
+    lists = dict(
+        indices=indices.contiguous(), counts=torch.full((rows, KV_HEADS), 70).int()
+    )
+    given = dict(query=query, **where, out=torch.zeros_like(query))
+    given["kept_mass"] = torch.full((rows, HEADS), 0.5) if optional else None
+    if op == "attend":
+        absent = lists if optional else dict(indices=None, counts=None)
+        return given | absent | dict(scale=0.125, soft_cap=0.0)
+    if not optional:
+        given["out"] = None
+    budgets = torch.tensor([70, 60], dtype=torch.int32)
+    options = dict(sizes=OPTIONS.sizes, numbers=OPTIONS.numbers)
+    return given | lists | dict(budgets=budgets) | options
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    torch.library.opcheck(getattr(load(), op).default, arguments(op))
+    torch.library.opcheck(getattr(load(), op).default, (), arguments(op))
 
 
-@pytest.mark.parametrize("op", ["sparq_select", "sparq_attend", "attend"])
+@pytest.mark.parametrize("op", ["sparq_attend", "attend"])
 def test_opcheck_without_optional_tensors(op):
-    torch.library.opcheck(getattr(load(), op).default, arguments(op, optional=False))
+    given = arguments(op, optional=False)
+    torch.library.opcheck(getattr(load(), op).default, (), given)
+
+
+def test_opcheck_of_a_quantised_store():
+    torch.library.opcheck(load().store.default, (), arguments("store", fmt=INT4))
 
 
 def test_every_op_of_the_library_is_checked():
@@ -100,48 +86,20 @@ def test_every_op_of_the_library_is_checked():
     assert names == {*OPS, "cpu_isa", "workspace_bytes"}
 
 
-def decode_step(key, value, kv_cache, slots, jobs, query, table, lens, budgets):
+def decode_step(step, query, budgets):
     """Store, seal, select, attend: what one layer does in a step."""
     lib = torch.ops.vllm_sparse
-    lib.store_kv(key, value, kv_cache, slots)
-    lib.seal_blocks(kv_cache, *jobs, SIZE)
+    lib.store(**step)
+    where = (step["kv_cache"], step["block_table"], step["seq_lens"])
     rows = query.shape[0]
     indices = torch.full((rows, KV_HEADS, ROOM), -1, dtype=torch.int32)
     counts = torch.zeros(rows, KV_HEADS, dtype=torch.int32)
-    mass = torch.zeros(rows, HEADS)
-    lib.sparq_select(
-        query * 2,
-        kv_cache,
-        table,
-        lens,
-        budgets,
-        16,
-        16,
-        4,
-        0.125,
-        0.0,
-        1.0,
-        0,
-        indices,
-        counts,
-        mass,
-    )
+    lists = (indices, counts, torch.zeros(rows, HEADS))
+    options = (OPTIONS.sizes, [0.125, 0.0, 1.0])
+    lib.sparq_attend(query * 2, *where, budgets, *options, *lists, None)
     out = torch.empty_like(query)
-    read = torch.zeros(1, dtype=torch.int64)
-    lib.attend(
-        query * 2,
-        kv_cache,
-        table,
-        lens,
-        indices,
-        counts,
-        mass,
-        0.125,
-        0.0,
-        out,
-        read,
-    )
-    return out + 1, counts, read
+    lib.attend(query * 2, *where, *lists, 0.125, 0.0, out)
+    return out + 1, counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -149,19 +107,18 @@ def test_compiled_step_equals_the_eager_one(dtype):
     ctx = context(dtype)
     content = BlockLayout(SIZE, dtype.itemsize).content_bytes // dtype.itemsize
     assert ctx.kv_cache.shape[1:] == (KV_HEADS, BLOCK_SIZE, content)
-    generator = torch.Generator().manual_seed(2)
-    query = torch.randn(len(SEQ_LENS), HEADS, SIZE, generator=generator).to(dtype)
-    key = torch.randn(ctx.keys[0].shape, generator=generator).to(dtype)
+    shape = (len(SEQ_LENS), HEADS, SIZE)
+    query = torch.randn(shape, generator=generator(2)).to(dtype)
     budgets = torch.tensor([70, 60], dtype=torch.int32)
-    compiled = torch.compile(decode_step, fullgraph=True)
+    new = stored(ctx)
+    new["key"] = torch.randn(new["key"].shape, generator=generator(3)).to(dtype)
     results = []
-    for step in (decode_step, compiled):
+    for run in (decode_step, torch.compile(decode_step, fullgraph=True)):
         cache = ctx.kv_cache.clone()
-        rest = (query, ctx.block_table, ctx.seq_lens, budgets)
-        out = step(key, ctx.values[0], cache, ctx.slots(0), ctx.seal_jobs(), *rest)
+        out = run(new | dict(kv_cache=cache), query, budgets)
         results.append((*out, cache.view(torch.uint8)))
     for eager, graph in zip(*results, strict=True):
         assert torch.equal(eager, graph)
-    # The step did something: rows written, blocks sealed anew, tokens counted.
-    assert not torch.equal(results[0][3], ctx.kv_cache.view(torch.uint8))
-    assert int(results[0][2]) == KV_HEADS * (70 + 60)
+    # The step did something: rows written, blocks sealed anew, tokens chosen.
+    assert not torch.equal(results[0][2], ctx.kv_cache.view(torch.uint8))
+    assert results[0][1].tolist() == [[70] * KV_HEADS, [60] * KV_HEADS]

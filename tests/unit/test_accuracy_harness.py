@@ -103,12 +103,6 @@ def test_first_token_of_the_model_comes_first_and_counts(task):
     assert 2 not in sample.prompt_ids[1:] + sample.forced_ids
 
 
-def test_needle_in_more_than_the_plain_prose(sources):
-    length = len(sources.plain_prose[0]) + 100
-    (sample,) = make_samples("needle", sources, length, 1)
-    assert len(sample.prompt_ids) == length
-
-
 def test_samples_per_length():
     assert Plan(lengths=[8, 16], samples=[6, 4]).samples_of(16) == 4
     assert Plan(lengths=[8, 16], samples=5).samples_of(16) == 5
@@ -127,7 +121,11 @@ def test_json_keeps_plain_lists_on_one_line():
 def test_needle_holds_every_key_once_and_forces_the_asked_value(
     task, num_keys, sources
 ):
-    for sample in make_samples(task, sources, 2048, 5):
+    more_than_plain_prose = len(sources.plain_prose[0]) + 100
+    for sample in (
+        *make_samples(task, sources, 2048, 5),
+        *make_samples(task, sources, more_than_plain_prose, 1),
+    ):
         prompt = sources.decode(sample.prompt_ids)
         assert prompt.count("One of the special magic numbers for") == num_keys
         assert prompt.count(sample.answer) == 1

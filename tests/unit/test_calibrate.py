@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sparse.config import SparseConfig
-from vllm_sparse.methods import LayerShape
-from vllm_sparse.methods.sparq import SparqSelector
-from vllm_sparse.ops import reference
-from vllm_sparse.testing.op_inputs import (
+from tests.ops.inputs import (
     filled,
     list_buffers,
     random_query,
     sparq_options,
 )
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.methods import LayerShape
+from vllm_sparse.methods.sparq import Sparq
+from vllm_sparse.ops import reference
 from vllm_sparse.tools.calibrate import cli as command
 from vllm_sparse.tools.calibrate import plot
 from vllm_sparse.tools.calibrate.choose import (
@@ -63,25 +63,18 @@ def test_a_row_is_measured_as_the_reference_serves_it(
         )
         lists = list_buffers(ctx, query.shape[1], max(lens))
         most = torch.tensor(lens, dtype=torch.int32) - 1
-        reference.sparq_select(
-            query,
-            ctx.kv_cache,
-            ctx.block_table,
-            ctx.seq_lens,
-            most,
-            **options,
-            **lists,
-        )
+        where = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+        reference.sparq_attend(*where, most, options, **lists)
         if not mean_value:
             lists["kept_mass"] = None
         out = attention(ctx, query, shape, lists)
-        selector = SparqSelector(replace(config, rank=setting.rank), shape)
+        cost = Sparq(replace(config, rank=setting.rank), shape, None).score_bytes
         for row, length in enumerate(lens):
             got = found[row]
             assert got.kept[i] == lists["counts"][row].tolist()
             error = (out[row] - dense[row]).norm() / dense[row].norm()
             assert got.error[i] == pytest.approx(error.item(), rel=1e-3)
-            scores = kv_heads * selector.score_bytes(length)
+            scores = kv_heads * cost.of_row(length)
             row_bytes = shape.layout.row_bytes
             assert got.read[i] == sum(got.kept[i]) * row_bytes + scores
             assert got.dense == length * kv_heads * row_bytes

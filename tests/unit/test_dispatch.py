@@ -3,13 +3,13 @@
 """Which kernels serve which device, and what is said where they cannot."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_sparse.ops import dispatch
-from vllm_sparse.ops.dispatch import KernelsError, ops_for, resolve, use
+from vllm_sparse import ops
+from vllm_sparse.ops import bound, dispatch, self_test
+from vllm_sparse.ops.dispatch import KernelsError, functions, resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 HOPPER, AMPERE, ADA, BLACKWELL = (9, 0), (8, 0), (8, 9), (10, 0)
@@ -18,12 +18,11 @@ HOPPER, AMPERE, ADA, BLACKWELL = (9, 0), (8, 0), (8, 9), (10, 0)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No memory of other tests, and no interpreter unless a test asks for it."""
-    monkeypatch.setattr(dispatch, "_choice", "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for function in (resolve, dispatch._functions):
+    for function in (resolve, functions):
         function.cache_clear()
     yield
-    for function in (resolve, dispatch._functions):
+    for function in (resolve, functions):
         function.cache_clear()
 
 
@@ -65,7 +64,7 @@ def test_auto_on_a_gpu(machine, caplog, capability, library, kernels, reason):
     with caplog.at_level(logging.WARNING, logger=dispatch.logger.name):
         dispatch.logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate
         try:
-            assert use("auto", GPU) == kernels
+            assert bound("auto", GPU).kernels == kernels
             assert resolve("auto", GPU) == kernels
         finally:
             dispatch.logger.removeHandler(caplog.handler)
@@ -76,15 +75,15 @@ def test_auto_on_a_gpu(machine, caplog, capability, library, kernels, reason):
 
 
 def test_auto_on_the_cpu_takes_the_compiled_ops():
-    assert use("auto", "cpu") == "cpu"
-    assert ops_for(torch.zeros(1)) is torch.ops.vllm_sparse
+    assert bound("auto", "cpu").kernels == "cpu"
+    assert functions("cpu") is torch.ops.vllm_sparse
 
 
 @pytest.mark.parametrize("capability", [HOPPER, AMPERE, ADA, BLACKWELL], ids=str)
 @pytest.mark.parametrize("kernels", ["cuda", "triton"])
 def test_an_explicit_choice_is_kept_where_it_works(machine, capability, kernels):
     launches = machine(capability)
-    assert use(kernels, GPU) == kernels
+    assert bound(kernels, GPU).kernels == kernels
     unproven = kernels == "cuda" and capability != HOPPER
     assert launches == [capability] * unproven
 
@@ -111,23 +110,25 @@ def test_a_choice_that_cannot_be_honoured_names_the_fix(
 ):
     machine(**about)
     with pytest.raises(KernelsError, match=message):
-        use(kernels, device)
-    assert dispatch._choice == "auto"
-    use(kernels)  # found out when a tensor comes
-    with pytest.raises(KernelsError, match=message):
-        ops_for(SimpleNamespace(device=device))
+        bound(kernels, device)
+
+
+def test_every_engine_keeps_its_own_choice(machine):
+    machine()
+    first, second = bound("triton", GPU), bound("auto", GPU)
+    assert (first.kernels, second.kernels) == ("triton", "cuda")
+    with pytest.raises(KernelsError, match="only under TRITON_INTERPRET=1"):
+        first.gather_kv(*[torch.zeros(1)] * 6)
 
 
 def test_the_probe_is_a_call_that_the_ops_take():
-    from vllm_sparse import ops
-
     out = dispatch.try_ops(ops.load(), CPU)
     assert out.shape == (1, 4, 64) and not out.any()
 
 
 def test_an_unknown_choice_lists_the_known_ones():
     with pytest.raises(KernelsError, match="one of auto, cuda, triton, cpu, got 'gpu'"):
-        use("gpu")
+        bound("gpu", CPU)
 
 
 def test_the_interpreter_serves_the_cpu(monkeypatch):
@@ -135,12 +136,11 @@ def test_the_interpreter_serves_the_cpu(monkeypatch):
     from vllm_sparse.kernels import triton
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert use("triton", "cpu") == "triton"
-    assert ops_for(torch.zeros(1)) is triton
+    assert bound("triton", "cpu").kernels == "triton"
+    assert functions("triton") is triton
 
 
 def test_every_op_of_the_library_is_there_in_triton():
-    from vllm_sparse import ops
     from vllm_sparse.kernels import triton
 
     ops.load()
@@ -149,5 +149,13 @@ def test_every_op_of_the_library_is_there_in_triton():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("vllm_sparse::")
     }
-    others = {"cpu_isa", "workspace_bytes", "store_quantised"}
-    assert names - others == set(triton.__all__)
+    assert names - {"cpu_isa", "workspace_bytes"} == set(triton.__all__)
+
+
+def test_the_self_test_passes_and_can_fail(monkeypatch):
+    self_test.check_ops("auto", CPU)
+    attend = self_test.reference.attend
+    worse = lambda **given: attend(**given | dict(scale=0.05))
+    monkeypatch.setattr(self_test.reference, "attend", worse)
+    with pytest.raises(AssertionError, match="relative error"):
+        self_test.check_ops("auto", CPU)

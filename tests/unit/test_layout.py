@@ -94,18 +94,20 @@ def test_constants_equal_those_of_the_kernels():
 def test_ops_take_exactly_the_content_bytes_of_the_layout(head_size, dtype):
     content = BlockLayout(head_size, dtype.itemsize).content_bytes // dtype.itemsize
 
-    def seal_nothing(elements):
+    def store_nothing(elements):
         cache = empty(1, 1, BLOCK_SIZE, elements, dtype=dtype)
-        ops.seal_blocks(cache, empty(0), empty(0), empty(0), head_size)
+        new = empty(0, 1, head_size, dtype=dtype)
+        no_slots = empty(0, dtype=torch.int64)
+        ops.store(new, new, cache, no_slots, empty(0, 1), empty(0), empty(1))
 
-    seal_nothing(content)
+    store_nothing(content)
     for wrong in (content - 1, content + 1, 2 * head_size):
         with pytest.raises(
             RuntimeError,
             match=rf"kv_cache has {wrong * dtype.itemsize} bytes per token and head, "
             rf"expected {content * dtype.itemsize} for head size {head_size}",
         ):
-            seal_nothing(wrong)
+            store_nothing(wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,8 +116,8 @@ def test_a_sealed_block_holds_every_region_at_its_offset(head_size, dtype):
     """Values whose bytes can be written down, without the reference's help."""
     lay = BlockLayout(head_size, dtype.itemsize)
     size = BLOCK_SIZE * lay.content_bytes
-    cache = torch.full((1, 1, size), 0xFF, dtype=torch.uint8).view(dtype)
-    cache = cache.view(1, 1, BLOCK_SIZE, -1)
+    cache = torch.full((2, 1, size), 0xFF, dtype=torch.uint8).view(dtype)
+    cache = cache.view(2, 1, BLOCK_SIZE, -1)
     token, channel = torch.arange(BLOCK_SIZE), torch.arange(head_size)
     # Channel d takes the values d, d + 1, ..., d + 15 in an order of its own, all exact
     # in fp16 and, up to 256, in bf16; hence scale 1, minimum d, and these codes:
@@ -123,11 +125,12 @@ def test_a_sealed_block_holds_every_region_at_its_offset(head_size, dtype):
     base = channel % 128
     key = (codes + base).to(dtype)
     value = (channel % 8).to(dtype).expand(BLOCK_SIZE, -1)
-    ops.store_kv(key[:, None], value[:, None].contiguous(), cache, token)
-    first = torch.tensor([0], dtype=torch.int32)
-    ops.seal_blocks(cache, first, first - 1, first, head_size)
+    new = (key[:, None], value[:, None].contiguous())
+    lists = ([[1]], [BLOCK_SIZE], [0, BLOCK_SIZE])
+    where = (torch.tensor(ints, dtype=torch.int32) for ints in lists)
+    ops.store(*new, cache, BLOCK_SIZE + token, *where)
 
-    chunk = cache.flatten().view(torch.uint8)
+    chunk = cache[1].flatten().view(torch.uint8)
     rows = chunk[: lay.codes_offset].view(dtype).view(BLOCK_SIZE, 2 * head_size)
     assert torch.equal(rows, torch.cat([key, value], dim=1))
     words = chunk[lay.codes_offset : lay.params_offset].view(torch.int32)

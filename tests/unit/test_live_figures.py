@@ -20,12 +20,13 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
 from vllm_sparse.cache.layout import BlockLayout  # noqa: E402
+from vllm_sparse.methods.base import ScoreBytes
 from vllm_sparse.ops.kept import KEPT_BINS, add_counts  # noqa: E402
 from vllm_sparse.plugin import channel as carrier  # noqa: E402
 from vllm_sparse.plugin import live
 from vllm_sparse.stats import Figures, live_figures, reporter  # noqa: E402
 from vllm_sparse.stats import reader as attention_live  # noqa: E402
-from vllm_sparse.stats.counters import DeviceCounter, KeptHistograms, LayerKinds
+from vllm_sparse.stats.counters import KeptHistograms, LayerKinds, StepCounter
 from vllm_sparse.stats.figures import add_up  # noqa: E402
 from vllm_sparse.stats.prometheus import BUCKETS, SparseStatLogger  # noqa: E402
 from vllm_sparse.stats.reader import LiveReader  # noqa: E402
@@ -67,7 +68,9 @@ def test_ranks_share_rows_and_divide_heads():
 def test_reading_covers_the_device_and_the_host():
     recorder, device = StatsRecorder(), torch.device("cpu")
     kinds, groups = LayerKinds(2, 1), KeptHistograms(["a", "b"], 3, device)
-    counter = DeviceCounter(device, kinds, 3, BlockLayout(64, 2), 100, 0, 200, groups)
+    counter = StepCounter(
+        device, kinds, 3, BlockLayout(64, 2), ScoreBytes(0, 0, 100), 200, False, groups
+    )
     recorder.histograms.add(groups)
     recorder.replace_counter(None, counter)
     lens = torch.tensor([500, 150, 300, 10, 0], dtype=torch.int32)

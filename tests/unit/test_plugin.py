@@ -30,6 +30,7 @@ from vllm.v1.attention.backends.registry import (  # noqa: E402
 )
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
+from vllm_sparse.plugin.backend import keeping  # noqa: E402
 from vllm_sparse.plugin.platform import SparseCpuPlatform  # noqa: E402
 from vllm_sparse.plugin.versions import UnsupportedVllmError  # noqa: E402
 
@@ -248,7 +249,7 @@ def test_layers_that_are_never_sparse_go_to_vllms_backend(changes):
     assert answer == CPU_ATTN.get_path()
 
 
-def test_quantised_blocks_reach_vllms_spec(monkeypatch):
+def test_quantised_blocks_reach_vllms_spec():
     try:
         from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
     except ImportError:  # from 0.33 on
@@ -256,11 +257,12 @@ def test_quantised_blocks_reach_vllms_spec(monkeypatch):
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
     fmt = formats.resolve_format("int4", None, 64, has_mean=False)
-    monkeypatch.setattr(formats, "_chosen", {(64, 3): fmt})
     spec = FullAttentionSpec(
         block_size=128, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )
-    backend = SPARQ.get_class()
+    backend = keeping(SPARQ.get_class(), fmt)
+    assert backend is keeping(SPARQ.get_class(), fmt)
+    assert backend.full_cls_name() == SPARQ.get_class().full_cls_name()
     ours = backend.customize_spec(spec)
     # 64 codes of 4 bits and their params for K, the same for V.
     assert ours.state_content_bytes == 32 + 8 + 32 + 8
@@ -290,14 +292,14 @@ def test_quantised_blocks_reach_vllms_spec(monkeypatch):
     assert pickle.loads(pickle.dumps(ours)) == ours
 
 
-def test_block_bytes_reach_vllms_spec_once(monkeypatch):
+def test_block_bytes_reach_vllms_spec_once():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    monkeypatch.setattr(formats, "_chosen", {})
     spec = FullAttentionSpec(
         block_size=256, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )
-    backend = SPARQ.get_class()
+    backend = keeping(SPARQ.get_class(), formats.ROWS)
+    assert backend is SPARQ.get_class()
     ours = backend.customize_spec(spec)
     assert ours.state_content_bytes == 292
     assert ours.page_size_bytes == 256 * 3 * 292

@@ -159,9 +159,9 @@ def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypa
     ids=["alibi_slopes", "sliding_window", "sinks", "future_argument"],
 )
 def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
-    from vllm_sparse.layer.cpu_impl import CpuSparseAttentionImpl
+    from vllm_sparse.layer.impl import SparseAttentionImpl
 
     with pytest.raises(NotImplementedError) as error:
-        CpuSparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
+        SparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
     assert "--attention-backend sparq does not support" in str(error.value)
     assert repr(next(iter(unsupported))) in str(error.value)

@@ -2,25 +2,23 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Which tokens survive: forced ones, budgets, and the best scores of each selector."""
 
-import math
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
 
+from tests.ops.generate import paged_context
 from vllm_sparse import config as config_module
 from vllm_sparse import ops
-from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.methods import SELECTORS, DecodeRows, LayerShape
-from vllm_sparse.methods.base import keeps_all, tokens_kept
+from vllm_sparse.methods import METHODS, DecodeRows, LayerShape
+from vllm_sparse.methods.base import ScoreBytes
 from vllm_sparse.ops.reference import forced_ranges
-from vllm_sparse.testing.generate import paged_context
 
 SEQ_LENS = [100, 128, 165, 300, 512, 1111]
 BUDGETS = [64, 64, 60, 100, -1, 200]
 UNTOUCHED = -7
+CHOOSING = [name for name in METHODS if name != "dense"]
 
 
 @pytest.mark.parametrize(
@@ -42,56 +40,10 @@ def test_forced_ranges(length, local_window, sink_tokens, sinks, recent):
     assert forced_ranges(length, local_window, sink_tokens) == (sinks, recent)
 
 
-@pytest.mark.parametrize(
-    ("length", "budget", "local_window", "sink_tokens", "kept"),
-    [
-        (300, 100, 32, 4, 100),
-        (300, 36, 32, 4, 48),  # tail of 44 and 4 sinks
-        (300, 36, 100, 4, 104),  # window of 100 and 4 sinks
-        (300, 299, 32, 4, 299),
-        (300, 300, 32, 4, 300),
-        (300, 5000, 32, 4, 300),
-        (300, -1, 32, 4, 300),  # dense
-        (127, 36, 32, 4, 127),  # nothing sealed
-        (128, 36, 32, 4, 36),
-        (129, 36, 126, 4, 129),  # forced ranges meet
-        (256, 1, 1, 0, 1),
-    ],
-)
-def test_tokens_kept(length, budget, local_window, sink_tokens, kept):
-    assert tokens_kept(length, budget, local_window, sink_tokens) == kept
-    dense = keeps_all(length, budget, local_window, sink_tokens)
-    assert dense == (kept == length)
-
-
-def test_keeps_all_and_tokens_kept_follow_from_the_forced_ranges():
-    rng = Random(0)
-    sparse = 0
-    for _ in range(5000):
-        length = rng.choice([rng.randint(1, 140), rng.randint(120, 2000)])
-        window = rng.choice([1, rng.randint(1, 64), rng.randint(1, 2000)])
-        sink = rng.choice([0, 4, rng.randint(0, 300)])
-        budget = rng.choice([-1, rng.randint(1, 64), rng.randint(1, 2500)])
-        sinks, recent = forced_ranges(length, window, sink)
-        case = (length, budget, window, sink)
-        assert 0 <= sinks <= recent <= length, case
-        dense = budget < 0 or budget >= length or recent <= sinks
-        kept = length if dense else max(budget, sinks + length - recent)
-        assert keeps_all(*case) == dense, case
-        assert tokens_kept(*case) == kept <= length, case
-        sparse += not dense
-    assert sparse > 900
-
-
-def test_a_budget_is_met_for_every_fraction_and_length():
-    config = SparseConfig(top_k=0.25, local_window=16, sink_tokens=4)
-    for length in range(1, 3000, 7):
-        kept = tokens_kept(length, config.budget(length), 16, 4)
-        tail = length % BLOCK_SIZE
-        if length < BLOCK_SIZE:
-            assert kept == length
-        else:
-            assert kept == max(math.ceil(length / 4), 4 + max(16, tail))
+def kept_of(length: int, budget: int, local_window=16, sink_tokens=4) -> int:
+    sinks, recent = forced_ranges(length, local_window, sink_tokens)
+    dense = budget < 0 or budget >= length or recent <= sinks
+    return length if dense else max(budget, sinks + length - recent)
 
 
 class Batch:
@@ -104,14 +56,12 @@ class Batch:
             num_heads, num_kv_heads, 64, torch.float32, 64**-0.5, soft_cap
         )
         config = SparseConfig(**options).resolve(64, num_heads // num_kv_heads)
-        self.selector = SELECTORS[name](config, shape)
+        self.method = METHODS[name](config, shape, ops.Ops())
         generator = torch.Generator().manual_seed(1)
         self.ctx = ctx = paged_context(
             SEQ_LENS, num_kv_heads, 64, torch.float32, generator
         )
-        for row in range(len(SEQ_LENS)):
-            ops.store_kv(ctx.keys[row], ctx.values[row], ctx.kv_cache, ctx.slots(row))
-        ops.seal_blocks(ctx.kv_cache, *ctx.seal_jobs(), 64)
+        ops.store(kv_cache=ctx.kv_cache, **ctx.new_tokens())
         self.query = torch.randn(len(SEQ_LENS), num_heads, 64)
         rows, room = len(SEQ_LENS), 300
         self.rows = DecodeRows(
@@ -120,10 +70,9 @@ class Batch:
             budgets=torch.tensor(BUDGETS, dtype=torch.int32),
             indices=torch.full((rows, num_kv_heads, room), UNTOUCHED).int(),
             counts=torch.full((rows, num_kv_heads), UNTOUCHED).int(),
-            seq_lens_list=SEQ_LENS,
-            budgets_list=BUDGETS,
+            kept_mass=torch.empty(rows, num_heads),
         )
-        self.kept_mass = self.selector.select(self.query, ctx.kv_cache, self.rows)
+        self.kept_mass = self.method.select(self.query, ctx.kv_cache, self.rows)
 
     def kept(self, row, head) -> list[int]:
         count = int(self.rows.counts[row, head])
@@ -162,11 +111,11 @@ def quest_bounds(batch, row, head) -> torch.Tensor:
     return total.repeat_interleave(16)[: len(key)]
 
 
-@pytest.mark.parametrize("name", list(SELECTORS))
+@pytest.mark.parametrize("name", CHOOSING)
 def test_lists_are_ascending_unique_and_exactly_as_long_as_the_budget(name):
     batch = Batch(name)
     for row, (length, budget) in enumerate(zip(SEQ_LENS, BUDGETS, strict=True)):
-        expected = tokens_kept(length, budget, 16, 4)
+        expected = kept_of(length, budget)
         for head in range(2):
             if expected == length:
                 assert batch.rows.counts[row, head] == -1
@@ -181,7 +130,7 @@ def test_lists_are_ascending_unique_and_exactly_as_long_as_the_budget(name):
     assert dense == [True, False, False, False, True, False]
 
 
-@pytest.mark.parametrize("name", list(SELECTORS))
+@pytest.mark.parametrize("name", CHOOSING)
 def test_budget_below_the_forced_tokens_keeps_these_alone(name):
     # Row 2: a budget of 60 tokens of 165, but 4 sinks and a window of 70.
     batch = Batch(name, local_window=70)
@@ -217,13 +166,13 @@ def test_window_keeps_sinks_and_the_most_recent():
     batch = Batch("window")
     for row in (1, 2, 3, 5):
         length = SEQ_LENS[row]
-        count = tokens_kept(length, BUDGETS[row], 16, 4)
+        count = kept_of(length, BUDGETS[row])
         expected = [*range(4), *range(length - count + 4, length)]
         assert batch.kept(row, 0) == batch.kept(row, 1) == expected
 
 
 def test_exact_is_the_oracle_no_selector_keeps_more_mass():
-    batches = {name: Batch(name) for name in SELECTORS}
+    batches = {name: Batch(name) for name in CHOOSING}
     mass = {
         name: sum(
             float(true_weights(batch, row, head)[batch.kept(row, head)].sum())
@@ -241,15 +190,15 @@ def test_the_selector_of_the_documentation_works_as_written(monkeypatch):
     code = page.read_text().split("```python\n")[1].split("```")[0]
     namespace: dict = {}
     exec(code, namespace)
-    selector = namespace["KeyNormSelector"]
-    monkeypatch.setitem(SELECTORS, selector.name, selector)
-    names = (*config_module.SELECTOR_NAMES, selector.name)
+    method = namespace["KeyNorm"]
+    monkeypatch.setitem(METHODS, method.name, method)
+    names = (*config_module.SELECTOR_NAMES, method.name)
     monkeypatch.setattr(config_module, "SELECTOR_NAMES", names)
-    batch = Batch(selector.name)
+    batch = Batch(method.name)
     check_best_survive(
         batch, lambda b, row, head: 1 / b.ctx.keys[row][:, head].norm(dim=-1)
     )
-    assert batch.selector.score_bytes(1000) == 2000
+    assert batch.method.score_bytes == ScoreBytes(per_token=2)
 
 
 def test_sparq_with_all_channels_is_nearly_the_oracle():
@@ -279,48 +228,23 @@ def test_comparison_selectors_have_no_mean_value_term(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "seq_len", "expected"),
+    ("name", "options", "expected"),
     [
-        # 8 sealed blocks, 16 channels of 64 code and 4 parameter bytes each.
-        ("sparq", {"rank": 16}, 1111, 8 * 16 * 68),
-        ("sparq", {"rank": 16}, 1151, 8 * 16 * 68),
-        ("sparq", {"rank": 16}, 1152, 9 * 16 * 68),
-        ("sparq", {"rank": 3}, 127, 0),
+        # 16 channels of a block, 64 code and 4 parameter bytes each
+        ("sparq", {"rank": 16}, ScoreBytes(per_sealed_block=16 * 68)),
         # and one prefix mean of 64 fp16 values
-        ("sparq", {"rank": 16, "mean_value": True}, 1111, 8 * 16 * 68 + 128),
-        # 70 pages of 16 tokens, minima and maxima in fp32
-        ("quest", {}, 1111, 70 * 2 * 64 * 4),
-        ("quest", {}, 1120, 70 * 2 * 64 * 4),
-        ("exact", {}, 1111, 0),
-        ("window", {}, 1111, 0),
+        (
+            "sparq",
+            {"rank": 16, "mean_value": True},
+            ScoreBytes(per_row=128, per_sealed_block=16 * 68),
+        ),
+        # minima and maxima of 16 tokens, in fp32
+        ("quest", {}, ScoreBytes(per_token=2 * 64 * 4 / 16)),
+        ("exact", {}, ScoreBytes()),
+        ("window", {}, ScoreBytes()),
     ],
 )
-def test_score_bytes(name, options, seq_len, expected):
+def test_score_bytes(name, options, expected):
     shape = LayerShape(6, 2, 64, torch.float32, 0.125)
     config = SparseConfig(selector=name, **options).resolve(64, 3)
-    assert SELECTORS[name](config, shape).score_bytes(seq_len) == expected
-
-
-@pytest.mark.parametrize("kv_format", ["auto", "int4"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(top_k=300),
-        dict(top_k=0.1, local_window=40, sink_tokens=7),
-        dict(top_k=0.3, dense_below=900),
-        dict(top_k=1.0),
-        dict(top_p=0.9),
-        dict(top_p=0.9, min_tokens=400, max_tokens=700),
-        dict(top_p=0.9, min_tokens=0, max_tokens=0.25),
-        dict(selector="dense"),
-    ],
-    ids=str,
-)
-def test_the_table_of_budgets_is_what_every_length_gets(options, kv_format):
-    from vllm_sparse.step.builder import budget_for, budget_table
-
-    options = dict(dense_below=0) | options
-    config = SparseConfig(kv_format=kv_format, **options).resolve(64, 3)
-    fmt = config.format(64, 3)
-    table = budget_table(1500, config, fmt).tolist()
-    assert table == [-1, *(budget_for(n, config, fmt) for n in range(1, 1501))]
+    assert METHODS[name](config, shape, ops.Ops()).score_bytes == expected

@@ -101,17 +101,3 @@ def resolve_format(
             f"{head_size}; it must be one of {fitting}"
         )
     return replace(fmt, value_group=value_group, has_mean=has_mean)
-
-
-# By head size and KV heads, of the layers made last: vLLM sizes their caches right
-# after it has made them, without saying for which engine.
-_chosen: dict[tuple[int, int], KvFormat] = {}
-
-
-def choose_format(fmt: KvFormat, head_size: int, num_kv_heads: int) -> None:
-    """Remember the format of the layers of this shape."""
-    _chosen[head_size, num_kv_heads] = fmt
-
-
-def chosen_format(head_size: int, num_kv_heads: int) -> KvFormat:
-    return _chosen.get((head_size, num_kv_heads), ROWS)

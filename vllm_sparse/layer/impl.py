@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""One attention layer, whatever the device: options, shapes, storing, sealing."""
+"""One attention layer on any device: store and seal, rows that decode, other rows.
 
-from abc import abstractmethod
+Nothing depends on values, so that CUDA graphs may hold it.
+"""
+
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .. import ops
-from ..cache.formats import choose_format
-from ..cache.layout import BlockLayout
 from ..config import SparseConfig, SparseConfigError
-from ..methods import SELECTORS, LayerShape, Selector
+from ..methods import METHODS, LayerShape, Method
+from ..methods.dense import Dense
 from ..plugin.versions import init_logger
+from ..step.metadata import SparseMetadata
+from .checks import check_format, refuse_unsupported
 
 logger = init_logger(__name__)
-M = TypeVar("M", bound=AttentionMetadata)
 
 
-class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
+class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     """Serves one decoder layer with full attention."""
 
     # The backend's name, and its options that differ from SparseConfig's defaults.
@@ -44,30 +46,16 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         kv_sharing_target_layer_name: str | None = None,
         **unsupported,
     ) -> None:
-        if alibi_slopes is not None:
-            unsupported["alibi_slopes"] = alibi_slopes
-        if sliding_window is not None:
-            unsupported["sliding_window"] = sliding_window
-        unsupported = {k: v for k, v in unsupported.items() if v is not None}
-        if unsupported:
-            raise NotImplementedError(
-                f"--attention-backend {self.backend} does not support "
-                f"{sorted(unsupported)} of "
-                "this model's attention; leave --attention-backend out"
-            )
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = float(scale)
-        self.num_kv_heads = num_kv_heads
+        unsupported |= {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window}
+        refuse_unsupported(self.backend, unsupported)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
         options = SparseConfig.from_additional_config(
             vllm_config.additional_config, self.defaults
         )
-        self.fmt = options.format(head_size, num_heads // num_kv_heads)
-        self._check_format(vllm_config)
-        choose_format(self.fmt, head_size, num_kv_heads)
         self.shape = LayerShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -75,57 +63,37 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             dtype=vllm_config.model_config.dtype,
             scale=self.scale,
             soft_cap=float(logits_soft_cap or 0.0),
-            fmt=self.fmt,
+            fmt=options.format(head_size, num_heads // num_kv_heads),
+            flash_attention=_flash_attention(head_size, logits_soft_cap),
         )
-        self.configure(options)
         device = torch.device(current_platform.device_type)
         if device.type == "cuda":  # tensors name their device by number
             device = torch.device("cuda", torch.cuda.current_device())
-        kernels = ops.use(self.config.kernels, device)
-        if self.fmt.quantised and kernels == "triton":
-            raise SparseConfigError(
-                f"sparse.kv_format = {self.fmt.name!r} has no Triton kernels, and the "
-                "CUDA library does not serve this GPU: leave it out"
-            )
-        logger.info_once(
-            "Sparse attention: %s, %s", self.config, self.describe(kernels)
-        )
-
-    def _check_format(self, vllm_config) -> None:
-        """Raise where a quantised cache could not be right."""
-        if not self.fmt.quantised:
-            return
-        chosen = f"sparse.kv_format = {self.fmt.name!r}"
-        if self.kv_sharing_target_layer_name is not None:
-            raise NotImplementedError(
-                f"{chosen} does not serve models whose layers share a cache: leave it "
-                "out"
-            )
-        layout = BlockLayout(
-            self.head_size, vllm_config.model_config.dtype.itemsize, self.fmt
-        )
+        self.ops = ops.bound(options.kernels, device)
+        if self.fmt.quantised:
+            check_format(self, vllm_config)
         # The longest context that prefills in one step, with the step's tokens.
         self.scratch_tokens = (
             vllm_config.model_config.max_model_len
             + vllm_config.scheduler_config.max_num_batched_tokens
         )
-        # Draft models leave tokens without a slot, which tails do not know.
-        speculation = getattr(vllm_config.speculative_config, "method", "ngram")
-        if speculation not in ("ngram", "suffix"):
-            raise SparseConfigError(
-                f"{chosen} works with the speculative method ngram only, not with "
-                f"{speculation!r}: choose ngram, or leave kv_format out"
-            )
-        drafts = vllm_config.num_speculative_tokens
-        if drafts >= layout.rows_per_block:
-            raise SparseConfigError(
-                f"{chosen} verifies at most {layout.rows_per_block - 1} draft tokens "
-                f"a step, num_speculative_tokens is {drafts}: lower it"
-            )
+        self.configure(options)
+        prefill = "vLLM's CPU kernel"
+        if self.shape.flash_attention is not None:
+            prefill = f"FlashAttention {self.shape.flash_attention}"
+        kernels = self.ops.kernels
+        if kernels == "cpu":
+            kernels += f" ({ops.cpu_isa()})"
+        logger.info_once(
+            "Sparse attention: %s, kernels: %s, prefill: %s",
+            self.config,
+            kernels,
+            prefill,
+        )
 
-    @abstractmethod
-    def describe(self, kernels: str) -> str:
-        """Which kernels serve the layer, for the log; raises where none can."""
+    @property
+    def fmt(self):
+        return self.shape.fmt
 
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation.
@@ -134,10 +102,10 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
             SparseConfigError: when they do not fit the layer; nothing is changed then.
         """
         self.config = self.check(config)
-        self.selector: Selector | None = None
-        if self.config.selector != "dense":
-            self.selector = SELECTORS[self.config.selector](self.config, self.shape)
-        self._dense_layer: bool | None = None
+        parts = (self.config, self.shape, self.ops)
+        self._dense, self._chosen = Dense(*parts), METHODS[config.selector](*parts)
+        # What serves rows that decode, once the layer's name is known.
+        self.method: Method | None = None
 
     def check(self, config: SparseConfig) -> SparseConfig:
         """``config`` resolved for the layer.
@@ -145,29 +113,101 @@ class SparseAttentionImpl(AttentionImpl[M], Generic[M]):
         Raises:
             SparseConfigError: when it does not fit the layer's shape or device.
         """
-        return config.resolve(
-            self.head_size,
-            self.shape.num_queries_per_kv,
-            current_platform.device_type,
-        )
-
-    def selector_of(self, layer: torch.nn.Module) -> Selector | None:
-        """The layer's selector; None where the layer is dense."""
-        if self._dense_layer is None:
-            first = self.config.dense_layers
-            self._dense_layer = (
-                first > 0 and extract_layer_index(layer.layer_name) < first
+        device = current_platform.device_type
+        if device not in METHODS[config.selector].devices:
+            serving = [name for name, m in METHODS.items() if device in m.devices]
+            raise SparseConfigError(
+                f"sparse.selector = {config.selector!r} has no GPU kernels; it must be "
+                f"one of {', '.join(serving)} there. Example: "
+                "--additional-config.sparse.selector sparq"
             )
-        return None if self._dense_layer else self.selector
+        return config.resolve(self.head_size, self.shape.num_queries_per_kv, device)
+
+    def method_of(self, layer: torch.nn.Module) -> Method:
+        """What serves the layer's rows that decode."""
+        if self.method is None:
+            first = self.config.dense_layers
+            dense = first > 0 and extract_layer_index(layer.layer_name) < first
+            self.method = self._dense if dense else self._chosen
+        return self.method
 
     @property
     def owns_cache(self) -> bool:
-        """False where the layer reads another layer's cache: it must not seal."""
+        """False where the layer reads another layer's cache: it must not store."""
         return self.kv_sharing_target_layer_name is None
 
-    def refuse_output_scales(self, *scales: torch.Tensor | None) -> None:
-        if any(scale is not None for scale in scales):
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            key, value: [num_tokens, num_kv_heads, head_size], stored here; None where
+                the layer reads another layer's cache.
+            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, C].
+            attn_metadata: None while vLLM measures its memory.
+            output: [num_tokens, num_heads, head_size], written.
+        """
+        if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(
                 f"--attention-backend {self.backend} does not support fused output "
                 "quantisation; turn it off with -cc.pass_config.fuse_attn_quant=false"
             )
+        meta, shape = attn_metadata, self.shape
+        if meta is None:
+            if self.fmt.quantised:
+                self._show_scratch(query)
+            return output.fill_(0)
+        if not self.owns_cache:
+            key = value = None
+        saved = [rows.save(kv_cache, shape) for rows in meta.prefill]
+        if self.owns_cache:
+            self.ops.store(
+                key,
+                value,
+                kv_cache,
+                meta.slot_mapping,
+                meta.block_table,
+                meta.seq_lens,
+                meta.query_start_loc,
+                self.fmt,
+            )
+        dense = list(zip(meta.prefill, saved))
+        method = self.method_of(layer)
+        if meta.together is not None and meta.phase in method.dense_phases:
+            dense.append((meta.together, None))
+        else:
+            first = 0
+            for rows in meta.decode:
+                part = slice(first, first + rows.num_rows)
+                method.attend(
+                    query[part], kv_cache, rows, output[part], layer.layer_name
+                )
+                first = part.stop
+        for rows, tails in dense:
+            part = rows.tokens
+            new = (None, None) if key is None else (key[part], value[part])
+            rows.attend(query[part], *new, tails, kv_cache, shape, output[part])
+        return output
+
+    def _show_scratch(self, like: torch.Tensor) -> None:
+        """Hold what prefill will, while vLLM measures how much memory is left."""
+        like.new_empty(2, self.scratch_tokens, self.num_kv_heads, self.head_size)
+
+
+def _flash_attention(head_size: int, soft_cap: float | None) -> int | None:
+    if not current_platform.is_cuda():
+        return None
+    from .prefill_fa import flash_attention_version
+
+    return flash_attention_version(head_size, soft_cap or 0.0)

@@ -9,26 +9,29 @@ tokens is a row of its own for the attention kernel: its table names scratch blo
 from codes and, last, an exact one.
 """
 
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..methods import LayerShape
+from .dense_rows import DenseRows, host_lens
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class QuantisedPrefill:
-    """Requests whose contexts fill one scratch cache; all layers of a group share it.
+class CodeRows(DenseRows):
+    """Requests whose contexts fill one scratch cache.
 
     The scratch cache has, request after request, a block for each that is read from its
     codes and one for each that gets new tokens. Places in it are token slots.
 
     Attributes:
-        tokens: the requests' tokens among the step's prefill tokens.
         num_blocks: blocks of the scratch cache.
         query_start_loc: [num_rows + 1] int32, a row for every block with new tokens.
         seq_lens: [num_rows] int32; the row's queries are its context's last tokens.
@@ -66,8 +69,8 @@ class QuantisedPrefill:
     def num_slots(self) -> int:
         return self.num_blocks * BLOCK_SIZE
 
-    def save_tails(self, kv_cache: torch.Tensor, shape: LayerShape) -> Rows:
-        """Copy what storing the step's tokens overwrites: rows of unfinished blocks."""
+    def save(self, kv_cache: torch.Tensor, shape: LayerShape) -> Rows:
+        """Rows of unfinished blocks."""
         size = (len(self.tail_place), shape.num_kv_heads, shape.head_size)
         tails = (kv_cache.new_empty(size), kv_cache.new_empty(size))
         if len(self.tail_place):
@@ -75,53 +78,47 @@ class QuantisedPrefill:
             ops.gather_kv(kv_cache, *where, *tails, shape.fmt)
         return tails
 
-    def fill(
-        self,
-        scratch: Rows,
-        tails: Rows,
-        new: Rows,
-        kv_cache: torch.Tensor,
-        shape: LayerShape,
-    ) -> None:
-        """Fill the scratch cache, the step's tokens being stored.
-
-        Args:
-            scratch: K and V, [num_slots, num_kv_heads, head_size] each.
-            tails: what :meth:`save_tails` returned.
-            new: the step's prefill tokens.
-        """
+    def attend(self, query, key, value, saved, kv_cache, shape, out) -> None:
+        scratch = self.scratch(kv_cache, shape)
         where = (self.block_table, self.sealed_lens, self.sealed_start)
         ops.gather_kv(kv_cache, *where, *scratch, shape.fmt)
-        for buffer, tail, tokens in zip(scratch, tails, new):
+        for buffer, tail, new in zip(scratch, saved, (key, value)):
             buffer[self.tail_place] = tail
-            buffer[self.new_place] = tokens[self.tokens]
+            buffer[self.new_place] = new
             # Kernels multiply what they mask by zero: it must be finite.
             buffer[self.pad_place] = 0
+        self.attend_scratch(query, scratch, shape, out)
+
+    @abstractmethod
+    def scratch(self, kv_cache: torch.Tensor, shape: LayerShape) -> Rows:
+        """K and V of the scratch cache: [num_slots, num_kv_heads, head_size] each."""
+
+    @abstractmethod
+    def attend_scratch(
+        self, query: torch.Tensor, scratch: Rows, shape: LayerShape, out: torch.Tensor
+    ) -> None:
+        """Causal attention over the scratch cache."""
 
 
-def plan_quantised_prefill(
-    starts: list[int],
-    seq_lens: list[int],
-    block_table: torch.Tensor,
-    max_blocks: int | None = None,
-) -> list[QuantisedPrefill]:
-    """Lay out scratch caches.
-
-    Args:
-        starts: first token of each request, and the end of the last.
-        seq_lens: context of each request, the step's tokens included.
-        block_table: [num_requests, max_blocks] int32.
-        max_blocks: of a scratch cache, unless one request needs more; None: one cache.
-    """
+def plan_codes(
+    common: CommonAttentionMetadata,
+    requests: slice,
+    scratch_blocks: int,
+    make: Callable[..., CodeRows],
+) -> list[DenseRows]:
+    """Lay out scratch caches of at most ``scratch_blocks`` for several requests."""
+    starts = common.query_start_loc_cpu[requests.start : requests.stop + 1].tolist()
+    seq_lens = host_lens(common, requests)
     groups, first, blocks = [], 0, 0
     for row, length in enumerate(seq_lens):
         count = _blocks_of(length, starts[row + 1] - starts[row])
-        if max_blocks is not None and row > first and blocks + count > max_blocks:
+        if row > first and blocks + count > scratch_blocks:
             groups.append(slice(first, row))
             first, blocks = row, 0
         blocks += count
     groups.append(slice(first, len(seq_lens)))
-    return [_plan(starts, seq_lens, block_table, rows) for rows in groups]
+    block_table = common.block_table_tensor[requests]
+    return [_plan(make, starts, seq_lens, block_table, rows) for rows in groups]
 
 
 def _blocks_of(length: int, new: int) -> int:
@@ -130,8 +127,12 @@ def _blocks_of(length: int, new: int) -> int:
 
 
 def _plan(
-    starts: list[int], seq_lens: list[int], block_table: torch.Tensor, rows: slice
-) -> QuantisedPrefill:
+    make: Callable[..., CodeRows],
+    starts: list[int],
+    seq_lens: list[int],
+    block_table: torch.Tensor,
+    rows: slice,
+) -> CodeRows:
     lens, table = seq_lens[rows], block_table[rows]
     new_tokens = [starts[r + 1] - starts[r] for r in range(rows.start, rows.stop)]
     width = max((length - 1) // BLOCK_SIZE for length in lens) + 1
@@ -177,9 +178,8 @@ def _plan(
     columns = torch.arange(table.shape[1])[None] + torch.tensor(first_blocks)[:, None]
     beyond = there(columns >= table.shape[1], torch.bool)
     columns = there(columns.clamp(max=table.shape[1] - 1), torch.int64)
-    token = starts[rows.start] - starts[0]
-    return QuantisedPrefill(
-        tokens=slice(token, token + query_starts[-1]),
+    return make(
+        tokens=slice(starts[rows.start], starts[rows.stop]),
         num_blocks=num_blocks,
         query_start_loc=there(query_starts, torch.int32),
         seq_lens=there(row_lens, torch.int32),

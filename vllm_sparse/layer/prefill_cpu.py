@@ -13,76 +13,102 @@ from dataclasses import dataclass
 import torch
 from vllm import _custom_ops as vllm_ops
 from vllm import envs
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..methods import LayerShape
-from .prefill_codes import QuantisedPrefill, Rows
-
-
-@dataclass(frozen=True)
-class KernelShape:
-    """One attention layer, as vLLM's kernel plans for it."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-
-    @property
-    def isa(self) -> str:
-        return _get_attn_isa(self.dtype, BLOCK_SIZE, self.head_size)
+from .dense_rows import DenseRows, token_slice
+from .prefill_codes import CodeRows, Rows
 
 
 @dataclass
-class PackedRows:
-    """Query rows over a scratch cache that vLLM's kernel reads.
+class PackedRows(DenseRows):
+    """Rows over a scratch cache that vLLM's kernel reads.
 
     Attributes:
         query_start_loc: [num_rows + 1] int32.
         seq_lens: [num_rows] int32; the row's queries are its context's last tokens.
-        block_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
-        slots: [num_tokens] int64, scratch slots of the K and V rows.
-        num_blocks: blocks the scratch cache must have.
-        scheduler_metadata: vLLM's plan for its kernel.
+        scratch_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
+        num_blocks: blocks of the scratch cache.
+        slots: [sum of seq_lens] int64, scratch slots of the contexts' tokens.
+        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
+        out_start: [num_rows] int64, a row's first among the contexts' tokens.
+        has_context: whether any row has tokens from earlier steps.
+        plan: vLLM's for its kernel.
     """
 
+    tokens: slice
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    slots: torch.Tensor
+    scratch_table: torch.Tensor
     num_blocks: int
-    scheduler_metadata: torch.Tensor
-
-
-@dataclass
-class PrefillRows:
-    """The prefill rows of one step; all layers of a KV cache group share it.
-
-    Attributes:
-        packed: the rows over the scratch cache, whose tokens go row after row.
-        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
-        out_start: [num_rows] int64, where a row's tokens start in that order.
-        has_context: whether any row has tokens from earlier steps.
-    """
-
-    packed: PackedRows
+    slots: torch.Tensor
     block_table: torch.Tensor
     out_start: torch.Tensor
     has_context: bool
+    plan: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, common: CommonAttentionMetadata, requests: slice, shape: LayerShape
+    ) -> "PackedRows":
+        tokens = token_slice(common, requests)
+        starts = common.query_start_loc[requests.start : requests.stop + 1]
+        starts = starts - tokens.start
+        seq_lens = common.seq_lens[requests]
+        lens = seq_lens.long()
+        blocks = (lens + BLOCK_SIZE - 1) // BLOCK_SIZE
+        first_block = blocks.cumsum(0) - blocks
+        out_start = lens.cumsum(0) - lens
+        total = int(lens.sum())
+        # Token i of all rows sits at its row's first scratch slot plus its position.
+        shift = (first_block * BLOCK_SIZE - out_start).repeat_interleave(lens)
+        num_blocks = int(blocks.sum())
+        # Entries past a row's own blocks are never read, but must be blocks.
+        table = first_block[:, None] + torch.arange(int(blocks.max()))[None, :]
+        return cls(
+            tokens=tokens,
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            scratch_table=table.clamp(max=num_blocks - 1).int(),
+            num_blocks=num_blocks,
+            slots=torch.arange(total) + shift,
+            block_table=common.block_table_tensor[requests],
+            out_start=out_start,
+            has_context=total > tokens.stop - tokens.start,
+            plan=kernel_plan(starts, seq_lens, shape),
+        )
+
+    def attend(self, query, key, value, saved, kv_cache, shape, out) -> None:
+        if self.has_context or key is None:
+            key, value = row_buffers(len(self.slots), shape)
+            where = (self.block_table, self.seq_lens, self.out_start)
+            ops.gather_kv(kv_cache, *where, key, value)
+        attend_packed(query, key, value, self, shape, out)
 
 
-def plan_rows(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    slots: torch.Tensor,
-    num_blocks: int,
-    shape: KernelShape,
-) -> PackedRows:
-    """Ask vLLM's kernel for its plan; see :class:`PackedRows`."""
-    metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
+class PackedCodes(CodeRows):
+    """Rows over quantised blocks."""
+
+    def __init__(self, shape: LayerShape, **layout) -> None:
+        super().__init__(**layout)
+        self.slots = torch.arange(self.num_slots)
+        self.plan = kernel_plan(self.query_start_loc, self.seq_lens, shape)
+
+    def scratch(self, kv_cache: torch.Tensor, shape: LayerShape) -> Rows:
+        return row_buffers(self.num_slots, shape)
+
+    def attend_scratch(self, query, scratch, shape, out) -> None:
+        attend_packed(query, *scratch, self, shape, out)
+
+
+def kernel_plan(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, shape: LayerShape
+) -> torch.Tensor:
+    """How vLLM's kernel spreads its work."""
+    return vllm_ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(seq_lens),
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
@@ -92,86 +118,8 @@ def plan_rows(
         query_start_loc=query_start_loc,
         causal=True,
         sliding_window_size=-1,
-        isa=shape.isa,
+        isa=_get_attn_isa(shape.dtype, BLOCK_SIZE, shape.head_size),
         enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-    )
-    return PackedRows(
-        query_start_loc, seq_lens, block_table, slots, num_blocks, metadata
-    )
-
-
-@dataclass
-class QuantisedRows:
-    """The prefill rows of one step over quantised blocks."""
-
-    plan: QuantisedPrefill
-    packed: PackedRows
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        new: Rows,
-        tails: Rows,
-        kv_cache: torch.Tensor,
-        shape: LayerShape,
-        out: torch.Tensor,
-    ) -> None:
-        """Causal attention of the prefill tokens, which are stored.
-
-        Args:
-            query, out: [num_tokens, num_heads, head_size].
-            new: the tokens' K and V.
-            tails: what the plan saved before storing.
-        """
-        rows = row_buffers(self.plan.num_slots, shape)
-        self.plan.fill(rows, tails, new, kv_cache, shape)
-        attend_packed(query, *rows, self.packed, shape, out)
-
-
-def plan_quantised_rows(plan: QuantisedPrefill, shape: KernelShape) -> QuantisedRows:
-    packed = plan_rows(
-        plan.query_start_loc,
-        plan.seq_lens,
-        plan.scratch_table,
-        torch.arange(plan.num_slots),
-        plan.num_blocks,
-        shape,
-    )
-    return QuantisedRows(plan, packed)
-
-
-def plan_prefill(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    shape: KernelShape,
-) -> PrefillRows:
-    """Lay out the scratch cache.
-
-    Args:
-        query_start_loc: [num_rows + 1] int32; need not start at 0.
-        seq_lens: [num_rows] int32, context plus this step's tokens.
-        block_table: [num_rows, max_blocks] int32, blocks of the real cache.
-    """
-    query_start_loc = query_start_loc - query_start_loc[0]
-    lens = seq_lens.long()
-    blocks = (lens + BLOCK_SIZE - 1) // BLOCK_SIZE
-    first_block = blocks.cumsum(0) - blocks
-    out_start = lens.cumsum(0) - lens
-    total = int(lens.sum())
-    # Token i of all rows sits at its row's first scratch slot plus its position.
-    shift = (first_block * BLOCK_SIZE - out_start).repeat_interleave(lens)
-    width = int(blocks.max())
-    num_blocks = int(blocks.sum())
-    # Entries past a row's own blocks are never read, but must be blocks.
-    table = first_block[:, None] + torch.arange(width)[None, :]
-    table = table.clamp(max=num_blocks - 1).int()
-    slots = torch.arange(total) + shift
-    return PrefillRows(
-        packed=plan_rows(query_start_loc, seq_lens, table, slots, num_blocks, shape),
-        block_table=block_table,
-        out_start=out_start,
-        has_context=total > int(query_start_loc[-1]),
     )
 
 
@@ -198,35 +146,7 @@ class Scratch:
 scratch = Scratch()
 
 
-def prefill(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    kv_cache: torch.Tensor,
-    rows: PrefillRows,
-    shape: LayerShape,
-    out: torch.Tensor,
-) -> None:
-    """Causal attention of the prefill tokens over their contexts.
-
-    Args:
-        query, key, value: the step's prefill tokens, [num_tokens, heads, head_size];
-            without key and value, all rows are read from the cache.
-        kv_cache: the layer's cache, this step's rows already stored.
-        out: [num_tokens, num_heads, head_size], written.
-    """
-    packed = rows.packed
-    if rows.has_context or key is None or value is None:
-        key, value = row_buffers(packed.slots.numel(), shape)
-        ops.gather_kv(
-            kv_cache, rows.block_table, packed.seq_lens, rows.out_start, key, value
-        )
-    attend_packed(query, key, value, packed, shape, out)
-
-
-def row_buffers(
-    num_tokens: int, shape: LayerShape
-) -> tuple[torch.Tensor, torch.Tensor]:
+def row_buffers(num_tokens: int, shape: LayerShape) -> Rows:
     """Scratch for K and V rows: [num_tokens, num_kv_heads, head_size] each."""
     size = (shape.num_kv_heads, shape.head_size)
     key, value = (
@@ -240,7 +160,7 @@ def attend_packed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    packed: PackedRows,
+    rows: PackedRows | PackedCodes,
     shape: LayerShape,
     out: torch.Tensor,
 ) -> None:
@@ -248,20 +168,20 @@ def attend_packed(
 
     Args:
         query, out: [num_tokens, num_heads, head_size].
-        key, value: [>= len(packed.slots), num_kv_heads, head_size].
+        key, value: [>= len(rows.slots), num_kv_heads, head_size].
     """
     dtype, heads, size = shape.dtype, shape.num_kv_heads, shape.head_size
     cache = scratch.get(
-        "packed", packed.num_blocks, heads, 2 * BLOCK_SIZE, size, dtype=dtype
+        "packed", rows.num_blocks, heads, 2 * BLOCK_SIZE, size, dtype=dtype
     )
     key_cache, value_cache = cache.chunk(2, dim=2)
-    total = packed.slots.numel()
+    slots = rows.slots
     vllm_ops.cpu_attn_reshape_and_cache(
-        key[:total],
-        value[:total],
+        key[: len(slots)],
+        value[: len(slots)],
         key_cache,
         value_cache,
-        packed.slots,
+        slots,
         _get_attn_isa(dtype, BLOCK_SIZE, size),
     )
     vllm_ops.cpu_attention_with_kv_cache(
@@ -269,14 +189,14 @@ def attend_packed(
         key_cache=key_cache,
         value_cache=value_cache,
         output=out,
-        query_start_loc=packed.query_start_loc,
-        seq_lens=packed.seq_lens,
+        query_start_loc=rows.query_start_loc,
+        seq_lens=rows.seq_lens,
         scale=shape.scale,
         causal=True,
         alibi_slopes=None,
         sliding_window=-1,
-        block_table=packed.block_table,
+        block_table=rows.scratch_table,
         softcap=shape.soft_cap,
-        scheduler_metadata=packed.scheduler_metadata,
+        scheduler_metadata=rows.plan,
         s_aux=None,
     )

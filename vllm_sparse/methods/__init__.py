@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""The selectors by name. A new one is a file, a line here and a line in config.py."""
+"""The methods by name. A new one is a file, a line here and a line in config.py."""
 
-from .base import DecodeRows, LayerShape, Selector
-from .compare.exact import ExactSelector
-from .compare.quest import QuestSelector
-from .compare.window import WindowSelector
-from .sparq import SparqSelector
+from .base import DecodeRows, LayerShape, Method, Phase
+from .compare.exact import Exact
+from .compare.quest import Quest
+from .compare.window import Window
+from .dense import Dense
+from .sparq import Sparq
 
-SELECTORS: dict[str, type[Selector]] = {
-    cls.name: cls
-    for cls in (SparqSelector, ExactSelector, QuestSelector, WindowSelector)
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Sparq, Exact, Quest, Window, Dense)
 }
 
-__all__ = ["SELECTORS", "DecodeRows", "LayerShape", "Selector"]
+__all__ = ["METHODS", "DecodeRows", "LayerShape", "Method", "Phase"]

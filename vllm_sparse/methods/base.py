@@ -1,68 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What a selector is: it names the tokens each decode row attends to."""
+"""What a method is: it says how much of its context a query position attends to, and
+which tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 
-from .. import ops
 from ..cache.formats import ROWS, KvFormat
-from ..cache.layout import BLOCK_SIZE, BlockLayout
+from ..cache.layout import BlockLayout
 from ..config import SparseConfig
+from ..ops import Ops
 from ..ops.kept import add_counts
+from .budgets import budgets
+
+
+class Phase(Enum):
+    """What a query position of a step is for."""
+
+    PREFILL = "prefill"  # a prompt's token
+    DECODE = "decode"  # the one new token of a request
+    DRAFT = "draft"  # a token that a later step verifies
+    VERIFY = "verify"  # one of several: the last accepted token, and drafts after it
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One attention layer, as a selector sees it."""
+    """One attention layer, as a method sees it."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
-    scale: float
+    scale: float = 1.0
     # 0: no logits soft cap.
     soft_cap: float = 0.0
     fmt: KvFormat = ROWS
+    # The version that serves dense rows on GPUs.
+    flash_attention: int | None = None
 
     @property
     def num_queries_per_kv(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    @property
+    @cached_property
     def layout(self) -> BlockLayout:
         return BlockLayout(self.head_size, self.dtype.itemsize, self.fmt)
 
 
+@dataclass(frozen=True)
+class ScoreBytes:
+    """Bytes that a sparse row reads in one KV head to choose its tokens."""
+
+    per_row: float = 0
+    per_token: float = 0
+    per_sealed_block: float = 0
+
+    def of_row(self, seq_len: int, fmt: KvFormat = ROWS) -> int:
+        sealed = max(0, fmt.sealed_blocks(seq_len))
+        tokens = self.per_token * seq_len + self.per_sealed_block * sealed
+        return int(self.per_row + tokens)
+
+
 @dataclass
 class DecodeRows:
-    """Query positions that decode, one row each, and the room for their token lists.
+    """Query positions, one row each, and the room for their token lists.
 
     Attributes:
         block_table: [num_rows, max_blocks] int32.
         seq_lens: [num_rows] int32.
         budgets: [num_rows] int32 tokens to keep (the most, if budgets adapt); -1: the
             row is dense.
-        indices: [num_rows, num_kv_heads, max_kept] int32, None when all rows are dense.
-        counts: [num_rows, num_kv_heads] int32, likewise.
-        kept_mass: [num_rows, num_heads] fp32, None where ops should allocate it.
+        indices: [num_rows, num_kv_heads, max_kept] int32.
+        counts: [num_rows, num_kv_heads] int32.
+        kept_mass: [num_rows, num_heads] fp32.
         workspace: scratch memory of the ops, None where they should allocate it.
-        seq_lens_list, budgets_list: the same as Python numbers, if the host has them.
-        kept_histograms: of every layer by its name, see :meth:`Selector.attend`.
+        kept_histograms: of every layer by its name, [num_kv_heads, KEPT_BINS] int64;
+            lengths of lists are added (:mod:`vllm_sparse.ops.kept`).
     """
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     budgets: torch.Tensor
-    indices: torch.Tensor | None
-    counts: torch.Tensor | None
-    kept_mass: torch.Tensor | None = None
+    indices: torch.Tensor
+    counts: torch.Tensor
+    kept_mass: torch.Tensor
     workspace: torch.Tensor | None = None
-    seq_lens_list: list[int] = field(default_factory=list)
-    budgets_list: list[int] = field(default_factory=list)
     kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -70,14 +98,32 @@ class DecodeRows:
         return self.seq_lens.shape[0]
 
 
-class Selector(ABC):
-    """One method. ``config`` is resolved for the layer: no "auto" is left in it."""
+class Method(ABC):
+    """One method in one layer.
 
-    name: str
+    Args:
+        config: resolved for the layer: no "auto" is left in it.
+        ops: the kernels that serve the layer.
+    """
 
-    def __init__(self, config: SparseConfig, shape: LayerShape) -> None:
-        self.config = config
-        self.shape = shape
+    name: ClassVar[str]
+    # Where it is fast enough to serve; the others loop over rows on the host.
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    # Phases whose positions attend to everything, whatever the length.
+    dense_phases: ClassVar[frozenset[Phase]] = frozenset({Phase.PREFILL})
+
+    def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
+        self.config, self.shape, self.ops = config, shape, ops
+
+    def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
+        """Tokens to keep by context length, 0 to ``longest``: int32; -1: all."""
+        if phase in self.dense_phases:
+            return torch.full((longest + 1,), -1, dtype=torch.int32)
+        return budgets(torch.arange(longest + 1), self.config, self.shape.fmt)
+
+    @property
+    def score_bytes(self) -> ScoreBytes:
+        return ScoreBytes()
 
     @abstractmethod
     def select(
@@ -98,19 +144,15 @@ class Selector(ABC):
         kv_cache: torch.Tensor,
         rows: DecodeRows,
         out: torch.Tensor,
-        tokens_read: torch.Tensor | None,
-        kept_histogram: torch.Tensor | None = None,
+        layer_name: str,
     ) -> None:
         """:meth:`select`, then exact attention over what it chose.
 
         Args:
             out: [num_rows, num_heads, head_size], written.
-            tokens_read: as in :func:`vllm_sparse.ops.attend`; None: not counted.
-            kept_histogram: [num_kv_heads, KEPT_BINS] int64, lengths of the lists are
-                added to it (:mod:`vllm_sparse.ops.kept`).
         """
         kept_mass = self.select(query, kv_cache, rows)
-        ops.attend(
+        self.ops.attend(
             query,
             kv_cache,
             rows.block_table,
@@ -121,41 +163,9 @@ class Selector(ABC):
             scale=self.shape.scale,
             soft_cap=self.shape.soft_cap,
             out=out,
-            tokens_read=tokens_read,
             workspace=rows.workspace,
             fmt=self.shape.fmt,
         )
-        if kept_histogram is not None:
-            add_counts(rows.counts, kept_histogram)
-
-    @abstractmethod
-    def score_bytes(self, seq_len: int) -> int:
-        """Bytes read per KV head to choose tokens in a sparse row of this length."""
-
-
-def keeps_all(
-    seq_len: int,
-    budget: int,
-    local_window: int,
-    sink_tokens: int,
-    fmt: KvFormat = ROWS,
-) -> bool:
-    """Whether a row's budget and its always-kept tokens cover the context."""
-    if budget < 0 or budget >= seq_len:
-        return True
-    sealed = fmt.sealed_blocks(seq_len) * BLOCK_SIZE
-    return min(seq_len - local_window, sealed) <= sink_tokens
-
-
-def tokens_kept(
-    seq_len: int,
-    budget: int,
-    local_window: int,
-    sink_tokens: int,
-    fmt: KvFormat = ROWS,
-) -> int:
-    """Tokens a fixed-budget selector keeps, forced ones included."""
-    if keeps_all(seq_len, budget, local_window, sink_tokens, fmt):
-        return seq_len
-    forced = sink_tokens + max(local_window, fmt.tail_tokens(seq_len))
-    return max(budget, forced)
+        histogram = rows.kept_histograms.get(layer_name)
+        if histogram is not None:
+            add_counts(rows.counts, histogram)

@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""SparQ (arXiv 2312.04985) on the 4-bit codes of sealed blocks."""
+"""SparQ (arXiv 2312.04985) on the 4-bit codes of sealed blocks; with ``top_p``,
+Twilight's budgets (arXiv 2502.02770)."""
 
 import torch
 
-from .. import ops
-from .base import DecodeRows, Selector
+from ..ops import SparqOptions
+from .base import DecodeRows, Method, ScoreBytes
 
 
-class SparqSelector(Selector):
+class Sparq(Method):
     """Scores every token with the ``rank`` channels where the query is largest."""
 
     name = "sparq"
+    devices = ("cpu", "cuda")
+
+    @property
+    def score_bytes(self) -> ScoreBytes:
+        layout, config = self.shape.layout, self.config
+        return ScoreBytes(
+            per_row=2 * layout.head_size if config.mean_value else 0,
+            per_sealed_block=layout.score_bytes(1, config.rank),
+        )
 
     def select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
     ) -> torch.Tensor | None:
-        options = self._options(query, rows)
-        ops.sparq_select(
-            query,
-            kv_cache,
-            rows.block_table,
-            rows.seq_lens,
-            rows.budgets,
-            **options,
-            fmt=self.shape.fmt,
-        )
-        return options["kept_mass"]
+        self._run(query, kv_cache, rows)
+        return rows.kept_mass if self.config.mean_value else None
 
     def attend(
         self,
@@ -34,46 +35,34 @@ class SparqSelector(Selector):
         kv_cache: torch.Tensor,
         rows: DecodeRows,
         out: torch.Tensor,
-        tokens_read: torch.Tensor | None,
-        kept_histogram: torch.Tensor | None = None,
+        layer_name: str,
     ) -> None:
         # One op: chosen rows are attended while another core still scores.
-        ops.sparq_attend(
+        histogram = rows.kept_histograms.get(layer_name)
+        self._run(query, kv_cache, rows, out=out, kept_histogram=histogram)
+
+    def _run(self, query, kv_cache, rows: DecodeRows, **outputs) -> None:
+        config, shape = self.config, self.shape
+        options = SparqOptions(
+            rank=config.rank,
+            local_window=config.local_window,
+            sink_tokens=config.sink_tokens,
+            scale=shape.scale,
+            soft_cap=shape.soft_cap,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            min_tokens=config.min_tokens,
+        )
+        self.ops.sparq_attend(
             query,
             kv_cache,
             rows.block_table,
             rows.seq_lens,
             rows.budgets,
-            **self._options(query, rows),
-            out=out,
-            tokens_read=tokens_read,
-            kept_histogram=kept_histogram,
-            fmt=self.shape.fmt,
+            options,
+            indices=rows.indices,
+            counts=rows.counts,
+            kept_mass=rows.kept_mass if config.mean_value else None,
+            workspace=rows.workspace,
+            fmt=shape.fmt,
+            **outputs,
         )
-
-    def _options(self, query: torch.Tensor, rows: DecodeRows) -> dict:
-        config, shape = self.config, self.shape
-        kept_mass = rows.kept_mass if config.mean_value else None
-        if config.mean_value and kept_mass is None:
-            kept_mass = torch.empty(query.shape[:2], dtype=torch.float32)
-        return {
-            "rank": config.rank,
-            "local_window": config.local_window,
-            "sink_tokens": config.sink_tokens,
-            "scale": shape.scale,
-            "soft_cap": shape.soft_cap,
-            "top_p": 1.0 if config.top_p is None else config.top_p,
-            "min_tokens": config.min_tokens,
-            "indices": rows.indices,
-            "counts": rows.counts,
-            "kept_mass": kept_mass,
-            "workspace": rows.workspace,
-        }
-
-    def score_bytes(self, seq_len: int) -> int:
-        layout = self.shape.layout
-        sealed = self.shape.fmt.sealed_blocks(seq_len)
-        size = layout.score_bytes(sealed, self.config.rank)
-        if self.config.mean_value:
-            size += layout.head_size * 2
-        return size

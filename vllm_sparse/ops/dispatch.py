@@ -22,6 +22,7 @@ import torch
 from ..cache.layout import BLOCK_SIZE, BlockLayout
 from ..config import KERNEL_NAMES
 from .library import has_cuda_library, load
+from .options import SparqOptions
 
 # Below "vllm", the only name that vLLM attaches its handler to.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -30,44 +31,9 @@ logger = logging.getLogger(f"vllm.{__name__}")
 # (docs/performance.md). The library also holds code for others, which is unproven.
 TUNED = frozenset({(9, 0)})
 
-_choice = "auto"
-
 
 class KernelsError(RuntimeError):
     """The chosen kernels cannot serve a device; the message names what to change."""
-
-
-def use(kernels: str, device: torch.device | str | None = None) -> str | None:
-    """Set the choice of this process (option ``sparse.kernels``).
-
-    Args:
-        device: checked at once when given; otherwise tensors are when they come.
-
-    Returns:
-        The kernels that serve ``device``: "cpu", "cuda" or "triton".
-
-    Raises:
-        KernelsError: when the choice is unknown or cannot serve ``device``; the former
-            choice then stays.
-    """
-    global _choice
-    if kernels not in KERNEL_NAMES:
-        raise KernelsError(
-            f"kernels must be one of {', '.join(KERNEL_NAMES)}, got {kernels!r}"
-        )
-    name = None if device is None else resolve(kernels, torch.device(device))
-    _choice = kernels
-    return name
-
-
-def kernels_for(device: torch.device) -> str:
-    """The kernels that serve a device by this process's choice."""
-    return resolve(_choice, device)
-
-
-def ops_for(t: torch.Tensor):
-    """The functions that serve a tensor, with the arguments of the compiled ops."""
-    return _functions(resolve(_choice, t.device))
 
 
 @cache
@@ -75,8 +41,12 @@ def resolve(kernels: str, device: torch.device) -> str:
     """Kernels for a device: "cpu", "cuda" or "triton".
 
     Raises:
-        KernelsError: when ``kernels`` cannot serve ``device``.
+        KernelsError: when ``kernels`` is unknown or cannot serve ``device``.
     """
+    if kernels not in KERNEL_NAMES:
+        raise KernelsError(
+            f"kernels must be one of {', '.join(KERNEL_NAMES)}, got {kernels!r}"
+        )
     if device.type not in ("cpu", "cuda"):
         raise KernelsError(f"sparse attention runs on CPUs and GPUs, not on {device}")
     on_gpu = device.type == "cuda"
@@ -146,10 +116,11 @@ def try_ops(kernels, device: torch.device) -> torch.Tensor:
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    context = (kv_cache, ints(1, 2, 3)[None], ints(300))
+    context = (kv_cache, ints(1, 2, 3)[None], ints(300), ints(200))
     lists = (torch.zeros(1, 1, 200, dtype=torch.int32, device=device), ints(0)[None])
-    options = (24, 32, 4, 0.125, 0.0, 1.0, 0)
-    kernels.sparq_attend(query, *context, ints(200), *options, *lists, None, out, None)
+    options = SparqOptions(24, 32, 4, 0.125)
+    given = (options.sizes, options.numbers, *lists, None, out)
+    kernels.sparq_attend(query, *context, *given)
     return out.cpu()  # waits: a launch alone may succeed
 
 
@@ -168,7 +139,8 @@ def _require_triton(device: torch.device) -> None:
 
 
 @cache
-def _functions(kernels: str):
+def functions(kernels: str):
+    """The functions of resolved kernels, with the arguments of the compiled ops."""
     if kernels != "triton":
         return load()
     from ..kernels import triton

@@ -13,7 +13,6 @@ from .versions import require_supported
 
 require_supported()
 
-from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionType,
@@ -21,7 +20,7 @@ from vllm.v1.attention.backend import (  # noqa: E402
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
 
-from ..cache.formats import chosen_format  # noqa: E402
+from ..cache.formats import ROWS, KvFormat  # noqa: E402
 from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
 from ..config import BACKEND_DEFAULTS  # noqa: E402
 from .mode import BlockMode  # noqa: E402
@@ -36,6 +35,19 @@ def _with_defaults(backend: type, part: type) -> type:
     name = f"{backend.__name__}{part.__name__}"
     own = {"defaults": backend.defaults, "backend": backend.get_name().lower()}
     return type(name, (part,), own)
+
+
+@cache
+def keeping(backend: type, fmt: KvFormat) -> type:
+    """``backend`` for layers whose blocks have a format.
+
+    vLLM asks a backend's class how large blocks are, without saying of which layer.
+    """
+    if fmt == backend.fmt:
+        return backend
+    # vLLM groups layers by their backend's full name.
+    own = {"fmt": fmt, "__module__": backend.__module__}
+    return type(backend.__name__, (backend,), own)
 
 
 class SparqBackend(AttentionBackend):
@@ -54,21 +66,20 @@ class SparqBackend(AttentionBackend):
     # Options that differ from SparseConfig's defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
 
+    # How the layers' blocks keep K and V (see ``keeping``).
+    fmt: ClassVar[KvFormat] = ROWS
+
     @classmethod
     def get_impl_cls(cls):
-        if current_platform.is_cuda():
-            from ..layer.gpu_impl import GpuSparseAttentionImpl as Impl
-        else:
-            from ..layer.cpu_impl import CpuSparseAttentionImpl as Impl
-        return _with_defaults(cls, Impl)
+        from ..layer.impl import SparseAttentionImpl
+
+        return _with_defaults(cls, SparseAttentionImpl)
 
     @classmethod
     def get_builder_cls(cls):
-        if current_platform.is_cuda():
-            from ..step.gpu_metadata import GpuSparseMetadataBuilder as Builder
-        else:
-            from ..step.cpu_metadata import CpuSparseMetadataBuilder as Builder
-        return _with_defaults(cls, Builder)
+        from ..step.builder import SparseMetadataBuilder
+
+        return _with_defaults(cls, SparseMetadataBuilder)
 
     @staticmethod
     def get_supported_kernel_block_sizes(
@@ -104,14 +115,12 @@ class SparqBackend(AttentionBackend):
         """Size every block: see cache/layout.py."""
         if spec.state_content_bytes is not None:
             return spec
-        # Called outside vLLM's config context, after the layers were made.
-        fmt = chosen_format(spec.head_size, spec.num_kv_heads)
-        layout = BlockLayout(spec.head_size, spec.dtype.itemsize, fmt)
+        layout = BlockLayout(spec.head_size, spec.dtype.itemsize, cls.fmt)
         content = {
             "state_content_bytes": layout.content_bytes,
             "kv_quant_mode": BlockMode.SPARSE,
         }
-        if not fmt.quantised:
+        if not cls.fmt.quantised:
             return replace(spec, **content)
         from .managers import LookaheadSpec
 

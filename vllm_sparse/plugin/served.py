@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
+from .backend import keeping
 from .registry import chosen_names
 from .versions import init_logger
 
@@ -76,7 +77,7 @@ def _kind(layer) -> LayerKind:
         dense = "chunks are short"
     elif impl.config.selector == "dense":
         dense = "sparse.selector"
-    elif impl.selector_of(layer) is None:
+    elif impl.method_of(layer).name == "dense":
         dense = "sparse.dense_layers"
     # Layers that are not ours may be of any class.
     shape = (getattr(layer, n, 0) for n in ("head_size", "num_heads", "num_kv_heads"))
@@ -84,14 +85,17 @@ def _kind(layer) -> LayerKind:
 
 
 def check_layers(vllm_config: VllmConfig) -> None:
-    """Refuse what our layers cannot do in this model, and log how many there are.
+    """Refuse what our layers cannot do in this model, and log how many there are; vLLM
+    can ask them for the size of their blocks then.
 
     Raises:
         ValueError: a layer of ours needs more than is served, or there is none.
     """
     layers = vllm_config.compilation_config.static_forward_context
     for name, layer in layers.items():
-        if isinstance(getattr(layer, "impl", None), SparseAttentionImpl):
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, SparseAttentionImpl):
+            layer.attn_backend = keeping(layer.attn_backend, impl.fmt)
             _check_spec(name, layer, vllm_config)
     kinds = layer_kinds(vllm_config)
     total, ours = kinds.total(), sum(n for k, n in kinds.items() if k.ours)

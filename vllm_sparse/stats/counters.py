@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Counters on the model's device: a GPU adds to its own, and nobody waits for it."""
+"""Counters on the model's device, which nobody waits for."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..cache.layout import BLOCK_SIZE, BlockLayout
+from ..methods.base import ScoreBytes
 from ..ops.kept import KEPT_BINS
 
 # How a row (a query position in one layer) is served: sparse, or densely for the first
@@ -35,7 +36,9 @@ class SparseStats:
     decode_rows: int = 0  # the same, counted in every layer
     sparse_rows: int = 0  # of these, the ones that read less than everything
     kv_bytes_read: int = 0
-    kv_bytes_dense: int = 0  # what dense attention reads in the model's dtype
+    # What dense attention reads in the model's dtype, once for all positions of a
+    # request that one step verifies.
+    kv_bytes_dense: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,23 @@ class KeptHistograms:
         self.counts.zero_()
 
 
-class DeviceCounter:
-    """Counts decode rows on a GPU without waiting for it.
+class StepCounter:
+    """Counts decode rows on their device without waiting for it.
 
     Which rows are sparse is known before the kernels run, so one step's rows are
     counted once, for all layers of a group; kernels count what sparse rows keep.
+
+    Args:
+        layers: what the counts are multiplied by.
+        score_bytes: of a sparse row in one KV head.
+        dense_below: contexts shorter than this are dense.
+        together: dense layers read a request's context once for all its positions.
     """
 
-    # Rows of :attr:`counts`.
+    # Rows of :attr:`counts`, and its columns.
     _SPARSE, _SHORT, _COVERED, _PREFILL = range(4)
-    SIZE = 12
+    _ROWS, _TOKENS, _BLOCKS, _LAST_TOKENS, _LAST_BLOCKS = range(5)
+    SIZE = 20
 
     def __init__(
         self,
@@ -119,25 +129,19 @@ class DeviceCounter:
         layers: LayerKinds,
         num_kv_heads: int,
         layout: BlockLayout,
-        block_score_bytes: int,
-        row_score_bytes: int,
+        score_bytes: ScoreBytes,
         dense_below: int,
+        together: bool,
         kept: KeptHistograms,
     ) -> None:
-        """
-        Args:
-            block_score_bytes: bytes read to score one block in one KV head.
-            row_score_bytes: further bytes of a sparse row in one KV head.
-            dense_below: contexts shorter than this are dense.
-        """
-        self.layers, self.dense_below = layers, dense_below
+        self.layers, self.dense_below, self.together = layers, dense_below, together
         self.num_kv_heads, self.layout = num_kv_heads, layout
-        self.block_score_bytes = block_score_bytes
-        self.row_score_bytes = row_score_bytes
+        self.score_bytes = score_bytes
         self.kept, self.kept_before = kept, kept.total()
-        # By kind of row: rows, tokens of their contexts, sealed blocks.
+        # By kind of row: rows, tokens of their contexts, sealed blocks; and of the
+        # requests' last rows, which see all that the others do, tokens and blocks.
         with torch.inference_mode():
-            self.counts = torch.zeros(4, 3, dtype=torch.int64, device=device)
+            self.counts = torch.zeros(4, 5, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def add(
@@ -146,17 +150,20 @@ class DeviceCounter:
         budgets: torch.Tensor,
         slots: torch.Tensor,
         prefilling: torch.Tensor | None = None,
+        last: torch.Tensor | None = None,
     ) -> None:
         """Count one step's rows; rows without a slot are padding.
 
         Args:
             seq_lens, budgets, slots: [num_rows].
             prefilling: [num_rows] bool, rows of prompts; None: there are none.
+            last: [num_rows] bool, the last rows of requests; None: all are.
         """
         real = slots >= 0
         lens = seq_lens * real
         blocks = self.layout.fmt.sealed_blocks(lens).clamp_(min=0)
-        rows = torch.stack((real, lens, blocks), 1).long()
+        whole = (lens, blocks) if last is None else (lens * last, blocks * last)
+        rows = torch.stack((real, lens, blocks, *whole), 1).long()
         # 0 with a budget, else 1 or 2.
         kinds = (budgets < 0) * ((seq_lens >= self.dense_below) + 1)
         if prefilling is not None:
@@ -178,44 +185,38 @@ class DeviceCounter:
         Args:
             values: :meth:`values` of now or before.
         """
-        kinds = [values[i : i + 3] for i in range(0, self.SIZE, 3)]
+        kinds = [values[i : i + 5] for i in range(0, self.SIZE, 5)]
         sparse = kinds[self._SPARSE]
         dense = [sum(column) for column in zip(*kinds[1:])]
         rows = [sum(column) for column in zip(*kinds)]
         kept = values[self.SIZE] - self.kept_before  # of all layers and KV heads
-        scores = sparse[2] * self.block_score_bytes + sparse[0] * self.row_score_bytes
+        cost = self.score_bytes
+        scores = sparse[self._ROWS] * cost.per_row + sparse[self._TOKENS] * (
+            cost.per_token
+        )
+        scores += sparse[self._BLOCKS] * cost.per_sealed_block
         # What each of the layers and KV heads of one kind reads.
-        choosing, num_layers = self.layers.choosing, self.layers.choosing
-        num_layers += self.layers.dense
-        read = choosing * (self._whole(dense) + scores)
-        read += self.layers.dense * self._whole(rows)
+        choosing = self.layers.choosing
+        num_layers = choosing + self.layers.dense
+        read = choosing * (self._whole(dense[self._TOKENS], dense[self._BLOCKS]))
+        read += choosing * int(scores)
+        first = self._LAST_TOKENS if self.together else self._TOKENS
+        read += self.layers.dense * self._whole(*rows[first : first + 2])
         items = choosing * self.num_kv_heads
         # In quantised formats all sealed blocks may hold a token that is kept.
-        sealed = kept - items * self._tail(sparse)
-        listed = self.layout.attended_bytes(kept, sealed, items * sparse[2])
+        tail = sparse[self._TOKENS] - sparse[self._BLOCKS] * BLOCK_SIZE
+        sealed = items * sparse[self._BLOCKS]
+        listed = self.layout.attended_bytes(kept, kept - items * tail, sealed)
+        whole = rows[self._LAST_TOKENS] * self.layout.row_bytes
         stats = SparseStats(
-            decode_tokens=rows[0],
-            decode_rows=rows[0] * num_layers,
-            sparse_rows=sparse[0] * choosing,
+            decode_tokens=rows[self._ROWS],
+            decode_rows=rows[self._ROWS] * num_layers,
+            sparse_rows=sparse[self._ROWS] * choosing,
             kv_bytes_read=listed + self.num_kv_heads * read,
-            kv_bytes_dense=self.num_kv_heads
-            * num_layers
-            * rows[1]
-            * self.layout.row_bytes,
+            kv_bytes_dense=self.num_kv_heads * num_layers * whole,
         )
-        served = self.layers.served(
-            sparse[0],
-            kinds[self._SHORT][0],
-            kinds[self._COVERED][0],
-            kinds[self._PREFILL][0],
-        )
-        return stats, served
+        return stats, self.layers.served(*(kind[self._ROWS] for kind in kinds))
 
-    def _tail(self, count: list[int]) -> int:
-        """Tokens of these rows that no sealed block holds."""
-        return count[1] - count[2] * BLOCK_SIZE
-
-    def _whole(self, count: list[int]) -> int:
-        """Bytes that these rows read when they attend to everything."""
-        sealed = count[2] * BLOCK_SIZE
-        return self.layout.attended_bytes(count[1], sealed, count[2])
+    def _whole(self, tokens: int, blocks: int) -> int:
+        """Bytes that rows read in one KV head when they attend to everything."""
+        return self.layout.attended_bytes(tokens, blocks * BLOCK_SIZE, blocks)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..ops.kept import KEPT_BINS
-from .counters import DeviceCounter
+from .counters import StepCounter
 from .recorder import StatsRecorder, recorder
 
 
@@ -69,12 +69,12 @@ class LiveReader:
 
     def _counts(
         self,
-        counters: list[DeviceCounter],
+        counters: list[StepCounter],
         values: list[int],
         on_host: Counter[str] | None = None,
     ) -> dict[str, int]:
         counts = self._on_host() if on_host is None else on_host
-        size = DeviceCounter.SIZE + 1
+        size = StepCounter.SIZE + 1
         for i, counter in enumerate(counters):
             stats, served = counter.totals(values[i * size : (i + 1) * size])
             counts["kv_bytes_read"] += stats.kv_bytes_read

@@ -9,55 +9,28 @@ from weakref import WeakSet
 
 import torch
 
-from ..cache.layout import BlockLayout
-from .counters import DeviceCounter, KeptHistograms, LayerKinds, SparseStats
+from .counters import KeptHistograms, LayerKinds, SparseStats, StepCounter
 
 
 @dataclass
 class StatsRecorder:
-    """Accumulates :class:`SparseStats`; ops add to ``tokens_read`` themselves."""
+    """Adds up what the counters of this process say."""
 
+    # Of counters that were replaced.
     totals: SparseStats = field(default_factory=SparseStats)
     # Rows by how they were served, see counters.DENSE_REASONS.
     served: Counter[str] = field(default_factory=Counter)
-    # Of the current step and layer, summed over KV heads: tokens attended, those of
-    # them in sealed blocks, and these blocks.
-    tokens_read: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(3, dtype=torch.int64)
-    )
     # Of builders that are alive: vLLM makes some to measure its memory and drops them.
-    counters: WeakSet[DeviceCounter] = field(default_factory=WeakSet)
+    counters: WeakSet[StepCounter] = field(default_factory=WeakSet)
     histograms: WeakSet[KeptHistograms] = field(default_factory=WeakSet)
     resets: int = 0
-
-    def add_layer(
-        self,
-        num_rows: int,
-        sparse_rows: int,
-        score_bytes: int,
-        layout: BlockLayout,
-        context_tokens: int,
-    ) -> None:
-        """Account for one layer of one step and clear ``tokens_read``.
-
-        Args:
-            score_bytes: bytes read to choose tokens, all KV heads.
-            context_tokens: sum over rows and KV heads of the context length.
-        """
-        totals = self.totals
-        totals.decode_rows += num_rows
-        totals.sparse_rows += sparse_rows
-        attended = layout.attended_bytes(*self.tokens_read.tolist())
-        totals.kv_bytes_read += score_bytes + attended
-        totals.kv_bytes_dense += context_tokens * layout.row_bytes
-        self.tokens_read.zero_()
 
     def add_rows(self, layers: LayerKinds, **rows: int) -> None:
         """Account for one step's rows in all layers; arguments of ``served``."""
         for name, count in layers.served(**rows).items():
             self.served[name] += count
 
-    def replace_counter(self, old: DeviceCounter | None, new: DeviceCounter) -> None:
+    def replace_counter(self, old: StepCounter | None, new: StepCounter) -> None:
         """Count with ``new`` from here on; what ``old`` counted is kept."""
         if old is not None:
             (found,) = self.device_totals([old])
@@ -69,7 +42,7 @@ class StatsRecorder:
 
     @staticmethod
     def device_totals(
-        counters: list[DeviceCounter],
+        counters: list[StepCounter],
     ) -> Iterator[tuple[SparseStats, dict[str, int]]]:
         """Totals of each counter; waits for the device."""
         with torch.inference_mode():

@@ -1,41 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What the metadata builders of all devices share: options and budgets."""
+"""Once per step and group of layers: which rows decode, with which budgets.
+
+The same on every device, and nothing waits for one: the host does not know how many
+drafts were accepted (asynchronous scheduling), and a FULL CUDA graph replays with the
+shapes of its capture. So budgets come from a table over context lengths, and what a
+graph reads stays at one address.
+"""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
-    AttentionImplBase,
-    AttentionMetadata,
+    AttentionCGSupport,
     AttentionMetadataBuilder,
-    AttentionType,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
-from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec
+from vllm.v1.attention.backends.utils import (
+    get_num_attention_heads_from_layers,
+    split_decodes_and_prefills,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ..cache.formats import ROWS, KvFormat
+from .. import ops
 from ..cache.layout import BLOCK_SIZE
-from ..config import SparseConfig, SparseConfigError
-from ..layer.impl import SparseAttentionImpl
-from ..methods.base import tokens_kept
-from ..plugin.prompts import in_prompts
+from ..config import SparseConfig
+from ..layer.plan import one_call, plan_dense
+from ..methods import METHODS, DecodeRows, LayerShape, Phase
 from ..plugin.versions import init_logger
-from ..stats.counters import KeptHistograms, LayerKinds
+from ..stats.counters import KeptHistograms, StepCounter
 from ..stats.recorder import recorder
+from .buffers import Buffers
+from .layers import layer_kinds, resolved
+from .metadata import SparseMetadata
+from .options import check_options
+from .prompts import prefilling, rows_of_prompts
 
 logger = init_logger(__name__)
-M = TypeVar("M", bound=AttentionMetadata)
 
 
-class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
-    """Runs once per step and group of layers."""
+class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
+    """Builds :class:`SparseMetadata`."""
 
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     # The backend's name, and its options that differ from SparseConfig's defaults.
     backend: ClassVar[str] = "sparq"
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -50,27 +59,202 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Draft tokens under verification decode too: one row per position.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.num_kv_heads = kv_cache_spec.num_kv_heads
+        self.phase = Phase.VERIFY if self.reorder_batch_threshold > 1 else Phase.DECODE
         self.num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(
             vllm_config.parallel_config
         )
+        self.num_kv_heads = kv_cache_spec.num_kv_heads
         self._report_padding()
         self.kept = KeptHistograms(layer_names, self.num_kv_heads, device)
         recorder.histograms.add(self.kept)
-        self._unsupported_layers = self._count_unsupported()
+        self.buffers: Buffers | None = None
+        self.counter: StepCounter | None = None
+        self._captured = False
         self.configure(
             SparseConfig.from_additional_config(
                 vllm_config.additional_config, self.defaults
             )
         )
 
+    def check(self, config: SparseConfig) -> None:
+        """Raise if the running engine cannot take these options; change nothing.
+
+        Raises:
+            SparseConfigError: naming what is fixed.
+        """
+        check_options(self, config)
+
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation."""
-        self.config = self.resolved(config)
-        self.fmt = self._format(self.config)
-        self.layers = self._layer_kinds()
+        self.config = config = resolved(config, self)
+        scheduler, model = (
+            self.vllm_config.scheduler_config,
+            self.vllm_config.model_config,
+        )
+        self.shape = LayerShape(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.kv_cache_spec.head_size,
+            dtype=model.dtype,
+            fmt=config.format(
+                self.kv_cache_spec.head_size, self.num_heads // self.num_kv_heads
+            ),
+        )
+        self.ops = ops.bound(config.kernels, self.device)
+        self.method = METHODS[config.selector](config, self.shape, self.ops)
+        # One long request always fits; several take turns.
+        self.scratch_blocks = (
+            model.max_model_len + scheduler.max_num_batched_tokens
+        ) // BLOCK_SIZE
+        self.max_rows = max(
+            scheduler.max_num_seqs * self.reorder_batch_threshold,
+            self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        budgets = self.budgets(config)
+        self.max_kept = most_kept(budgets)
+        self.budget_tables = {p: t.to(self.device) for p, t in budgets.items()}
+        adapts = config.top_p is not None
+        held = self.buffers
+        if held and (self.max_kept > held.max_kept or adapts != held.adapts):
+            self.buffers = None  # no graph holds them: see check
+        layers = layer_kinds(self)
+        self.verifies_together = (
+            self.reorder_batch_threshold > 1
+            and one_call(self.device, self.shape.fmt)
+            and (layers.dense > 0 or self.phase in self.method.dense_phases)
+        )
+        counter = StepCounter(
+            device=self.device,
+            layers=layers,
+            num_kv_heads=self.num_kv_heads,
+            layout=self.shape.layout,
+            score_bytes=self.method.score_bytes,
+            dense_below=config.dense_below,
+            # Rows of one request follow each other in a CPU's caches.
+            together=self.verifies_together or self.device.type == "cpu",
+            kept=self.kept,
+        )
+        recorder.replace_counter(self.counter, counter)
+        self.counter = counter
+
+    def budgets(self, config: SparseConfig) -> dict[Phase, torch.Tensor]:
+        """Tokens to keep by context length, for rows that decode: int32 on the host.
+
+        Args:
+            config: resolved.
+        """
+        # Drafts may stand past the last position.
+        longest = self.vllm_config.model_config.max_model_len
+        longest += self.reorder_batch_threshold
+        method = METHODS[config.selector](config, self.shape, self.ops)
+        return {p: method.budgets(p, longest) for p in (self.phase, Phase.DRAFT)}
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SparseMetadata:
+        return self._build(common_attn_metadata, self.phase)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> SparseMetadata:
+        return self._build(common_attn_metadata, Phase.DRAFT)
+
+    def _build(self, common: CommonAttentionMetadata, phase: Phase) -> SparseMetadata:
+        if common.causal is not True:
+            raise NotImplementedError(
+                f"--attention-backend {self.backend} serves causal attention only, and "
+                "this model asks for both directions: leave --attention-backend out"
+            )
+        num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
+        )
+        together, prefill = None, []
+        if num_rows and self.verifies_together:
+            requests = slice(0, num_decodes)
+            (together,) = self._dense(common, requests)
+        if num_prefills:
+            prefill = self._dense(common, slice(num_decodes, common.num_reqs))
+            new = prefill[-1].tokens.stop - num_rows
+            recorder.add_rows(self.counter.layers, prefill=new)
+        return SparseMetadata(
+            phase=phase,
+            num_actual_tokens=common.num_actual_tokens,
+            slot_mapping=common.slot_mapping[: common.num_actual_tokens],
+            block_table=common.block_table_tensor[: common.num_reqs],
+            seq_lens=common.seq_lens[: common.num_reqs],
+            query_start_loc=common.query_start_loc[: common.num_reqs + 1],
+            decode=self._decode(common, phase, num_decodes, num_rows),
+            together=together,
+            prefill=prefill,
+        )
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SparseMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        # Nothing was served yet, but vLLM's warm-up has decoded made-up requests: it
+        # comes first, as graphs hold the workspaces that it makes grow. Later calls are
+        # idle steps of data parallelism. Without FULL graphs there is no call, and the
+        # warm-up stays counted (enforce_eager skips it).
+        if not self._captured:
+            self._captured = True
+            recorder.reset()
+        return metadata
+
+    def _dense(self, common: CommonAttentionMetadata, requests: slice):
+        return plan_dense(common, requests, self.shape, self.scratch_blocks)
+
+    def _decode(
+        self,
+        common: CommonAttentionMetadata,
+        phase: Phase,
+        num_decodes: int,
+        num_rows: int,
+    ) -> list[DecodeRows]:
+        if num_rows == 0:
+            return []
+        table = common.block_table_tensor
+        if self.buffers is None or self.buffers.max_blocks < table.shape[1]:
+            self.buffers = Buffers(
+                self.shape,
+                self.ops,
+                self.device,
+                num_rows=self.max_rows,
+                max_kept=self.max_kept,
+                max_blocks=table.shape[1],
+                adapts=self.config.top_p is not None,
+            )
+        buffers = self.buffers
+        flags = prefilling(common, self)
+        dense, last = rows_of_prompts(flags, num_decodes, self.device), None
+        seq_lens = common.seq_lens[:num_rows]
+        # Fixed for an engine: graphs of one batch size must not differ in it.
+        if self.reorder_batch_threshold > 1 or num_rows != num_decodes:
+            request, seq_lens = _rows_of_requests(common, num_decodes, num_rows)
+            last = torch.ones_like(request, dtype=torch.bool)
+            last[:-1] = request[1:] != request[:-1]
+            if dense is not None:
+                dense = dense[request]
+            # Copied, as graphs read the same addresses at every step.
+            buffers.seq_lens[:num_rows] = seq_lens
+            seq_lens = buffers.seq_lens[:num_rows]
+            rows = buffers.block_table[:num_rows, : table.shape[1]]
+            table = torch.index_select(table, 0, request, out=rows)
+        budgets = buffers.budgets[:num_rows]
+        torch.index_select(self.budget_tables[phase], 0, seq_lens, out=budgets)
+        if dense is not None:
+            # A prompt's last token is prefill even when it comes alone, or a
+            # prefix-cache hit would change the first answer token.
+            budgets.masked_fill_(dense, -1)
+        slots = common.slot_mapping[:num_rows]
+        self.counter.add(seq_lens, budgets, slots, dense, last)
+        rows = buffers.rows(table[:num_rows], seq_lens, budgets, self.kept.by_layer)
+        return list(rows)
 
     def _report_padding(self) -> None:
         spec = self.kv_cache_spec
@@ -82,157 +266,23 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[M], Generic[M]):
                 spec.page_size_bytes,
             )
 
-    def _layer_kinds(self) -> LayerKinds:
-        choosing, first = len(self.layer_names), self.config.dense_layers
-        if self.config.selector == "dense":
-            choosing = 0
-        elif first:
-            choosing = sum(extract_layer_index(n) >= first for n in self.layer_names)
-        return LayerKinds(
-            choosing, len(self.layer_names) - choosing, self._unsupported_layers
-        )
 
-    def _count_unsupported(self) -> int:
-        """Attention layers that vLLM's own backend serves.
-
-        They have the same rows as ours, but no builder of ours sees them: the builder
-        that has the model's first layer of ours counts them.
-        """
-        layers = self.vllm_config.compilation_config.static_forward_context
-        impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
-        ours = [n for n, i in impls.items() if isinstance(i, SparseAttentionImpl)]
-        if not ours or ours[0] not in self.layer_names:
-            return 0
-        decoding = (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
-        return sum(
-            isinstance(impl, AttentionImplBase)
-            and name not in ours
-            and getattr(layers[name], "attn_type", None) in decoding
-            for name, impl in impls.items()
-        )
-
-    def checked(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """One step's metadata, which we understand.
-
-        Raises:
-            NotImplementedError: a request of it attends in both directions.
-        """
-        if common.causal is not True:
-            raise NotImplementedError(
-                f"--attention-backend {self.backend} serves causal attention only, and "
-                "this model asks for both directions: leave --attention-backend out"
-            )
-        return common
-
-    def prefilling(self, common: CommonAttentionMetadata) -> torch.Tensor:
-        """Which requests are in their prompts: [num_reqs] bool on the host.
-
-        vLLM leaves it out where it cuts a batch anew (chunked local attention, two
-        halves of a batch in turns, some draft models). All of them then: dense is
-        never wrong.
-        """
-        known = in_prompts()
-        if known is None:
-            known = common.is_prefilling
-        if known is not None:
-            return known
-        if self.config.selector != "dense":
-            logger.warning_once(
-                "vLLM does not say which rows are prompts: %d layers, from %s on, are "
-                "served densely.",
-                len(self.layer_names),
-                self.layer_names[0],
-            )
-        return torch.ones(common.num_reqs, dtype=torch.bool)
-
-    def storing(
-        self,
-        common: CommonAttentionMetadata,
-        num_reqs: int,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Block tables for storing by length: null where a request stores nothing.
-
-        An idle step of data parallelism has live tables, and no slots.
-
-        Args:
-            out: [>= num_reqs, max_blocks] int32, written; None: a new tensor.
-        """
-        last = (common.query_start_loc[1 : num_reqs + 1] - 1).clamp_(min=0)
-        stores = common.slot_mapping[last.long()] >= 0
-        table = common.block_table_tensor[:num_reqs]
-        out = torch.empty_like(table) if out is None else out[:num_reqs]
-        return torch.mul(table, stores[:, None], out=out)
-
-    def check(self, config: SparseConfig) -> None:
-        """Raise if the running engine cannot take these options; change nothing.
-
-        Raises:
-            SparseConfigError: naming what is fixed.
-        """
-        new = self.resolved(config)
-        fixed = ["kernels", "kv_format", "kv_group_size"]
-        if self._format(new) != self.fmt:
-            fixed.append("mean_value")  # means have their place in quantised blocks
-        for name in fixed:
-            if getattr(new, name) != getattr(self.config, name):
-                raise SparseConfigError(
-                    f"sparse.{name} = {getattr(new, name)!r} cannot replace "
-                    f"{getattr(self.config, name)!r} in a running engine: start another"
-                )
-
-    def _format(self, config: SparseConfig) -> KvFormat:
-        group = self.num_heads // self.num_kv_heads
-        return config.format(self.kv_cache_spec.head_size, group)
-
-    def resolved(self, config: SparseConfig) -> SparseConfig:
-        if isinstance(self.kv_cache_spec, ChunkedLocalAttentionSpec):
-            # Rows are chunks here, and vLLM does not say which belong to prompts.
-            config = replace(config, selector="dense", top_p=None)
-        return config.resolve(
-            self.kv_cache_spec.head_size,
-            self.num_heads // self.num_kv_heads,
-            self.device.type,
-        )
+def most_kept(budgets: Mapping[Phase, torch.Tensor]) -> int:
+    """Tokens of the longest list."""
+    return max(1, *(int(table.max()) for table in budgets.values()))
 
 
-def budget_for(seq_len: int, config: SparseConfig, fmt: KvFormat = ROWS) -> int:
-    """Tokens to keep of a context of ``seq_len``; -1: the row is dense.
+def _rows_of_requests(
+    common: CommonAttentionMetadata, num_decodes: int, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and context length of every decode token, both [num_rows] int32.
 
-    Args:
-        config: resolved.
+    A token sees the context up to itself; padding tokens see none.
     """
-    if config.selector == "dense" or seq_len < config.dense_below:
-        return -1
-    forced = (config.local_window, config.sink_tokens, fmt)
-    kept = tokens_kept(seq_len, config.budget(seq_len), *forced)
-    return -1 if kept >= seq_len else kept
-
-
-def budget_table(last: int, config: SparseConfig, fmt: KvFormat = ROWS) -> torch.Tensor:
-    """:func:`budget_for` of the lengths 1 to ``last``, at once: [last + 1] int32.
-
-    Entry 0 is a padding row's.
-    """
-    lens = torch.arange(last + 1)
-    if config.selector == "dense":
-        return torch.full_like(lens, -1, dtype=torch.int32)
-    most = config.top_k if config.top_p is None else config.max_tokens
-    if isinstance(most, float):
-        floor = config.local_window + config.sink_tokens
-        if config.top_p is not None:
-            floor = max(floor, config.min_tokens)
-        budgets = (most * lens.double()).ceil().long().clamp(min=floor)
-    else:
-        budgets = torch.full_like(lens, most)
-    if config.top_p is not None:
-        adapts = config.min_tokens < lens
-        budgets = torch.where(adapts, budgets.minimum(lens - 1), budgets)
-    quantised = int(fmt.quantised)
-    sealed = (lens - quantised).div(BLOCK_SIZE, rounding_mode="floor") * BLOCK_SIZE
-    forced = config.sink_tokens + (lens - sealed).clamp(min=config.local_window)
-    dense = budgets.maximum(forced) >= lens
-    dense |= (lens - config.local_window).minimum(sealed) <= config.sink_tokens
-    dense |= lens < config.dense_below
-    dense[0] = True
-    return budgets.maximum(forced).masked_fill(dense, -1).int()
+    ends = common.query_start_loc[1 : num_decodes + 1]
+    row = torch.arange(num_rows, dtype=torch.int32, device=ends.device)
+    request = torch.searchsorted(ends, row, right=True, out_int32=True)
+    padding = request >= num_decodes
+    request = request.clamp_(max=num_decodes - 1)
+    seq_lens = common.seq_lens[request] - (ends[request] - 1 - row)
+    return request, seq_lens.masked_fill_(padding, 0)

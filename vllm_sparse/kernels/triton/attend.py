@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check, check_heads, check_lists, check_rows, rows_only
+from .checks import check_heads, check_lists, check_rows, rows_only
 from .common import BLOCK_SIZE, cache_args, capped, chunk_of, kernel, row_chunks
 from .merge import merge_kernel
 from .splits import SPLITS, share_of, tokens_of
@@ -124,17 +124,14 @@ def attend(
     scale: float,
     soft_cap: float,
     out: torch.Tensor,
-    tokens_read: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     kv_format: int = 0,
 ) -> None:
-    """See :func:`vllm_sparse.ops.attend`; ``workspace`` is not used."""
+    """See :meth:`vllm_sparse.ops.Ops.attend`; ``workspace`` is not used."""
     rows_only(kv_format)
     lay = check_rows(query, kv_cache, block_table, seq_lens)
     check_lists(query, kv_cache, indices, counts, kept_mass)
     check_heads(out, "out", kv_cache, query.shape)
-    if tokens_read is not None:
-        check(tokens_read, "tokens_read", kv_cache, torch.int64, (1,))
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     if num_rows == 0 or max_blocks == 0:
@@ -192,11 +189,9 @@ def attend(
             total,
             lens if kept_mass is None else kept_mass[rows],
             out[rows],
-            lens if tokens_read is None else tokens_read,
             table.stride(0),
             out.stride(0),
             **shared,
             MEAN=lay.prefix_mean_offset // 2,
             WITH_MASS=kept_mass is not None,
-            WITH_COUNTER=tokens_read is not None,
         )

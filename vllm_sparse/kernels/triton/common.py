@@ -23,6 +23,7 @@ FP16_MAX = tl.constexpr(65504.0)
 kernel = triton.jit(
     do_not_specialize=[
         "num_tokens",
+        "num_rows",
         "num_jobs",
         "num_blocks",
         "num_kv_heads",

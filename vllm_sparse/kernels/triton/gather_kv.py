@@ -58,7 +58,7 @@ def gather_kv(
     value: torch.Tensor,
     kv_format: int = 0,
 ) -> None:
-    """See :func:`vllm_sparse.ops.gather_kv`."""
+    """See :meth:`vllm_sparse.ops.Ops.gather_kv`."""
     rows_only(kv_format)
     expect(key.dim() == 3, "key must have 3 dimensions")
     lay = check_cache(kv_cache, key.shape[2])

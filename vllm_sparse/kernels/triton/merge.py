@@ -60,7 +60,6 @@ def merge_kernel(
     sum_ptr,  # [items, group, SPLITS] fp32
     kept_mass_ptr,  # [items, group] fp32
     out_ptr,  # [num_rows, num_kv_heads * group, HEAD_SIZE], written
-    tokens_read_ptr,  # [1] int64, added to
     block_table_stride,
     out_stride,
     num_kv_heads,
@@ -77,7 +76,6 @@ def merge_kernel(
     LISTED: tl.constexpr,
     MEAN: tl.constexpr,
     WITH_MASS: tl.constexpr,
-    WITH_COUNTER: tl.constexpr,
 ):
     """One program per item and query head. A row without tokens is 0."""
     item, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -85,8 +83,6 @@ def merge_kernel(
     length, count, _ = tokens_of(
         seq_lens_ptr, counts_ptr, item, row, max_blocks, max_kept, LISTED
     )
-    if WITH_COUNTER and g == 0:
-        tl.atomic_add(tokens_read_ptr, count.to(tl.int64), sem="relaxed")
     split = tl.arange(0, SPLITS)
     used = split * share_of(count, TILE) < count
     at = (item * group + g) * SPLITS + split

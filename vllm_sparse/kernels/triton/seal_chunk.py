@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .common import BLOCK_SIZE, CODE_BITS, CODE_MAX, FP16_MAX, LANES, NIBBLES
 
+CHANNELS = 64  # of a program
+
 
 @triton.jit
 def round_half_even(x):

@@ -9,6 +9,7 @@ top_p: budgets -> refine, twice: the cut -> count and list: positions -> mass.
 import torch
 import triton
 
+from ...cache.layout import BlockLayout
 from ...ops.kept import add_counts
 from .attend import attend
 from .checks import check, check_lists, check_rows, expect, rows_only
@@ -21,31 +22,31 @@ from .top_p import top_p_kernel
 from .write_lists import list_kernel, mass_kernel
 
 
-def sparq_select(
+def sparq_attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     budgets: torch.Tensor,
-    rank: int,
-    local_window: int,
-    sink_tokens: int,
-    scale: float,
-    soft_cap: float,
-    top_p: float,
-    min_tokens: int,
+    sizes: list[int],
+    numbers: list[float],
     indices: torch.Tensor,
     counts: torch.Tensor,
-    kept_mass: torch.Tensor | None = None,
+    kept_mass: torch.Tensor | None,
+    out: torch.Tensor | None,
+    kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     kv_format: int = 0,
 ) -> None:
-    """See :func:`vllm_sparse.ops.sparq_select`; ``workspace`` is not used."""
+    """See :meth:`vllm_sparse.ops.Ops.sparq_attend`; ``workspace`` is not used."""
     rows_only(kv_format)
     lay = check_rows(query, kv_cache, block_table, seq_lens)
-    num_rows, num_heads, head_size = query.shape
+    num_rows, _, head_size = query.shape
     check(budgets, "budgets", kv_cache, torch.int32, (num_rows,))
-    check_lists(query, kv_cache, indices, counts, kept_mass)
+    lists = (indices, counts, kept_mass)
+    check_lists(query, kv_cache, *lists)
+    rank, local_window, sink_tokens, min_tokens = sizes
+    scale, soft_cap, top_p = numbers
     expect(
         1 <= rank <= head_size, f"rank must lie between 1 and head_size = {head_size}"
     )
@@ -53,9 +54,34 @@ def sparq_select(
     expect(sink_tokens >= 0, "sink_tokens must not be negative")
     expect(0 < top_p <= 1, "top_p must lie in (0, 1]")
     expect(min_tokens >= 0, "min_tokens must not be negative")
-    num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
-    if num_rows == 0 or max_blocks == 0:
+    if num_rows == 0 or block_table.shape[1] == 0:
         return
+    context = (query, kv_cache, block_table, seq_lens)
+    _select(*context, budgets, sizes, numbers, *lists, lay)
+    if out is not None:
+        attend(*context, *lists, scale, soft_cap, out)
+    if kept_histogram is not None:
+        add_counts(counts, kept_histogram)
+
+
+def _select(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    sizes: list[int],
+    numbers: list[float],
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    kept_mass: torch.Tensor | None,
+    lay: BlockLayout,
+) -> None:
+    """The chain of kernels."""
+    rank, local_window, sink_tokens, min_tokens = sizes
+    scale, soft_cap, top_p = numbers
+    num_rows, num_heads, head_size = query.shape
+    num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     group = num_heads // num_kv_heads
     capacity = max_blocks * BLOCK_SIZE.value
     spans = triton.cdiv(capacity, SPAN.value)
@@ -186,36 +212,3 @@ def sparq_select(
                 spans=spans,
                 SPANS=padded,
             )
-
-
-def sparq_attend(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    rank: int,
-    local_window: int,
-    sink_tokens: int,
-    scale: float,
-    soft_cap: float,
-    top_p: float,
-    min_tokens: int,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    kept_mass: torch.Tensor | None,
-    out: torch.Tensor,
-    tokens_read: torch.Tensor | None = None,
-    kept_histogram: torch.Tensor | None = None,
-    workspace: torch.Tensor | None = None,
-    kv_format: int = 0,
-) -> None:
-    """See :func:`vllm_sparse.ops.sparq_attend`."""
-    rows_only(kv_format)
-    context = (query, kv_cache, block_table, seq_lens)
-    options = (rank, local_window, sink_tokens, scale, soft_cap, top_p, min_tokens)
-    lists = (indices, counts, kept_mass)
-    sparq_select(*context, budgets, *options, *lists)
-    attend(*context, *lists, scale, soft_cap, out, tokens_read)
-    if kept_histogram is not None:
-        add_counts(counts, kept_histogram)

@@ -4,17 +4,19 @@
 
 import torch
 
-from .scored import ScoredSelector
+from .scored import ScoredMethod
 
 
-class ExactSelector(ScoredSelector):
-    """Scores with the true attention weights, summed over the group."""
+class Exact(ScoredMethod):
+    """Scores with the true attention weights, summed over the group.
+
+    They are counted as free, and reports say so.
+    """
 
     name = "exact"
 
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return self._logits(query, key).softmax(-1).sum(1)
-
-    def score_bytes(self, seq_len: int) -> int:
-        """Nothing: the oracle's scores are counted as free, and reports say so."""
-        return 0
+        logits = query @ key.transpose(1, 2) * self.shape.scale
+        if self.shape.soft_cap > 0:
+            logits = self.shape.soft_cap * (logits / self.shape.soft_cap).tanh()
+        return logits.softmax(-1).sum(1)

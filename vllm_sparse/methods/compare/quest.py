@@ -9,12 +9,13 @@ as Quest stores them, two model-dtype vectors a page.
 import torch
 from torch.nn.functional import pad
 
-from .scored import ScoredSelector
+from ..base import ScoreBytes
+from .scored import ScoredMethod
 
 PAGE_SIZE = 16
 
 
-class QuestSelector(ScoredSelector):
+class Quest(ScoredMethod):
     """A page's score bounds the logits in it; a group's heads are summed."""
 
     name = "quest"
@@ -31,6 +32,7 @@ class QuestSelector(ScoredSelector):
         pooled = (bound * self.shape.scale).softmax(-1).sum(1)
         return pooled.repeat_interleave(PAGE_SIZE, dim=1)[:, :length]
 
-    def score_bytes(self, seq_len: int) -> int:
-        pages = -(-seq_len // PAGE_SIZE)
-        return pages * 2 * self.shape.head_size * self.shape.dtype.itemsize
+    @property
+    def score_bytes(self) -> ScoreBytes:
+        page = 2 * self.shape.head_size * self.shape.dtype.itemsize
+        return ScoreBytes(per_token=page / PAGE_SIZE)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Selectors for comparison, in plain PyTorch: correct, not fast.
+"""Methods for comparison, in plain PyTorch: correct, not fast.
 
 They share the budget, the sinks, the window and the exact attention with SparQ and
 differ in the score alone, so that a table of methods compares like with like.
@@ -11,10 +11,10 @@ from abc import abstractmethod
 import torch
 
 from ...ops.reference import context, forced_ranges, top_k_positions, top_p_count
-from ..base import DecodeRows, Selector, keeps_all
+from ..base import DecodeRows, Method
 
 
-class ScoredSelector(Selector):
+class ScoredMethod(Method):
     """Keeps the tokens whose :meth:`scores` are largest."""
 
     @abstractmethod
@@ -33,19 +33,20 @@ class ScoredSelector(Selector):
 
     def select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
-    ) -> torch.Tensor | None:
+    ) -> None:
         shape, config = self.shape, self.config
         grouped = query.float().view(
             -1, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
         )
         for row, (length, budget) in enumerate(
-            zip(rows.seq_lens_list, rows.budgets_list)
+            zip(rows.seq_lens.tolist(), rows.budgets.tolist())
         ):
-            forced_tokens = (config.local_window, config.sink_tokens, shape.fmt)
-            if keeps_all(length, budget, *forced_tokens):
+            sinks, recent = forced_ranges(
+                length, config.local_window, config.sink_tokens, shape.fmt
+            )
+            if budget < 0 or budget >= length or recent <= config.sink_tokens:
                 rows.counts[row] = -1
                 continue
-            sinks, recent = forced_ranges(length, *forced_tokens)
             forced = sinks + length - recent
             most = max(0, budget - forced)
             blocks = rows.block_table[row]
@@ -70,10 +71,3 @@ class ScoredSelector(Selector):
                 )
                 rows.indices[row, head, : len(kept)] = kept.int()
                 rows.counts[row, head] = len(kept)
-        return None
-
-    def _logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        logits = query @ key.transpose(1, 2) * self.shape.scale
-        if self.shape.soft_cap > 0:
-            logits = self.shape.soft_cap * (logits / self.shape.soft_cap).tanh()
-        return logits

@@ -4,10 +4,10 @@
 
 import torch
 
-from .scored import ScoredSelector
+from .scored import ScoredMethod
 
 
-class WindowSelector(ScoredSelector):
+class Window(ScoredMethod):
     """Scores a token by its position: the budget goes to the most recent."""
 
     name = "window"
@@ -15,6 +15,3 @@ class WindowSelector(ScoredSelector):
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         position = torch.arange(key.shape[1], dtype=torch.float32)
         return position.expand(key.shape[0], -1)
-
-    def score_bytes(self, seq_len: int) -> int:
-        return 0

@@ -13,10 +13,10 @@ import torch
 from ...cache.layout import BLOCK_SIZE
 from ...config import SparseConfig
 from ...methods import LayerShape
-from ...methods.base import keeps_all
-from ...methods.sparq import SparqSelector
-from ...ops.codes import unpack_codes
-from ...ops.reference import forced_ranges
+from ...methods.budgets import budget
+from ...methods.sparq import Sparq
+from ...ops import Ops
+from ...ops.reference import forced_ranges, unpack_codes
 
 
 @dataclass(frozen=True, order=True)
@@ -119,10 +119,10 @@ def measure_row(
             alpha = mass.clamp(max=1.0)
             out = alpha * out + (1 - alpha) * mean
         counts = keep.sum(-1).tolist()
-        scores = SparqSelector(chosen, shape).score_bytes(seq_len) * len(counts)
+        scores = Sparq(chosen, shape, Ops()).score_bytes.of_row(seq_len)
         kept.append(counts)
         error.append(float((out - want).norm() / want.norm()))
-        read.append(sum(counts) * row_bytes + scores)
+        read.append(sum(counts) * row_bytes + scores * len(counts))
     return RowResult(kept, error, read, seq_len * row_bytes * shape.num_kv_heads)
 
 
@@ -161,12 +161,12 @@ def estimate(
 
 
 def choose(guess: Estimate, config: SparseConfig) -> torch.Tensor:
-    """Which tokens ``reference.sparq_select`` keeps: [num_kv_heads, seq_len] bool."""
+    """Which tokens ``reference.sparq_attend`` keeps: [num_kv_heads, seq_len] bool."""
     num_kv_heads, _, seq_len = guess.probs.shape
     device = guess.probs.device
     keep = torch.ones(num_kv_heads, seq_len, dtype=torch.bool, device=device)
-    most = config.budget(seq_len)
-    if keeps_all(seq_len, most, config.local_window, config.sink_tokens):
+    most = budget(seq_len, config)
+    if most < 0:
         return keep
     sinks, recent = forced_ranges(seq_len, config.local_window, config.sink_tokens)
     forced = sinks + seq_len - recent

@@ -11,22 +11,19 @@ from dataclasses import asdict
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from ...config import SparseConfig
 from ...layer.impl import SparseAttentionImpl
-from ...methods import DecodeRows, LayerShape, Selector
+from ...methods import DecodeRows, Method
 from ...worker import WorkerExtension
 from .measure import Setting, measure_row, read_context
 
 
-class ProbeSelector(Selector):
+class Probe(Method):
     """Dense attention; every decode row's :class:`RowResult` goes into ``notes``."""
 
     name = "probe"
 
-    def __init__(
-        self, config: SparseConfig, shape: LayerShape, settings: list[Setting]
-    ) -> None:
-        super().__init__(config, shape)
+    def __init__(self, impl: SparseAttentionImpl, settings: list[Setting]) -> None:
+        super().__init__(impl.config, impl.shape, impl.ops)
         self.settings = settings
         self.notes: list[dict] = []
 
@@ -47,28 +44,25 @@ class ProbeSelector(Selector):
             )
             self.notes.append({"seq_len": seq_len, **asdict(found)})
 
-    def score_bytes(self, seq_len: int) -> int:
-        return 0
-
 
 class ProbeExtension(WorkerExtension):
     """Worker methods for ``LLM(worker_extension_cls=...)``."""
 
     def start_probe(self, settings: list[tuple[int, float]]) -> None:
         """From here on decode rows are dense and measured, until
-        ``reconfigure_sparse`` gives the layers other selectors.
+        ``reconfigure_sparse`` gives the layers their methods back.
 
         Args:
             settings: (rank, top_p) of every point of the grid.
         """
-        self.probes: dict[int, ProbeSelector] = {}
+        self.probes: dict[int, Probe] = {}
         grid = [Setting(*setting) for setting in settings]
         layers = self.vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
             impl = getattr(layer, "impl", None)
             if isinstance(impl, SparseAttentionImpl):
-                probe = ProbeSelector(impl.config, impl.shape, grid)
-                impl.selector = self.probes[extract_layer_index(name)] = probe
+                probe = Probe(impl, grid)
+                impl.method = self.probes[extract_layer_index(name)] = probe
 
     def take_probe(self) -> dict[int, list[dict]]:
         """By layer index: ``seq_len`` and the fields of :class:`RowResult`, a row

@@ -132,7 +132,7 @@ def _device() -> Iterator[Check]:
 def _kernels() -> Iterator[Check]:
     from vllm.platforms import current_platform
 
-    from ...ops import dispatch, library
+    from ...ops import bound, library
 
     try:
         isa = library.load().cpu_isa()
@@ -149,7 +149,7 @@ def _kernels() -> Iterator[Check]:
     elif device.type != "cpu":
         return
     try:
-        serving = dispatch.resolve("auto", device)
+        serving = bound("auto", device).kernels
     except Exception as error:
         yield Check("kernels in use", PROBLEM, str(error))
         return
@@ -161,14 +161,10 @@ def _kernels() -> Iterator[Check]:
 
 def _self_test(device: torch.device) -> Check:
     """The kernels against their fp32 reference, on a small ragged batch."""
-    from ...testing import op_checks
+    from ...ops.self_test import check_ops
 
-    dtype = torch.bfloat16
-    contexts = [(700, 90), (129, 129), (300, -1)]
     try:
-        op_checks.check_store_and_seal(device, (8, 2, 128), dtype, [300, 129, 0, 1])
-        op_checks.check_attend(device, (8, 2, 128), dtype, contexts, 0.0, True, False)
-        op_checks.check_both_steps(device, [(700, 200), (300, 90)], False)
+        check_ops("auto", device)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Check("kernels' results", PROBLEM, f"differ from the reference: {text}")

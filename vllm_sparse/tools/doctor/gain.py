@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...cache.layout import BLOCK_SIZE, BlockLayout
 from ...config import SparseConfig
-from ...methods.base import tokens_kept
+from ...methods.budgets import budget
 from .model import Layers, Model
 
 
@@ -92,7 +92,7 @@ def expected_gain(
         kept = kept_most = length
         if layers.dense is None:
             kept = fewest = _fewest(options, layout, length)
-            kept_most = most = _kept(options, layout, length, options.budget(length))
+            kept_most = most = _most(options, layout, length)
         sparse += items * _row_bytes(options, layout, length, kept)
         sparse_most += items * _row_bytes(options, layout, length, kept_most)
     weights = model.weight_bytes
@@ -114,18 +114,17 @@ def expected_gain(
     )
 
 
+def _most(config: SparseConfig, layout: BlockLayout, context: int) -> int:
+    kept = budget(context, config, layout.fmt)
+    return context if kept < 0 else kept
+
+
 def _fewest(config: SparseConfig, layout: BlockLayout, context: int) -> int:
-    budget = config.budget(context)
-    if config.top_p is not None:
-        budget = min(config.min_tokens, budget)
-    return _kept(config, layout, context, budget)
-
-
-def _kept(config: SparseConfig, layout: BlockLayout, context: int, budget: int) -> int:
-    if config.selector == "dense" or context < config.dense_below:
-        return context
-    forced = config.local_window, config.sink_tokens
-    return tokens_kept(context, budget, *forced, layout.fmt)
+    most = _most(config, layout, context)
+    if config.top_p is None or most == context:
+        return most
+    tail = max(config.local_window, layout.fmt.tail_tokens(context))
+    return min(most, max(config.min_tokens, config.sink_tokens + tail))
 
 
 def _row_bytes(

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Attention and gathering, against the reference; both steps of SparQ in one op."""
+
+import pytest
+import torch
+
+from vllm_sparse.cache.formats import resolve_format
+from vllm_sparse.ops import reference
+
+from .compare import assert_close
+from .inputs import (
+    BF16,
+    CONTEXTS,
+    F16,
+    F32,
+    GPU,
+    INPUTS,
+    INTERPRETED,
+    QUANTISED,
+    Kernels,
+    attend,
+    attend_as_reference,
+    filled,
+    generator,
+    list_buffers,
+    random_query,
+    select,
+    sparq_options,
+)
+
+LENS, BUDGETS = [n for n, _ in CONTEXTS], [budget for _, budget in CONTEXTS]
+SHORT = [1, 127, 128, 129, 256, 400]
+NOTHING = dict(indices=None, counts=None, kept_mass=None)
+OPTIONS = sparq_options(24, 0.2)
+
+
+def random_lists(ctx, num_heads, counts, with_mass):
+    """Of random tokens; beyond its end, a list names no token."""
+    lists = list_buffers(ctx, num_heads, max(counts) + 3, with_mass)
+    lists["indices"].fill_(10**9)
+    for row, (length, count) in enumerate(zip(ctx.seq_lens.tolist(), counts)):
+        lists["counts"][row] = count
+        for head in range(ctx.kv_cache.shape[1]):
+            order = torch.randperm(length, generator=generator(head))[: max(count, 0)]
+            lists["indices"][row, head, : len(order)] = order.sort().values.int()
+    if with_mass:
+        shape = lists["kept_mass"].shape
+        lists["kept_mass"] = torch.rand(shape, generator=generator(3))
+    return lists
+
+
+@pytest.mark.parametrize(
+    ("listed", "with_mass", "soft_cap"),
+    [(False, False, 0.0), (True, False, 20.0), (True, True, 0.0)],
+    ids=["whole", "lists", "mean-value"],
+)
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+def test_rows(kernels, shape, dtype, listed, with_mass, soft_cap):
+    kernels.skip_unless_served(dtype)
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled(LENS, num_kv_heads, head_size, dtype, heads_apart=True)
+    query = random_query(ctx, num_heads, dtype)
+    counts = [min(n // 2, count) or -1 for n, count in CONTEXTS]
+    lists = random_lists(ctx, num_heads, counts, with_mass) if listed else NOTHING
+    options = dict(scale=head_size**-0.5, soft_cap=soft_cap)
+    attend_as_reference(kernels, ctx, query, lists, **options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="quantised formats have no Triton kernels")
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+def test_codes_and_tails(kernels, shape, dtype, name, top_p):
+    """The whole context, chosen tokens, and both steps in one op."""
+    num_heads, num_kv_heads, head_size = shape
+    fmt = resolve_format(name, None, head_size)
+    kernels.skip_unless_served(dtype, fmt)
+    ctx = filled(SHORT, num_kv_heads, head_size, dtype, fmt)
+    query = random_query(ctx, num_heads, dtype)
+    options = sparq_options(head_size // 4, head_size**-0.5, top_p=top_p, min_tokens=20)
+    given = (kernels, ctx, query, [-1, 60, 60, 40, 150, 150], options)
+    chosen, out = select(*given, fmt=fmt), torch.empty_like(query)
+    select(*given, out=out, fmt=fmt)
+    scale = dict(scale=options.scale, fmt=fmt)
+    attend_as_reference(kernels, ctx, query, NOTHING, **scale)
+    got = attend_as_reference(kernels, ctx, query, chosen, **scale)
+    assert torch.equal(out, got)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="quantised formats have no Triton kernels")
+def test_an_attention_cap_and_long_contexts_of_codes(kernels):
+    """More than one split of 256 tokens, lists that begin inside a block."""
+    fmt = resolve_format("int4", None, 64)
+    kernels.skip_unless_served(F16, fmt)
+    ctx = filled([1500], 2, 64, F16, fmt)
+    query = random_query(ctx, 4, F16)
+    picked = torch.arange(0, 1500, 3).int()
+    lists = dict(
+        indices=picked.expand(1, 2, -1).contiguous(),
+        counts=torch.full((1, 2), len(picked), dtype=torch.int32),
+        kept_mass=None,
+    )
+    # A GPU's hyperbolic tangent and products are as exact as fp16.
+    scale, cap = (0.125, 20.0) if kernels.name == "cuda" else (0.3, 5.0)
+    options = dict(scale=scale, soft_cap=cap, fmt=fmt)
+    attend_as_reference(kernels, ctx, query, lists, **options)
+
+
+@pytest.mark.parametrize("name", ["auto"] if INTERPRETED else ["auto", "int4", "k8v4"])
+def test_rows_of_one_request(kernels, name):
+    """Drafts under verification: ends of one context, beside another's."""
+    fmt, dtype = resolve_format(name, None, 64), F16
+    kernels.skip_unless_served(dtype, fmt)
+    ctx = filled([600, 300], 2, 64, dtype, fmt)
+    ctx.block_table = ctx.block_table[[0, 0, 0, 1, 1]]
+    ctx.seq_lens = torch.tensor([598, 599, 600, 300, 299], dtype=torch.int32)
+    ctx.keys = [ctx.keys[0]] * 3 + [ctx.keys[1]] * 2
+    if fmt.quantised:  # a context that ends earlier reads the same blocks
+        ctx.seq_lens[4] = 300
+    query = random_query(ctx, 6, dtype)
+    attend_as_reference(kernels, ctx, query, NOTHING, scale=0.125, fmt=fmt)
+
+
+@pytest.mark.parametrize("name", ["auto"] if INTERPRETED else ["auto", *QUANTISED])
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS[:5], ids=str)
+def test_gather(kernels, shape, dtype, name):
+    """Rows as they are; of codes also the last block, if it is full."""
+    fmt = resolve_format(name, None, shape[2])
+    kernels.skip_unless_served(dtype, fmt)
+    ctx = filled(SHORT, shape[1], shape[2], dtype, fmt)
+    starts = torch.tensor([0] + [n + 1 for n in SHORT[:-1]]).cumsum(0)
+    size = (int(starts[-1]) + SHORT[-1], shape[1], shape[2])
+    got, want = ([torch.full(size, torch.nan).to(dtype) for _ in "kv"] for _ in "12")
+    where = (ctx.kv_cache, ctx.block_table, ctx.seq_lens, starts)
+    kernels.gather_kv(*where, *got, fmt)
+    reference.gather_kv(*where, *want, fmt)
+    for g, w in zip(got, want):
+        assert torch.equal(g.isnan(), w.isnan())
+        if fmt.quantised:
+            assert_close(g.nan_to_num(), w.nan_to_num())
+        else:
+            assert torch.equal(g.nan_to_num(), w.nan_to_num())
+
+
+@pytest.mark.parametrize("rows", [[-1], list(range(len(LENS)))], ids=["one", "all"])
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_both_steps_in_one_op_equal_the_two(kernels, dtype, with_mass, rows):
+    """One row is cut up between threads, several are handled whole."""
+    kernels.skip_unless_served(dtype)
+    ctx = filled([LENS[row] for row in rows], 3, 64, dtype)
+    query, out = random_query(ctx, 9, dtype), torch.full((len(rows), 9, 64), torch.nan)
+    given = (kernels, ctx, query, [BUDGETS[row] for row in rows], OPTIONS, with_mass)
+    out = out.to(dtype)
+    apart, together = select(*given), select(*given, out=out)
+    if kernels.name == "cuda" and not with_mass:
+        # May be another kernel, with other sums: it has to agree with itself.
+        return assert_close(out, attend(kernels, ctx, query, together, scale=0.2))
+    assert torch.equal(out, attend(kernels, ctx, query, apart, scale=0.2))
+    for name, t in apart.items():
+        assert t is None or torch.equal(t, together[name])
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=GPU) for n in ("triton", "cuda")]
+)
+def test_a_graph_replays_a_step(name, with_mass):
+    """Storing what fills a block, choosing and attending."""
+    kernels = Kernels(name)
+    ctx = filled([700, 384], 2, 64, BF16)
+    step = ctx.new_tokens([699, 383])
+    lists = list_buffers(ctx, 6, 400, with_mass)
+    query = random_query(ctx, 6, BF16)
+    where = (query, ctx.kv_cache, ctx.block_table, ctx.seq_lens)
+    *where, budgets = (
+        t.to(kernels.device) for t in (*where, torch.tensor([200, 90]).int())
+    )
+    step = {name: t.to(kernels.device) for name, t in step.items()}
+    lists = {n: t if t is None else t.to(kernels.device) for n, t in lists.items()}
+    out, cache = torch.empty_like(where[0]), where[1]
+
+    def run():
+        kernels.ops.store(kv_cache=cache, **step)
+        kernels.ops.sparq_attend(*where, budgets, OPTIONS, **lists, out=out)
+
+    results = [cache, out, *(t for t in lists.values() if t is not None)]
+    run()
+    eager = [t.clone() for t in results]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for t in results[1:]:
+        t.fill_(-7)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(results, eager):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_results_do_not_depend_on_the_batch(kernels):
+    if kernels.name == "cuda":
+        pytest.skip("thread blocks of a row depend on the batch (docs/performance.md)")
+    ctx = filled([3000, 150, 2048, 777][INTERPRETED * 2 :], 3, 64, F32)
+    query, lists = random_query(ctx, 9, F32), list_buffers(ctx, 9, 400)
+
+    def run(rows: slice) -> torch.Tensor:
+        out = torch.full_like(query[rows], torch.nan)
+        where = (query[rows], ctx.kv_cache, ctx.block_table[rows], ctx.seq_lens[rows])
+        budgets = torch.full((len(out),), 256, dtype=torch.int32)
+        part = {name: t[rows].contiguous() for name, t in lists.items()}
+        kernels.sparq_attend(*where, budgets, OPTIONS, **part, out=out)
+        return out
+
+    together = run(slice(None))
+    assert together.isfinite().all()
+    for row in range(len(query)):
+        assert torch.equal(run(slice(row, row + 1))[0], together[row])
+
+
+def test_values_out_of_range_harm_nothing(kernels):
+    """On GPUs, where values are not checked."""
+    if kernels.name == "cpu":
+        pytest.skip("an error on CPUs: test_contracts.py")
+    length = 520 if INTERPRETED else 3000
+    results = []
+    for broken in (False, True):
+        ctx = filled([length] * 3, 2, 64, BF16)
+        query = random_query(ctx, 6, BF16)
+        if broken:
+            ctx.block_table[1, 3:5] = torch.tensor([-5, 10**9])
+            ctx.seq_lens[2] = 0
+        out = torch.full_like(query, torch.nan)
+        lists = select(kernels, ctx, query, [200] * 3, OPTIONS, out=out)
+        results.append((lists["indices"][0], out))
+    (indices, out), (broken_indices, broken_out) = results
+    assert torch.equal(indices, broken_indices) and torch.equal(out[0], broken_out[0])
+    assert (broken_out[2] == 0).all()

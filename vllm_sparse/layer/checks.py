@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What a layer refuses when it is made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import SparseConfigError
+
+
+def refuse_unsupported(backend: str, arguments: Mapping[str, Any]) -> None:
+    """Raise for arguments of a layer that have a value and no meaning for us."""
+    given = sorted(name for name, value in arguments.items() if value is not None)
+    if given:
+        raise NotImplementedError(
+            f"--attention-backend {backend} does not support {given} of this model's "
+            "attention; leave --attention-backend out"
+        )
+
+
+def check_format(impl, vllm_config) -> None:
+    """Raise where a layer's quantised cache could not be right."""
+    layout = impl.shape.layout
+    chosen = f"sparse.kv_format = {impl.fmt.name!r}"
+    if impl.ops.kernels == "triton":
+        raise SparseConfigError(
+            f"{chosen} has no Triton kernels, and the CUDA library does not serve this "
+            "GPU: leave it out"
+        )
+    if not impl.owns_cache:
+        raise NotImplementedError(
+            f"{chosen} does not serve models whose layers share a cache: leave it out"
+        )
+    # Draft models leave tokens without a slot, which tails do not know.
+    speculation = getattr(vllm_config.speculative_config, "method", "ngram")
+    if speculation not in ("ngram", "suffix"):
+        raise SparseConfigError(
+            f"{chosen} works with the speculative method ngram only, not with "
+            f"{speculation!r}: choose ngram, or leave kv_format out"
+        )
+    drafts = vllm_config.num_speculative_tokens
+    if drafts >= layout.rows_per_block:
+        raise SparseConfigError(
+            f"{chosen} verifies at most {layout.rows_per_block - 1} draft tokens a "
+            f"step, num_speculative_tokens is {drafts}: lower it"
+        )

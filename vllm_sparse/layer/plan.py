@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Which kernel serves positions that attend to everything."""
+
+from functools import partial
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ..cache.formats import KvFormat
+from ..methods import LayerShape
+from .dense_rows import DenseRows
+from .prefill_codes import plan_codes
+
+
+def one_call(device: torch.device, fmt: KvFormat) -> bool:
+    """Whether positions of one request that attend to everything go in one call.
+
+    Over quantised blocks a call would read the context, write it as rows and read it
+    again: more bytes than a few positions do. On CPUs vLLM's kernel would do the same,
+    and ours takes rows of one request together (docs/speculation.md).
+    """
+    return device.type == "cuda" and not fmt.quantised
+
+
+def plan_dense(
+    common: CommonAttentionMetadata,
+    requests: slice,
+    shape: LayerShape,
+    scratch_blocks: int,
+) -> list[DenseRows]:
+    """Plan for the device and the format of the blocks.
+
+    Args:
+        requests: those of the step that attend to everything.
+        scratch_blocks: of a scratch cache in quantised formats, unless one request
+            needs more; more requests take turns.
+    """
+    if common.query_start_loc.is_cuda:
+        from .prefill_fa import FlashCodes, FlashRows
+
+        if shape.fmt.quantised:
+            return plan_codes(common, requests, scratch_blocks, FlashCodes)
+        return [FlashRows.of(common, requests)]
+    from .prefill_cpu import PackedCodes, PackedRows
+
+    if shape.fmt.quantised:
+        make = partial(PackedCodes, shape)
+        return plan_codes(common, requests, scratch_blocks, make)
+    return [PackedRows.of(common, requests, shape)]
