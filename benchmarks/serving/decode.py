@@ -278,7 +278,7 @@ def parse_args() -> argparse.Namespace:
     if args.load_format == "dummy" and args.compare and not args.layers:
         parser.error("several ranks need --layers: dummy weights differ between ranks")
     if args.live_figures and on_cpu:
-        parser.error("--live-figures: rows are counted otherwise on CPUs")
+        parser.error("--live-figures is measured on GPUs")
     return args
 
 
