@@ -68,7 +68,9 @@ class Verified:
             max_query_len=positions,
             max_seq_len=max(layer.seq_lens),
         )
-        (plan,) = plan_dense(common, slice(0, len(layer.lens)), self.shape, 0)
+        (plan,) = plan_dense(
+            common, slice(0, len(layer.lens)), self.shape, ops.Ops(), 0
+        )
         return plan
 
     def decode(self) -> None:

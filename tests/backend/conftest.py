@@ -5,6 +5,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -48,12 +49,13 @@ def model_folder(tmp_path_factory):
     return make
 
 
-def plan_as_on_gpus(common, requests, shape, scratch_blocks):
+def plan_as_on_gpus(common, requests, shape, ops, scratch_blocks):
     from vllm_sparse.layer.prefill_codes import plan_codes
     from vllm_sparse.layer.prefill_fa import FlashCodes, FlashRows
 
     if shape.fmt.quantised:
-        return plan_codes(common, requests, scratch_blocks, FlashCodes)
+        make = partial(FlashCodes, ops)
+        return plan_codes(common, requests, scratch_blocks, make)
     return [FlashRows.of(common, requests)]
 
 

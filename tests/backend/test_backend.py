@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ import torch
 pytest.importorskip("vllm")
 
 
+from vllm_sparse import ops  # noqa: E402
 from vllm_sparse.cache.layout import BLOCK_SIZE  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
+from vllm_sparse.ops import dispatch  # noqa: E402
 from vllm_sparse.plugin import prompts  # noqa: E402
 
 from .driver import (  # noqa: E402
@@ -355,3 +358,36 @@ def test_gpu_layer_over_interpreted_triton_kernels():
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
+
+
+def test_dense_rows_use_the_engines_kernels(drive, monkeypatch):
+    """Not what would serve their tensors by itself."""
+    driver = drive(GQA, SPARSE | {"kernels": "cpu"}, 1)
+    if driver.device.type == "cuda":
+        pytest.skip("kernels of the CPU")
+    asked = []
+    functions = dispatch.functions
+    monkeypatch.setattr(
+        ops, "functions", lambda name: (asked.append(name), functions(name))[1]
+    )
+    monkeypatch.setattr(ops, "resolve", lambda kernels, device: kernels)
+    driver.step(Part(0, 300))
+    driver.step(Part(0, 200))  # a chunk: the context is gathered
+    driver.step(decode(0))
+    assert set(asked) == {"cpu"}
+
+
+def test_chunked_layers_are_dense_whatever_the_options(drive):
+    driver = drive(GQA, SPARSE, 1)
+    layer = SimpleNamespace(**vars(LAYER), attention_chunk_size=8192)
+    assert driver.impl.method_of(layer).name == "dense"
+
+
+def test_a_step_that_outgrows_what_graphs_hold_is_an_error(drive):
+    driver = drive(GQA, SPARSE, 1)
+    driver.step(Part(0, 300))
+    driver.step(decode(0))
+    driver.builder._captured = True
+    driver.blocks += 3
+    with pytest.raises(RuntimeError, match="outgrown"):
+        driver.step(decode(0))

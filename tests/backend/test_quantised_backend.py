@@ -4,6 +4,7 @@
 the blocks before its own and its own block exactly (driver.py)."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -153,8 +154,8 @@ def test_prefill_takes_turns_where_contexts_are_long():
         seq_lens_cpu_upper_bound=torch.tensor(lens),
         block_table_tensor=table,
     )
-    (whole,) = plan_codes(common, slice(0, 4), 100, FlashCodes)
-    parts = plan_codes(common, slice(0, 4), 13, FlashCodes)
+    (whole,) = plan_codes(common, slice(0, 4), 100, partial(FlashCodes, None))
+    parts = plan_codes(common, slice(0, 4), 13, partial(FlashCodes, None))
     assert len(parts) == 3
     assert sum(part.num_blocks for part in parts) == whole.num_blocks
     assert [part.tokens for part in parts] == [

@@ -114,10 +114,10 @@ def test_rows_of_one_request(kernels, name):
     kernels.skip_unless_served(dtype, fmt)
     ctx = filled([600, 300], 2, 64, dtype, fmt)
     ctx.block_table = ctx.block_table[[0, 0, 0, 1, 1]]
-    ctx.seq_lens = torch.tensor([598, 599, 600, 300, 299], dtype=torch.int32)
+    ctx.seq_lens = torch.tensor([598, 599, 600, 299, 300], dtype=torch.int32)
     ctx.keys = [ctx.keys[0]] * 3 + [ctx.keys[1]] * 2
     if fmt.quantised:  # a context that ends earlier reads the same blocks
-        ctx.seq_lens[4] = 300
+        ctx.seq_lens[3] = 300
     query = random_query(ctx, 6, dtype)
     attend_as_reference(kernels, ctx, query, NOTHING, scale=0.125, fmt=fmt)
 

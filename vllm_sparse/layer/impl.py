@@ -128,6 +128,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         if self.method is None:
             first = self.config.dense_layers
             dense = first > 0 and extract_layer_index(layer.layer_name) < first
+            # Chunked local attention: rows are chunks, some of them of prompts.
+            dense |= getattr(layer, "attention_chunk_size", None) is not None
             self.method = self._dense if dense else self._chosen
         return self.method
 

@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..cache.formats import KvFormat
 from ..methods import LayerShape
+from ..ops import Ops
 from .dense_rows import DenseRows
 from .prefill_codes import plan_codes
 
@@ -27,12 +28,14 @@ def plan_dense(
     common: CommonAttentionMetadata,
     requests: slice,
     shape: LayerShape,
+    ops: Ops,
     scratch_blocks: int,
 ) -> list[DenseRows]:
     """Plan for the device and the format of the blocks.
 
     Args:
         requests: those of the step that attend to everything.
+        ops: with the engine's kernels.
         scratch_blocks: of a scratch cache in quantised formats, unless one request
             needs more; more requests take turns.
     """
@@ -40,11 +43,12 @@ def plan_dense(
         from .prefill_fa import FlashCodes, FlashRows
 
         if shape.fmt.quantised:
-            return plan_codes(common, requests, scratch_blocks, FlashCodes)
+            make = partial(FlashCodes, ops)
+            return plan_codes(common, requests, scratch_blocks, make)
         return [FlashRows.of(common, requests)]
     from .prefill_cpu import PackedCodes, PackedRows
 
     if shape.fmt.quantised:
-        make = partial(PackedCodes, shape)
-        return plan_codes(common, requests, scratch_blocks, make)
-    return [PackedRows.of(common, requests, shape)]
+        packed = partial(PackedCodes, shape, ops)
+        return plan_codes(common, requests, scratch_blocks, packed)
+    return [PackedRows.of(common, requests, shape, ops)]

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..methods import LayerShape
+from ..ops import Ops
 from .dense_rows import DenseRows, host_lens
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -32,6 +32,7 @@ class CodeRows(DenseRows):
     codes and one for each that gets new tokens. Places in it are token slots.
 
     Attributes:
+        ops: with the engine's kernels.
         num_blocks: blocks of the scratch cache.
         query_start_loc: [num_rows + 1] int32, a row for every block with new tokens.
         seq_lens: [num_rows] int32; the row's queries are its context's last tokens.
@@ -48,6 +49,7 @@ class CodeRows(DenseRows):
         pad_place: int64 slots that nothing fills.
     """
 
+    ops: Ops
     tokens: slice
     num_blocks: int
     query_start_loc: torch.Tensor
@@ -75,13 +77,13 @@ class CodeRows(DenseRows):
         tails = (kv_cache.new_empty(size), kv_cache.new_empty(size))
         if len(self.tail_place):
             where = (self.tail_table, self.tail_lens, self.tail_start)
-            ops.gather_kv(kv_cache, *where, *tails, shape.fmt)
+            self.ops.gather_kv(kv_cache, *where, *tails, shape.fmt)
         return tails
 
     def attend(self, query, key, value, saved, kv_cache, shape, out) -> None:
         scratch = self.scratch(kv_cache, shape)
         where = (self.block_table, self.sealed_lens, self.sealed_start)
-        ops.gather_kv(kv_cache, *where, *scratch, shape.fmt)
+        self.ops.gather_kv(kv_cache, *where, *scratch, shape.fmt)
         for buffer, tail, new in zip(scratch, saved, (key, value)):
             buffer[self.tail_place] = tail
             buffer[self.new_place] = new

@@ -16,9 +16,9 @@ from vllm import envs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..methods import LayerShape
+from ..ops import Ops
 from .dense_rows import DenseRows, token_slice
 from .prefill_codes import CodeRows, Rows
 
@@ -28,6 +28,7 @@ class PackedRows(DenseRows):
     """Rows over a scratch cache that vLLM's kernel reads.
 
     Attributes:
+        ops: with the engine's kernels.
         query_start_loc: [num_rows + 1] int32.
         seq_lens: [num_rows] int32; the row's queries are its context's last tokens.
         scratch_table: [num_rows, max_blocks] int32, blocks of the scratch cache.
@@ -39,6 +40,7 @@ class PackedRows(DenseRows):
         plan: vLLM's for its kernel.
     """
 
+    ops: Ops
     tokens: slice
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
@@ -52,7 +54,11 @@ class PackedRows(DenseRows):
 
     @classmethod
     def of(
-        cls, common: CommonAttentionMetadata, requests: slice, shape: LayerShape
+        cls,
+        common: CommonAttentionMetadata,
+        requests: slice,
+        shape: LayerShape,
+        ops: Ops,
     ) -> "PackedRows":
         tokens = token_slice(common, requests)
         starts = common.query_start_loc[requests.start : requests.stop + 1]
@@ -69,6 +75,7 @@ class PackedRows(DenseRows):
         # Entries past a row's own blocks are never read, but must be blocks.
         table = first_block[:, None] + torch.arange(int(blocks.max()))[None, :]
         return cls(
+            ops=ops,
             tokens=tokens,
             query_start_loc=starts,
             seq_lens=seq_lens,
@@ -85,15 +92,15 @@ class PackedRows(DenseRows):
         if self.has_context or key is None:
             key, value = row_buffers(len(self.slots), shape)
             where = (self.block_table, self.seq_lens, self.out_start)
-            ops.gather_kv(kv_cache, *where, key, value)
+            self.ops.gather_kv(kv_cache, *where, key, value)
         attend_packed(query, key, value, self, shape, out)
 
 
 class PackedCodes(CodeRows):
     """Rows over quantised blocks."""
 
-    def __init__(self, shape: LayerShape, **layout) -> None:
-        super().__init__(**layout)
+    def __init__(self, shape: LayerShape, ops: Ops, **layout) -> None:
+        super().__init__(ops, **layout)
         self.slots = torch.arange(self.num_slots)
         self.plan = kernel_plan(self.query_start_loc, self.seq_lens, shape)
 

@@ -54,7 +54,10 @@ class Buffers:
         def empty(*size: int, dtype=torch.int32) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.indices = empty(rows, heads, max_kept)
+        # Not zeroed on CPUs: what no list needs takes no memory there.
+        make = torch.zeros if device.type == "cuda" else torch.empty
+        size = (rows, heads, max_kept)
+        self.indices = make(size, dtype=torch.int32, device=device)
         self.counts = empty(rows, heads)
         self.kept_mass = empty(rows, shape.num_heads, dtype=torch.float32)
         self.workspace = empty(scratch(rows), dtype=torch.uint8)
@@ -62,6 +65,9 @@ class Buffers:
         # Of rows that are not one per request.
         self.seq_lens = empty(num_rows)
         self.block_table = empty(num_rows, max_blocks)
+
+    def fits(self, num_rows: int, max_blocks: int) -> bool:
+        return num_rows <= len(self.budgets) and max_blocks <= self.max_blocks
 
     def rows(
         self,

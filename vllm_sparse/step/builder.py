@@ -207,7 +207,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         return metadata
 
     def _dense(self, common: CommonAttentionMetadata, requests: slice):
-        return plan_dense(common, requests, self.shape, self.scratch_blocks)
+        shape, ops, blocks = self.shape, self.ops, self.scratch_blocks
+        return plan_dense(common, requests, shape, ops, blocks)
 
     def _decode(
         self,
@@ -219,25 +220,26 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_rows == 0:
             return []
         table = common.block_table_tensor
-        if self.buffers is None or self.buffers.max_blocks < table.shape[1]:
-            self.buffers = Buffers(
+        held = self.buffers
+        if held is None or not held.fits(num_rows, table.shape[1]):
+            if held is not None and self._captured:
+                raise RuntimeError("CUDA graphs hold buffers that a step has outgrown")
+            held = self.buffers = Buffers(
                 self.shape,
                 self.ops,
                 self.device,
-                num_rows=self.max_rows,
+                num_rows=max(self.max_rows, num_rows),
                 max_kept=self.max_kept,
                 max_blocks=table.shape[1],
                 adapts=self.config.top_p is not None,
             )
-        buffers = self.buffers
+        buffers = held
         flags = prefilling(common, self)
         dense, last = rows_of_prompts(flags, num_decodes, self.device), None
         seq_lens = common.seq_lens[:num_rows]
         # Fixed for an engine: graphs of one batch size must not differ in it.
         if self.reorder_batch_threshold > 1 or num_rows != num_decodes:
-            request, seq_lens = _rows_of_requests(common, num_decodes, num_rows)
-            last = torch.ones_like(request, dtype=torch.bool)
-            last[:-1] = request[1:] != request[:-1]
+            request, seq_lens, last = _rows_of_requests(common, num_decodes, num_rows)
             if dense is not None:
                 dense = dense[request]
             # Copied, as graphs read the same addresses at every step.
@@ -274,8 +276,9 @@ def most_kept(budgets: Mapping[Phase, torch.Tensor]) -> int:
 
 def _rows_of_requests(
     common: CommonAttentionMetadata, num_decodes: int, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Request and context length of every decode token, both [num_rows] int32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every decode token its request and context length, [num_rows] int32, and
+    whether it is the request's last, [num_rows] bool.
 
     A token sees the context up to itself; padding tokens see none.
     """
@@ -284,5 +287,6 @@ def _rows_of_requests(
     request = torch.searchsorted(ends, row, right=True, out_int32=True)
     padding = request >= num_decodes
     request = request.clamp_(max=num_decodes - 1)
-    seq_lens = common.seq_lens[request] - (ends[request] - 1 - row)
-    return request, seq_lens.masked_fill_(padding, 0)
+    after = ends[request] - 1 - row
+    seq_lens = (common.seq_lens[request] - after).masked_fill_(padding, 0)
+    return request, seq_lens, (after == 0) & ~padding
