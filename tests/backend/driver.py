@@ -3,7 +3,7 @@
 """Builder and layer, driven step by step as vLLM's model runner drives them.
 
 A :class:`Driver` keeps every request's full history, so what a step must produce is
-known from plain attention (dense rows) or from ops/reference.py (sparse rows), however
+known from plain attention (dense rows) or from ops/reference (sparse rows), however
 the history was split into prompts, chunks, decodes and drafts.
 """
 

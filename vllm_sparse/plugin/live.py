@@ -17,7 +17,7 @@ and captures graphs. So two constructors are wrapped:
   ``stat_loggers``, with the label values and metric classes of the
   ``PrometheusStatLogger`` there (Ray Serve has its own).
 
-What carries the counts is in carrier.py.
+What carries the counts is in channel.py.
 
 To go when vLLM lets attention backends add to its statistics.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What decoding read: counted where it is read, so that inactivity cannot hide."""
+"""What decoding read: rows counted once a step, lengths of lists by the kernels."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -35,7 +35,7 @@ struct SelectArgs : SelectParams {
   int pairs;          // pairs of query heads of a KV head
   uint8_t* prepared;  // [items] channels and queries, see PreparedItem
   float2* stats;      // [items, stat_blocks, pairs, 2] largest logit (log2), sum of exponentials
-  uint8_t* scores;    // [items, max_blocks, pairs, kPairBytes] exponentials, see scores.cuh
+  uint8_t* scores;    // [items, max_blocks, pairs, kPairBytes] exponentials, see score_format.cuh
   uint16_t* keys;     // [items, max_blocks, kBlockSize], or null: keys fit into shared memory
   int key_blocks;     // blocks whose keys fit into a thread block's shared memory
   int cluster;        // thread blocks of an item
@@ -56,12 +56,12 @@ __host__ __device__ inline int64_t prepared_bytes(int rank, int group) {
   return int64_t{pad_to(rank, kStepChannels)} * (4 + 2 * pad_to(group, 4));
 }
 
-// Bytes of a block's scores with its heads' largest logits, as decode_list.cuh keeps them.
+// Bytes of a block's scores with its heads' largest logits, as decode/choose.cuh keeps them.
 __host__ __device__ inline int64_t score_bytes(int pairs) {
   return pad_to(pairs * (2 * kBlockSize + 8), 16);
 }
 
-// Parts of long lists that any thread block may take (decode_parts.cuh). Zero at first.
+// Parts of long lists that any thread block may take (decode/parts.cuh). Zero at first.
 constexpr int kMaxParts = 31;          // of an item, beside what its cluster does itself
 constexpr int kMaxSharedItems = 4096;  // of a call; larger ones share nothing
 struct SharedParts {

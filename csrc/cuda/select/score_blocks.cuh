@@ -156,7 +156,7 @@ struct WarpBlocks {
 
 // Scores of a warp's blocks, through its `ring` of kSlots steps. Calls `meanwhile` once when the
 // first steps are under way, and emit(block, pair of heads, words, stats) with the exponentials of
-// the lane's 16 tokens and the block's (top, sum) of both heads, see scores.cuh.
+// the lane's 16 tokens and the block's (top, sum) of both heads, see score_format.cuh.
 template <bool kFast, bool kCap, int kSlots, int kGroups = 0, class Meanwhile, class Emit>
 __device__ void score_blocks(const SelectArgs& p,
                              const PreparedItem& prepared,
