@@ -388,6 +388,10 @@ def test_a_step_that_outgrows_what_graphs_hold_is_an_error(drive):
     driver.step(Part(0, 300))
     driver.step(decode(0))
     driver.builder._captured = True
+    held = driver.builder.buffers
+    held.budgets = held.budgets[:0]  # no room for any row: the step gets its own
+    driver.step(decode(0))
+    assert driver.builder.buffers is held
     driver.blocks += 3
     with pytest.raises(RuntimeError, match="outgrown"):
         driver.step(decode(0))

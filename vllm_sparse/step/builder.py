@@ -222,9 +222,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         table = common.block_table_tensor
         held = self.buffers
         if held is None or not held.fits(num_rows, table.shape[1]):
-            if held is not None and self._captured:
+            if self._captured and held and held.max_blocks < table.shape[1]:
                 raise RuntimeError("CUDA graphs hold buffers that a step has outgrown")
-            held = self.buffers = Buffers(
+            held = Buffers(
                 self.shape,
                 self.ops,
                 self.device,
@@ -233,6 +233,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 max_blocks=table.shape[1],
                 adapts=self.config.top_p is not None,
             )
+            # More rows than a graph has are no graph's: they get buffers of their own.
+            if self.buffers is None or not self._captured:
+                self.buffers = held
         buffers = held
         flags = prefilling(common, self)
         dense, last = rows_of_prompts(flags, num_decodes, self.device), None
