@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
-// The ops: from tensors to parameters. Both libraries have them, each with a way of its own to run
-// what is asked for. What values decide is left to that.
+// The ops: their contracts, from tensors to parameters, and their schemas. Both libraries have
+// them, each with a way of its own to run what is asked for. What values decide is left to that.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -211,13 +212,40 @@ inline void attend(const Tensor& query,
   if (p.num_rows > 0) run_attend(p, workspace, kv_cache);
 }
 
+// The ops as torch has them; vllm_sparse/ops/__init__.py documents them.
+struct Op {
+  const char* schema;
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);  // null: only one library has it
+};
+inline constexpr Op kOps[] = {
+    {"store(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+     "Tensor block_table, Tensor seq_lens, Tensor query_start_loc, int kv_format=0) -> ()",
+     TORCH_BOX(&store)},
+    {"gather_kv(Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor out_start, "
+     "Tensor(a!) key, Tensor(b!) value, int kv_format=0) -> ()",
+     TORCH_BOX(&gather_kv)},
+    {"sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+     "Tensor budgets, int[] sizes, float[] numbers, Tensor(a!) indices, Tensor(b!) counts, "
+     "Tensor(c!)? kept_mass, Tensor(d!)? out, Tensor(e!)? kept_histogram=None, "
+     "Tensor(f!)? workspace=None, int kv_format=0) -> ()",
+     TORCH_BOX(&sparq_attend)},
+    {"attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+     "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
+     "Tensor(a!) out, Tensor(b!)? workspace=None, int kv_format=0) -> ()",
+     TORCH_BOX(&attend)},
+    {"workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
+     "int head_size, bool adapts, int device_index) -> int",
+     nullptr},
+    {"cpu_isa() -> str", nullptr},
+};
+
 // `library`: what STABLE_TORCH_LIBRARY_IMPL names.
 template <class Library>
 void implement_ops(Library& library) {
-  library.impl("store", TORCH_BOX(&store));
-  library.impl("gather_kv", TORCH_BOX(&gather_kv));
-  library.impl("sparq_attend", TORCH_BOX(&sparq_attend));
-  library.impl("attend", TORCH_BOX(&attend));
+  for (const Op& op : kOps) {
+    const std::string schema = op.schema;
+    if (op.boxed) library.impl(schema.substr(0, schema.find('(')).c_str(), op.boxed);
+  }
 }
 
 }  // namespace vllm_sparse

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from .cache.formats import FORMATS, KvFormat, resolve_format
+from .selectors import SELECTORS
 
 NAMESPACE = "sparse"
-SELECTOR_NAMES = ("sparq", "exact", "quest", "window", "dense")
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
@@ -291,8 +291,8 @@ _COUNT_OR_SHARE = (
 # option -> (check, what is allowed, an example)
 _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "selector": (
-        lambda v: v in SELECTOR_NAMES,
-        f"one of {', '.join(SELECTOR_NAMES)}",
+        lambda v: isinstance(v, str) and v in SELECTORS,
+        f"one of {', '.join(SELECTORS)}",
         "sparq",
     ),
     "rank": (

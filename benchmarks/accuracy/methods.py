@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.config import SELECTOR_NAMES, SparseConfig
+from vllm_sparse.config import SparseConfig
 from vllm_sparse.methods import METHODS, LayerShape
 from vllm_sparse.ops import Ops
+from vllm_sparse.selectors import SELECTORS
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def parse_method(text: str) -> Method:
         ValueError: unknown selector, or not ``option=value``.
     """
     selector, *pairs = re.split(r"[:,]", text)
-    if selector not in SELECTOR_NAMES:
-        names = ", ".join(SELECTOR_NAMES)
+    if selector not in SELECTORS:
+        names = ", ".join(SELECTORS)
         raise ValueError(f"unknown method {selector!r}; one of {names}")
     options: dict[str, Any] = {}
     for pair in pairs:

@@ -26,7 +26,7 @@ from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.tasks import TASKS, Sample, make_samples
 from benchmarks.accuracy.text import TextSources
 from vllm_sparse.cache.formats import FORMATS
-from vllm_sparse.config import SELECTOR_NAMES
+from vllm_sparse.selectors import SELECTORS
 
 if TYPE_CHECKING:  # imports vLLM, which only main() needs
     from benchmarks.accuracy.engine import Engine, EngineOptions
@@ -180,7 +180,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=["repetition", "needle", "code"])
     add("--lengths", nargs="+", type=int, default=[4096])
-    names = ", ".join(SELECTOR_NAMES)
+    names = ", ".join(SELECTORS)
     methods = f"selector[:option=value]..., selector one of {names}"
     add("--methods", nargs="+", default=Plan.methods, help=methods)
     add("--budgets", nargs="+", type=float, default=Plan.budgets)

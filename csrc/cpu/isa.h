@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../params.h"
+#include "runtime.h"
 
 namespace vllm_sparse {
 namespace avx512 {

@@ -6,7 +6,7 @@
 #define ISA_AVX2
 #pragma GCC target("avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx2 {
+constexpr const char* kIsaName = "avx2";
 #include "kernels.inc"
-const Kernels kernels = {"avx2", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::avx2
 #endif

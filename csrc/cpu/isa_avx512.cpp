@@ -7,7 +7,7 @@
 #define ISA_AVX512
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
 namespace vllm_sparse::avx512 {
+constexpr const char* kIsaName = "avx512";
 #include "kernels.inc"
-const Kernels kernels = {"avx512", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::avx512
 #endif

@@ -3,6 +3,6 @@
 #include "isa.h"
 
 namespace vllm_sparse::portable {
+constexpr const char* kIsaName = "portable";
 #include "kernels.inc"
-const Kernels kernels = {"portable", store, gather, select, attend, select_attend};
 }  // namespace vllm_sparse::portable

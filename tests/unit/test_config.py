@@ -12,16 +12,16 @@ from vllm_sparse.config import (
     _RULES,
     BACKEND_DEFAULTS,
     DENSE_BELOW,
-    SELECTOR_NAMES,
     SparseConfig,
     SparseConfigError,
 )
+from vllm_sparse.selectors import SELECTORS
 
 NAN = float("nan")
 INF = float("inf")
 
 ACCEPTED = {
-    "selector": ["sparq", "exact", "quest", "window", "dense"],
+    "selector": [*SELECTORS],
     "rank": [None, 1, 16, 256],
     "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
     "top_p": [None, 0.5, 0.95, 0.999],
@@ -70,7 +70,7 @@ COUNT_OR_SHARE = (
     "an integer from 1 to 16777216 (tokens) or a fraction of the context in (0, 1]"
 )
 ALLOWED = {
-    "selector": "one of sparq, exact, quest, window, dense",
+    "selector": f"one of {', '.join(SELECTORS)}",
     "rank": "an integer from 1 to the head size",
     "top_k": COUNT_OR_SHARE,
     "top_p": "a share of the attention mass in (0, 1)",
@@ -342,13 +342,6 @@ def test_resolve_changes_nothing_else_and_can_be_repeated():
     assert once == replace(config, rank=24, mean_value=True, dense_below=512)
     assert once.resolve(64, 1) == once
     assert config.rank is None
-
-
-def test_selector_names_match_the_methods():
-    from vllm_sparse.methods import METHODS
-
-    assert set(METHODS) == set(SELECTOR_NAMES)
-    assert all(cls.name == name for name, cls in METHODS.items())
 
 
 def test_contexts_are_dense_below_what_was_measured_for_the_device():

@@ -7,11 +7,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import vllm_sparse
+from vllm_sparse.selectors import SELECTORS
 
 ROOT = Path(vllm_sparse.__file__).parent
 # A file may import those of parts before its own; the longest name counts.
 ORDER = [
-    "plugin.registry plugin.channel",
+    "selectors plugin.registry plugin.channel",
     "plugin.versions",
     "config cache",
     "ops kernels",
@@ -37,6 +38,8 @@ FILES = {module(file): file for file in ROOT.rglob("*.py")}
 def imports(name: str) -> set[str]:
     """Modules of the package that a file names in an import, wherever it stands."""
     file, found = FILES[name], set()
+    if name == "methods":
+        found |= {path.split(":")[0].partition(".")[2] for path in SELECTORS.values()}
     package = name.split(".") if file.stem == "__init__" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

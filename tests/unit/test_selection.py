@@ -2,18 +2,21 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Which tokens survive: forced ones, budgets, and the best scores of each selector."""
 
+import sys
 from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
 
 import pytest
 import torch
 
 from tests.ops.generate import paged_context
-from vllm_sparse import config as config_module
 from vllm_sparse import ops
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.methods import METHODS, DecodeRows, LayerShape
 from vllm_sparse.methods.base import ScoreBytes
 from vllm_sparse.ops.reference import forced_ranges
+from vllm_sparse.selectors import SELECTORS
 
 SEQ_LENS = [100, 128, 165, 300, 512, 1111]
 BUDGETS = [64, 64, 60, 100, -1, 200]
@@ -187,14 +190,16 @@ def test_exact_is_the_oracle_no_selector_keeps_more_mass():
 
 def test_the_selector_of_the_documentation_works_as_written(monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "selectors.md"
-    code = page.read_text().split("```python\n")[1].split("```")[0]
-    namespace: dict = {}
-    exec(code, namespace)
-    method = namespace["KeyNorm"]
-    monkeypatch.setitem(METHODS, method.name, method)
-    names = (*config_module.SELECTOR_NAMES, method.name)
-    monkeypatch.setattr(config_module, "SELECTOR_NAMES", names)
-    batch = Batch(method.name)
+    parts = page.read_text().split("```python\n")[1:]
+    code, line = (part.split("```")[0] for part in parts)
+    ((name, path),) = eval(f"{{{line}}}").items()
+    module = path.split(":")[0]
+    assert code.startswith(f"# {module.replace('.', '/')}.py\n")
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    exec(code, vars(sys.modules[module]))
+    monkeypatch.setitem(SELECTORS, name, path)
+    monkeypatch.setitem(METHODS, name, resolve_name(path))
+    batch = Batch(name)
     check_best_survive(
         batch, lambda b, row, head: 1 / b.ctx.keys[row][:, head].norm(dim=-1)
     )

@@ -106,7 +106,6 @@ class Method(ABC):
         ops: the kernels that serve the layer.
     """
 
-    name: ClassVar[str]
     # Where it is fast enough to serve; the others loop over rows on the host.
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     # Phases whose positions attend to everything, whatever the length.

@@ -10,7 +10,6 @@ from .base import DecodeRows, Method, Phase
 class Dense(Method):
     """Keeps all tokens in all phases."""
 
-    name = "dense"
     devices = ("cpu", "cuda")
     dense_phases = frozenset(Phase)
 

@@ -12,7 +12,6 @@ from .base import DecodeRows, Method, ScoreBytes
 class Sparq(Method):
     """Scores every token with the ``rank`` channels where the query is largest."""
 
-    name = "sparq"
     devices = ("cpu", "cuda")
 
     @property

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
+from ..methods.dense import Dense
 from .backend import keeping
 from .registry import chosen_names
 from .versions import init_logger
@@ -77,7 +78,7 @@ def _kind(layer) -> LayerKind:
         dense = "chunks are short"
     elif impl.config.selector == "dense":
         dense = "sparse.selector"
-    elif impl.method_of(layer).name == "dense":
+    elif isinstance(impl.method_of(layer), Dense):
         dense = "sparse.dense_layers"
     # Layers that are not ours may be of any class.
     shape = (getattr(layer, n, 0) for n in ("head_size", "num_heads", "num_kv_heads"))

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attend/block_products.cuh"
+#include "common/tails.cuh"
 
 namespace vllm_sparse::cuda {
 

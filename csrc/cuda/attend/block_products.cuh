@@ -13,7 +13,7 @@
 
 #include "attend/accumulate.cuh"
 #include "attend/code_factors.cuh"
-#include "common/codes.cuh"
+#include "common/kernels.h"
 
 namespace vllm_sparse::cuda {
 

@@ -9,6 +9,7 @@
 #include "attend/merge_items.cuh"
 #include "attend/store_result.cuh"
 #include "common/launch.cuh"
+#include "common/tails.cuh"
 
 namespace vllm_sparse::cuda {
 

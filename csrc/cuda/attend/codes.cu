@@ -5,8 +5,10 @@
 // and head sizes that code_blocks.cu and code_rows.cu do not cover. A thread block takes a (row, KV
 // head, a few query heads).
 #include "attend/store_result.cuh"
+#include "common/codes.cuh"
 #include "common/instructions.cuh"
 #include "common/launch.cuh"
+#include "common/tails.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -15,38 +17,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTile = kThreads;  // tokens at once
 constexpr int kHeads = 4;
-
-// A sealed token's key in channel d, as attention reads it.
-__device__ inline float key_of(
-    const KvCache& cache, const Codes& codes, const uint8_t* chunk, int d, int token) {
-  if (cache.key_rows) {
-    const float2 p = scale_and_minimum(chunk + codes.key_row_params + token * 4);
-    const uint32_t code = chunk[codes.key_rows + token * cache.head_size + d];
-    return fmaf(static_cast<float>(code), p.x, p.y);
-  }
-  const int word = d * kLanes + token % kLanes, shift = token / kLanes * 4;
-  const int group = token * cache.key_groups / kBlockSize;
-  const float2 p = scale_and_minimum(chunk + codes.params + (d * cache.key_groups + group) * 4);
-  const uint32_t high = reinterpret_cast<const uint32_t*>(chunk)[word] >> shift & 15;
-  float code = static_cast<float>(high);
-  if (cache.key_bits == 8) {
-    const uint32_t low =
-        reinterpret_cast<const uint32_t*>(chunk + codes.low_codes)[word] >> shift & 15;
-    code += (static_cast<float>(low) - 7.5f) * 0.0625f;
-  }
-  return fmaf(code, p.x, p.y);
-}
-
-// A sealed token's value in channel d.
-__device__ inline float value_of(
-    const KvCache& cache, const Codes& codes, const uint8_t* chunk, int d, int token) {
-  const uint8_t* row = chunk + codes.value_codes + token * codes.value_code_bytes;
-  const uint8_t* params = chunk + codes.value_params + token * codes.value_param_bytes;
-  const float2 p = scale_and_minimum(params + d / cache.value_group * 4);
-  const uint32_t code =
-      cache.value_bits == 8 ? row[d] : row[d / 16 * 8 + d % 8] >> (d / 8 % 2 * 4) & 15;
-  return fmaf(static_cast<float>(code), p.x, p.y);
-}
 
 // A token of a tile: where its K and V are, and which of its block if that is sealed, or -1.
 struct Place {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attend/accumulate.cuh"
-#include "common/codes.cuh"
+#include "common/tails.cuh"
 #include "common/token_lists.cuh"
 
 namespace vllm_sparse::cuda {

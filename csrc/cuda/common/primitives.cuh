@@ -24,6 +24,10 @@ __device__ inline __nv_bfloat16 from_float(float x, __nv_bfloat16) {
   return __float2bfloat16_rn(x);
 }
 
+__device__ inline __half clamped_half(float x) {
+  return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+}
+
 __device__ inline uint8_t* chunk_of(const KvCache& cache, int64_t block, int head) {
   return cache.data + block * cache.block_stride + head * cache.head_stride;
 }

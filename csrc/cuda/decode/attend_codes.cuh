@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attend/code_tile.cuh"
-#include "common/codes.cuh"
+#include "common/tails.cuh"
 #include "decode/shared.cuh"
 
 namespace vllm_sparse::cuda {

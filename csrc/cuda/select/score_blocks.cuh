@@ -4,7 +4,7 @@
 // SparQ's approximate logits (arXiv 2312.04985, section 3) from 4-bit codes: what one warp does.
 #pragma once
 
-#include "common/codes.cuh"
+#include "common/tails.cuh"
 #include "select/grouped_products.cuh"
 
 namespace vllm_sparse::cuda {

@@ -2,9 +2,11 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
 // Storing new tokens in quantised blocks, and sealing those that they fill.
+#include "common/codes.cuh"
 #include "common/instructions.cuh"
 #include "common/launch.cuh"
-#include "store/quantise.cuh"
+#include "common/tails.cuh"
+#include "store/new_tokens.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -33,7 +35,7 @@ __device__ void seal_block(const StoreArgs& p,
   __syncthreads();
   uint8_t* chunk = chunk_of(p.cache, job.id, head);
   if (value) {
-    quantise_tokens<T>(size, rows, values_of(p, chunk));
+    write_values<T>(p, size, rows, chunk);
     if (!p.cache.has_mean) return;
     constexpr int kParts = 8, kTokens = kBlockSize / kParts, kChannels = kSealThreads / kParts;
     __shared__ float partial[kParts][kChannels];
@@ -55,14 +57,7 @@ __device__ void seal_block(const StoreArgs& p,
     }
     return;
   }
-  if (p.cache.key_rows) quantise_tokens<T>(size, rows, keys_of(p, chunk));
-  if (p.cache.key_bits == 8) {
-    quantise_keys<T, 8, 1>(p, rows, chunk);
-  } else if (p.cache.key_groups == 1) {
-    quantise_keys<T, 4, 1>(p, rows, chunk);
-  } else {
-    quantise_keys<T, 4, 4>(p, rows, chunk);
-  }
+  write_keys<T>(p, size, rows, chunk);
 }
 
 // New tokens from `position` on, as rows.

@@ -4,7 +4,8 @@
 // What a call stores, as its kernels find it, and the means of V that sealing leaves.
 #pragma once
 
-#include "common/codes.cuh"
+#include "common/kernels.h"
+#include "common/primitives.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -83,10 +84,6 @@ __device__ inline SealJob find_job(const StoreArgs& p, int job) {
     before = __shfl_sync(kFullMask, end, 31);
   }
   return {0, -1, 0, 0};
-}
-
-__device__ inline __half clamped_half(float x) {
-  return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
 }
 
 // Means of V from the context's start: up to a block, and to its end. `mean`: the block's own.

@@ -2,9 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
 // Storing new tokens as rows of K and V, and sealing the blocks that they fill.
+#include "common/codes.cuh"
 #include "common/instructions.cuh"
 #include "common/launch.cuh"
-#include "store/quantise.cuh"
+#include "store/new_tokens.cuh"
 
 namespace vllm_sparse::cuda {
 

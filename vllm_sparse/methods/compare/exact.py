@@ -13,8 +13,6 @@ class Exact(ScoredMethod):
     They are counted as free, and reports say so.
     """
 
-    name = "exact"
-
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         logits = query @ key.transpose(1, 2) * self.shape.scale
         if self.shape.soft_cap > 0:

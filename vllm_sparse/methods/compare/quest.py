@@ -18,8 +18,6 @@ PAGE_SIZE = 16
 class Quest(ScoredMethod):
     """A page's score bounds the logits in it; a group's heads are summed."""
 
-    name = "quest"
-
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         length = key.shape[1]
         extra = -length % PAGE_SIZE

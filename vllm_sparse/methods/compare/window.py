@@ -10,8 +10,6 @@ from .scored import ScoredMethod
 class Window(ScoredMethod):
     """Scores a token by its position: the budget goes to the most recent."""
 
-    name = "window"
-
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         position = torch.arange(key.shape[1], dtype=torch.float32)
         return position.expand(key.shape[0], -1)

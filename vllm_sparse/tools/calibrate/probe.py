@@ -20,8 +20,6 @@ from .measure import Setting, measure_row, read_context
 class Probe(Method):
     """Dense attention; every decode row's :class:`RowResult` goes into ``notes``."""
 
-    name = "probe"
-
     def __init__(self, impl: SparseAttentionImpl, settings: list[Setting]) -> None:
         super().__init__(impl.config, impl.shape, impl.ops)
         self.settings = settings
