@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Ask four questions about a long document, dense and then sparse, side by side.
+"""Ask four questions about a long document: dense, sparse and lossless, side by side.
 
 The document is Python's own language reference, which ships with Python, with four
 facts hidden in it. The questions run as one batch and share the document's KV blocks
-through vLLM's prefix cache. Each engine runs in a process of its own.
+through vLLM's prefix cache. The lossless engine drafts with sparse attention and
+verifies with dense attention. Each engine runs in a process of its own.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ENGINES = ("dense", "sparq")
+ENGINES = ("dense", "sparq", "lossless")
 PREFILL_CHUNK = 1024  # tokens of one engine step
 HEADER = (
     "Some facts that do not belong here are hidden within the following text. "
@@ -58,7 +59,7 @@ def parse_args() -> argparse.Namespace:
         type=json.loads,
         default={},
         metavar="JSON",
-        help="""options of the sparse engine, e.g. '{"top_k": 0.0625}'""",
+        help="""options of the sparse engines, e.g. '{"top_k": 0.0625}'""",
     )
     # Used by the script itself: one engine in a child process, and a health check.
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
@@ -91,10 +92,10 @@ def run_engine(args: argparse.Namespace) -> dict:
     """Load one engine, answer the questions, and measure.
 
     Returns:
-        ``answers`` (text per question), ``prompt_tokens`` (of the first prompt),
-        ``ttft_s`` (until every question has its first token), ``tokens_per_s`` (decode,
-        whole batch, from the median step), ``kv_bytes`` and ``kv_bytes_dense`` (read
-        per decoded token, all layers).
+        ``answers`` (text per question), ``tokens`` (their ids), ``prompt_tokens`` (of
+        the first prompt), ``ttft_s`` (until every question has its first token),
+        ``tokens_per_s`` (decode, whole batch, from the median step), ``kv_bytes`` and
+        ``kv_bytes_dense`` (read per decoded token, all layers).
     """
     # In this process: a separate engine core would import everything a second time.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -104,9 +105,13 @@ def run_engine(args: argparse.Namespace) -> dict:
 
     options = {}
     if args.engine != "dense":
+        sparse = dict(args.sparse)
+        if args.engine == "lossless":
+            # So few steps are over before the engine has measured how many drafts pay.
+            sparse = {"lossless": True, "draft_adapt": False} | sparse
         options = {
-            "attention_backend": args.engine,
-            "additional_config": {"sparse": args.sparse},
+            "attention_backend": "sparq",
+            "additional_config": {"sparse": sparse},
             "worker_extension_cls": "vllm_sparse.worker.WorkerExtension",
         }
     llm = LLM(
@@ -145,26 +150,31 @@ def run_engine(args: argparse.Namespace) -> dict:
             progress.update(min(PREFILL_CHUNK, progress.total - progress.n))
     if args.engine != "dense":
         llm.collective_rpc("reset_sparse_stats")
-    step_times = []
+    step_times, read = [], num_tokens(outputs)
     with progress_bar(args.engine, "answering", args.max_tokens) as progress:
         while engine.has_unfinished_requests():
             step_times.append(step())
-            progress.update()
+            decoded = num_tokens(outputs) - read
+            progress.update(decoded // len(prompts) - progress.n)
 
     context = len(outputs[0].prompt_token_ids) + args.max_tokens / 2
     kv_bytes = kv_bytes_dense = context * kv_bytes_per_token(llm)
     if args.engine != "dense":
-        stats = llm.collective_rpc("sparse_stats")[0]
-        kv_bytes = stats["kv_bytes_read"] / stats["decode_tokens"]
-        kv_bytes_dense = stats["kv_bytes_dense"] / stats["decode_tokens"]
+        kv_bytes = llm.collective_rpc("sparse_stats")[0]["kv_bytes_read"] / decoded
     return {
         "answers": [outputs[i].outputs[0].text for i in range(len(prompts))],
+        "tokens": [outputs[i].outputs[0].token_ids for i in range(len(prompts))],
         "prompt_tokens": len(outputs[0].prompt_token_ids),
         "ttft_s": ttft,
-        "tokens_per_s": len(prompts) / statistics.median(step_times),
+        "tokens_per_s": decoded / len(step_times) / statistics.median(step_times),
         "kv_bytes": kv_bytes,
         "kv_bytes_dense": kv_bytes_dense,
     }
+
+
+def num_tokens(outputs: dict) -> int:
+    """Tokens of all answers so far."""
+    return sum(len(output.outputs[0].token_ids) for output in outputs.values())
 
 
 def progress_bar(engine: str, phase: str, total: int):
@@ -204,12 +214,14 @@ def run_child(engine: str, args: argparse.Namespace) -> dict:
 
 def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
     """Print the engines' answers and measurements in columns."""
-    dense, sparse = (results[engine] for engine in ENGINES)
+    columns = [results[engine] for engine in ENGINES]
+    dense, sparse, lossless = columns
     rows = []
     for i, (what, value, _) in enumerate(FACTS):
-        rows.append([what, *(judged(r["answers"][i], value) for r in (dense, sparse))])
+        rows.append([what, *(judged(r["answers"][i], value) for r in columns)])
     rows.append([])
     for label, cell in (
+        ("tokens as dense's", lambda r: f"{same_tokens(r, dense)} of {len(FACTS)}"),
         ("time to first token", lambda r: f"{r['ttft_s']:.1f} s"),
         ("decode speed, batch of 4", lambda r: f"{r['tokens_per_s']:.1f} tokens/s"),
         ("KV read per decoded token", lambda r: f"{r['kv_bytes'] / 1e6:.1f} MB"),
@@ -218,13 +230,13 @@ def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
             lambda r: f"{100 * r['kv_bytes'] / r['kv_bytes_dense']:.1f} %",
         ),
     ):
-        rows.append([label, cell(dense), cell(sparse)])
+        rows.append([label, *map(cell, columns)])
     print(
         f"\n{len(FACTS)} questions about one document of {dense['prompt_tokens']:,} "
         f"tokens, {num_tokens} tokens decoded for each\n"
     )
     for row in [["", *ENGINES], *rows]:
-        print("  {:<38}{:<20}{}".format(*row) if row else "")
+        print("  {:<38}{:<18}{:<18}{}".format(*row) if row else "")
     same = sum(
         first_line(a) == first_line(b)
         for a, b in zip(dense["answers"], sparse["answers"])
@@ -234,9 +246,28 @@ def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
         f"times the speed of dense and reads 1/"
         f"{sparse['kv_bytes_dense'] / sparse['kv_bytes']:.1f} of the KV cache; "
         f"{same} of {len(FACTS)} answers are the same.\n"
+        f"  lossless: {lossless['tokens_per_s'] / dense['tokens_per_s']:.2f} times; "
+        f"{verdict(same_tokens(lossless, dense))}.\n"
+        "  It always drafts here, to show that; by itself it drafts where that pays: "
+        "on GPUs, many long\n  requests (docs/lossless.md).\n"
         "  The engines ran one after the other: where the machine has other work, "
         "repeat\n  before comparing speeds "
         "(benchmarks.serving.decode measures in turns)."
+    )
+
+
+def same_tokens(result: dict, dense: dict) -> int:
+    """Questions with the same tokens as dense attention's, from first to last."""
+    return sum(a == b for a, b in zip(result["tokens"], dense["tokens"]))
+
+
+def verdict(same: int) -> str:
+    """What the lossless engine's ``same`` questions say."""
+    if same == len(FACTS):
+        return "every token is dense's, by construction"
+    return (
+        "its tokens are dense's by construction, but for\n  near ties, which 16 bits "
+        "can round otherwise when several tokens are verified at once"
     )
 
 

@@ -6,7 +6,7 @@ set -euo pipefail
 usage() {
   cat <<'TXT'
 Usage: bash scripts/quickstart.sh [option...]
-           Ask questions about a long document, dense and then sparse, and compare.
+           Ask questions about a long document, dense, sparse and lossless, and compare.
            Options are those of scripts/quickstart.py (see --help there).
        bash scripts/quickstart.sh serve [option of vllm serve...]
            Serve a small model with --attention-backend sparq and print a curl line.

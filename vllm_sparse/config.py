@@ -13,6 +13,14 @@ from .cache.formats import FORMATS, KvFormat, resolve_format
 from .selectors import SELECTORS
 
 NAMESPACE = "sparse"
+DRAFT_SAMPLE_METHODS = ("probabilistic", "greedy")
+# Options that only lossless speculation has.
+DRAFT_OPTIONS = (
+    "draft_tokens",
+    "draft_adapt",
+    "draft_above",
+    "draft_sample_method",
+)
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 
 
@@ -84,6 +92,19 @@ class SparseConfig:
     # Channels of V that share a scale in quantised formats. None: 64 with 8 bits, 32
     # with 4.
     kv_group_size: int | None = None
+    # Lossless self-speculation (docs/lossless.md): steps draft tokens with the options
+    # above, and one dense pass verifies them. Answers are those of dense attention.
+    lossless: bool = False
+    # The most tokens that a request drafts at a time.
+    draft_tokens: int = 4
+    # Draft as many as pay by measured acceptance; false: always draft_tokens.
+    draft_adapt: bool = True
+    # Contexts shorter than this many tokens draft nothing. "auto": what was measured
+    # for the device.
+    draft_above: int | str = "auto"
+    # Drafts are sampled as the request asks ("probabilistic"), or always the likeliest
+    # token ("greedy", which needs no memory for draft probabilities).
+    draft_sample_method: str = "probabilistic"
     # Kernels that serve the ops. "auto": what fits the device (ops/dispatch.py).
     kernels: str = "auto"
 
@@ -165,6 +186,20 @@ class SparseConfig:
             raise SparseConfigError(
                 f"{NAMESPACE}.kv_group_size needs a quantised {NAMESPACE}.kv_format. "
                 f"Example: --additional-config.{NAMESPACE}.kv_format int4"
+            )
+        if not self.lossless:
+            for name in DRAFT_OPTIONS:
+                if getattr(self, name) != getattr(SparseConfig, name):
+                    raise SparseConfigError(
+                        f"{NAMESPACE}.{name} is for lossless speculation, and "
+                        f"{NAMESPACE}.lossless is false: leave it out, or add "
+                        f"--additional-config.{NAMESPACE}.lossless true"
+                    )
+        elif self.selector == "dense":
+            raise SparseConfigError(
+                f"{NAMESPACE}.lossless drafts with sparse attention, and "
+                f"{NAMESPACE}.selector = 'dense' attends to everything: leave one of "
+                "them out"
             )
         if self.top_p is None:
             defaults = SparseConfig()
@@ -342,6 +377,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         lambda v: v is None or _is_int(v, 1),
         "a number of channels, such as 16, 32 or 64",
         "32",
+    ),
+    "lossless": (lambda v: isinstance(v, bool), "true or false", "true"),
+    "draft_tokens": (lambda v: _is_int(v, 1, 16), "an integer from 1 to 16", "4"),
+    "draft_adapt": (lambda v: isinstance(v, bool), "true or false", "false"),
+    "draft_above": (
+        lambda v: _is_int(v, 0) or v == "auto",
+        f'an integer {_TOKENS}, or "auto"',
+        "8192",
+    ),
+    "draft_sample_method": (
+        lambda v: v in DRAFT_SAMPLE_METHODS,
+        f"one of {', '.join(DRAFT_SAMPLE_METHODS)}",
+        "greedy",
     ),
     "kernels": (
         lambda v: v in KERNEL_NAMES,

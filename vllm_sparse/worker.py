@@ -45,9 +45,14 @@ class WorkerExtension:
         given = {NAMESPACE: options}
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         parts = [getattr(layer, "impl", None) for layer in layers]
-        for groups in self.model_runner.attn_groups:
-            for group in groups:
-                parts += group.metadata_builders
+        groups = [g for groups in self.model_runner.attn_groups for g in groups]
+        # A lossless engine's drafts have builders of their own.
+        drafter = getattr(self.model_runner, "drafter", None)
+        groups += getattr(drafter, "draft_attn_groups", [])
+        speculator = getattr(self.model_runner, "speculator", None)
+        groups += [g for gs in getattr(speculator, "attn_groups", []) for g in gs]
+        for group in groups:
+            parts += group.metadata_builders
         ours = (SparseAttentionImpl, SparseMetadataBuilder)
         parts = [part for part in parts if isinstance(part, ours)]
         configs = [

@@ -9,12 +9,18 @@ every time, also with n > 1); at the end every KV block must be free again. Resi
 memory is reported at ten times. One thing may differ: what a preempted request says
 after its recomputation, where decoding is sparse, because prompts are attended densely.
 Such requests are counted; what they said before counts as any other.
+
+With ``--sparse '{"lossless": true}'`` every output is compared with that of a dense
+engine, and preemption changes nothing.
 """
 
 import argparse
+import gc
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -81,12 +87,18 @@ class Report:
     unfinished_in_scheduler: int = 0
     megabytes: list[float] = field(default_factory=list)  # resident, at tenths
     seconds: float = 0.0
+    drafted: int = 0  # tokens, of lossless engines
+    accepted: int = 0
 
 
 def make_jobs(
-    count: int, vocabulary: int, max_model_len: int, rng: Random
+    count: int, vocabulary: int, max_model_len: int, rng: Random, longest: int = 60
 ) -> list[Job]:
-    """Distinct requests; some begin alike, up to half of the longest context."""
+    """Distinct requests; some begin alike, up to half of the longest context.
+
+    Args:
+        longest: tokens of the longest answers.
+    """
 
     def ids(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, vocabulary) for _ in range(n))
@@ -95,7 +107,9 @@ def make_jobs(
     jobs = []
     for _ in range(count):
         prompt = rng.choice(prefixes) + ids(rng.randrange(1, max_model_len // 3))
-        most = min(max_model_len - len(prompt), rng.choice((2, 8, 24, 60)))
+        most = min(
+            max_model_len - len(prompt), rng.choice((2, 8, 2 * longest // 5, longest))
+        )
         several = rng.random() < 0.15
         tokens, n = rng.randint(1, most), rng.randint(2, 3) if several else 1
         jobs.append(Job(prompt, tokens, n))
@@ -103,10 +117,16 @@ def make_jobs(
 
 
 class Soak:
-    """Drives a ``vllm.LLM`` of this process, with prefix caching."""
+    """Drives a ``vllm.LLM`` of this process, with prefix caching.
 
-    def __init__(self, llm: Any, jobs: list[Job], rng: Random) -> None:
-        self.engine = llm.llm_engine
+    Args:
+        recomputes: decoding is dense, so that preemption may change nothing.
+    """
+
+    def __init__(
+        self, llm: Any, jobs: list[Job], rng: Random, recomputes: bool = False
+    ) -> None:
+        self.engine, self.recomputes = llm.llm_engine, recomputes
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.jobs, self.rng = jobs, rng
@@ -126,9 +146,14 @@ class Soak:
         assert self.engine.reset_prefix_cache()
         return result
 
-    def run(self, requests: int, concurrency: int) -> Report:
-        """``requests`` draws from the jobs, at most ``concurrency`` at once."""
-        expected = self.alone()
+    def run(
+        self, requests: int, concurrency: int, expected: list[list[list[int]]]
+    ) -> Report:
+        """``requests`` draws from the jobs, at most ``concurrency`` at once.
+
+        Args:
+            expected: of :meth:`alone`.
+        """
         self.free_at_first = self.pool.get_num_free_blocks()
         start, added = time.perf_counter(), 0
         bar = tqdm(total=requests, desc="together")
@@ -217,7 +242,7 @@ class Soak:
                 want = want[: len(got)]
             if got == want:
                 continue
-            if request.before_preemption is not None:
+            if request.before_preemption is not None and not self.recomputes:
                 said = request.before_preemption[i]
                 if got[:said] == want[:said] and len(got) == len(want):
                     report.changed_after_preemption += 1
@@ -235,6 +260,40 @@ def resident_megabytes() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def dense_reference(sparse: dict) -> tuple[str, dict] | None:
+    """Backend and options of what a lossless engine must say; None for others."""
+    if not sparse.get("lossless"):
+        return None
+    kept = {k: sparse[k] for k in ("kv_format", "kv_group_size") if k in sparse}
+    return ("sparq", {"selector": "dense"} | kept) if kept else ("CPU_ATTN", {})
+
+
+@contextmanager
+def started(args: argparse.Namespace, backend: str, sparse: dict) -> Iterator[Any]:
+    """A ``vllm.LLM`` of this process, which is gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        model=str(args.model or get_model()),
+        attention_backend=backend,
+        additional_config={"sparse": sparse},
+        dtype=args.dtype,
+        skip_tokenizer_init=True,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.concurrency,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kv_cache_memory_bytes=args.kv_cache_mib * 2**20,
+        enforce_eager=True,
+        disable_log_stats=False,
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -245,6 +304,7 @@ def main() -> None:
     add("--jobs", type=int, default=200, help="distinct requests")
     add("--concurrency", type=int, default=24)
     add("--max-model-len", type=int, default=1024)
+    add("--max-tokens", type=int, default=60, help="of the longest answers")
     # On CPUs vLLM keeps a oneDNN primitive for every number of tokens in a step; with
     # few such numbers that memory is soon all there.
     add("--max-num-batched-tokens", type=int, default=128)
@@ -254,24 +314,24 @@ def main() -> None:
     add("--output", type=Path)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-
-    llm = LLM(
-        model=str(args.model or get_model()),
-        attention_backend=args.backend,
-        additional_config={"sparse": args.sparse},
-        dtype=args.dtype,
-        skip_tokenizer_init=True,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.concurrency,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        kv_cache_memory_bytes=args.kv_cache_mib * 2**20,
-        enforce_eager=True,
-    )
-    rng = Random(args.seed)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    jobs = make_jobs(args.jobs, vocabulary, args.max_model_len, rng)
-    report = Soak(llm, jobs, rng).run(args.requests, args.concurrency)
+    rng, reference = Random(args.seed), dense_reference(args.sparse)
+    with started(args, *(reference or (args.backend, args.sparse))) as llm:
+        vocabulary = llm.llm_engine.model_config.get_vocab_size()
+        jobs = make_jobs(
+            args.jobs, vocabulary, args.max_model_len, rng, args.max_tokens
+        )
+        soak = Soak(llm, jobs, rng)
+        expected = soak.alone()
+        if reference is None:
+            report = soak.run(args.requests, args.concurrency, expected)
+    if reference is not None:
+        with started(args, args.backend, args.sparse) as llm:
+            soak = Soak(llm, jobs, rng, recomputes=True)
+            report = soak.run(args.requests, args.concurrency, expected)
+            found = {metric.name: metric for metric in llm.get_metrics()}
+            name = "vllm:spec_decode_num_{}_tokens"
+            report.drafted = found[name.format("draft")].value
+            report.accepted = found[name.format("accepted")].value
     result = vars(report) | {"mismatches": report.mismatches[:20]}
     print(json.dumps(result, indent=1))
     if args.output:

@@ -28,11 +28,11 @@ RANK = 8
 HIDDEN, HEAD_SIZE, HEADS, KV_HEADS, LAYERS = 128, 64, 4, 2, 3  # of tiny.py's model
 
 
-def save_adapter(folder: Path) -> None:
+def save_adapter(folder: Path, seed: int = 0) -> None:
     """Random low-rank changes of every layer's Q and K, as the peft package saves."""
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     outputs = {"q_proj": HEADS * HEAD_SIZE, "k_proj": KV_HEADS * HEAD_SIZE}
     weights = {}
     for layer in range(LAYERS):

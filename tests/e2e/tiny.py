@@ -9,7 +9,9 @@ import torch
 VOCABULARY = 512
 
 
-def save_llama(folder: Path, num_kv_heads: int = 2) -> Path:
+def save_llama(
+    folder: Path, num_kv_heads: int = 2, vocabulary: int = VOCABULARY
+) -> Path:
     """A Llama of three layers with twice as many query heads of size 64; fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +23,7 @@ def save_llama(folder: Path, num_kv_heads: int = 2) -> Path:
         num_attention_heads=2 * num_kv_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=64,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=1,
@@ -39,9 +41,9 @@ def save(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def random_prompts(*lengths: int) -> list[list[int]]:
+def random_prompts(*lengths: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+        torch.randint(3, vocabulary, (n,), generator=generator).tolist()
         for n in lengths
     ]

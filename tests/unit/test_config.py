@@ -34,6 +34,11 @@ ACCEPTED = {
     "mean_value": [True, False, "auto"],
     "kv_format": ["auto", "int8", "int4", "k4v8", "k8v4"],
     "kv_group_size": [None, 16, 128],
+    "lossless": [True, False],
+    "draft_tokens": [1, 4, 16],
+    "draft_adapt": [True, False],
+    "draft_above": [0, 8192, "auto"],
+    "draft_sample_method": ["probabilistic", "greedy"],
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
@@ -64,6 +69,11 @@ REFUSED = {
     "mean_value": [0, 1, None, "on", "true", "AUTO"],
     "kv_format": ["", "fp8", "int2", 4, None, ["int4"]],
     "kv_group_size": [0, -32, 32.0, "32", True],
+    "lossless": [0, 1, None, "true"],
+    "draft_tokens": [0, 17, -1, 4.0, "4", None, True],
+    "draft_adapt": [0, 1, None, "auto"],
+    "draft_above": [2**25, -1, 512.0, "512", None, True],
+    "draft_sample_method": ["", "Greedy", None, True],
     "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }
 COUNT_OR_SHARE = (
@@ -83,6 +93,11 @@ ALLOWED = {
     "mean_value": 'true, false or "auto"',
     "kv_format": "one of auto, int8, int4, k4v8, k8v4",
     "kv_group_size": "a number of channels, such as 16, 32 or 64",
+    "lossless": "true or false",
+    "draft_tokens": "an integer from 1 to 16",
+    "draft_adapt": "true or false",
+    "draft_above": 'an integer from 0 to 16777216, or "auto"',
+    "draft_sample_method": "one of probabilistic, greedy",
     "kernels": "one of auto, cuda, triton, cpu",
 }
 
@@ -103,6 +118,8 @@ def needed_by(name: str) -> dict:
     """Without these, the option is refused for having no meaning."""
     if name == "kv_group_size":
         return {"kv_format": "int4"}
+    if name.startswith("draft_"):
+        return {"lossless": True}
     return {"top_p": 0.9} if name in ("min_tokens", "max_tokens") else {}
 
 

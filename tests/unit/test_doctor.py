@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,37 @@ def test_gain_with_weights_and_adaptive_budgets(folder):
     assert got.step_gain == both
 
 
+def test_gain_of_lossless_speculation(folder):
+    """One request at 32K of an 8B model: weights are read too often; 16 pay."""
+    model = inspect(folder(LLAMA | dict(num_hidden_layers=64, num_key_value_heads=4)))
+    model = replace(model, weight_bytes=16 * 2**30)
+    config = SparseConfig(lossless=True, top_k=1024, dense_below=4096)
+    one, many = (
+        gain.lossless_gain(model, config, "cuda", 32768, batch) for batch in (1, 16)
+    )
+    step = gain.expected_gain(model, config, "cuda", 32768, 16)
+    assert many.draft_bytes == model.weight_bytes + step.kv_bytes_sparse
+    assert many.verify_bytes == model.weight_bytes + step.kv_bytes_dense
+    assert many.tokens == pytest.approx(1 + 0.95 + 0.95**2 + 0.95**3 + 0.95**4)
+    cycle = 4 * many.draft_bytes + many.verify_bytes
+    assert many.gain == many.tokens * many.verify_bytes / cycle
+    assert many.verdict == "pays" and many.gain > 2
+    assert one.verdict == "does not pay" and one.gain < gain.PAYS_FROM
+    short = gain.lossless_gain(model, config, "cuda", 8000, 16)
+    assert short.verdict == "no drafts below 8,192"
+    unknown = replace(model, weight_bytes=None)
+    unknown = gain.lossless_gain(unknown, config, "cuda", 32768, 16)
+    assert unknown.gain is None and unknown.verdict == "unknown"
+
+
+def test_verifications_read_quantised_blocks(folder):
+    model = replace(inspect(folder(LLAMA)), weight_bytes=2**20)
+    config = SparseConfig(lossless=True, kv_format="int8")
+    got = gain.lossless_gain(model, config, "cpu", 32768, 16)
+    dense = gain.expected_gain(model, config, "cpu", 32768, 16).kv_bytes_dense
+    assert 0.5 < (got.verify_bytes - 2**20) / dense < 0.6
+
+
 @pytest.mark.parametrize(("kv_format", "least"), [("auto", 0.8), ("int4", 3.0)])
 def test_memory_is_what_the_engine_allocates(folder, kv_format, least):
     model = inspect(folder(LLAMA))
@@ -224,6 +256,25 @@ def test_the_command(folder):
     assert all(check["status"] != "problem" for check in report["checks"])
     assert report["arguments"] == ["--attention-backend", "sparq"]
     assert report["refused"] is None and len(report["gains"]) == 1
+
+
+def test_the_table_of_lossless_speculation(folder, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_environment", lambda: [Check("vLLM", OK, "0")])
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    name = folder(LLAMA)
+    save_weights(name, 2**25)
+    command = ["--model", name, "--context", "4096", "32768"]
+    for lossless in (False, True):
+        options = json.dumps({"sparse": {"lossless": lossless}})
+        assert cli.main([*command, "--additional-config", options]) == 0
+        shown = capsys.readouterr().out
+        assert ("draft step  verification  gain by bytes" in shown) == lossless
+    assert "4 drafts, then a dense verification, which gives 4.52 tokens" in shown
+    assert "bytes promise too much" in shown
+    assert [line.split()[-1] for line in shown.splitlines() if " x  " in line][-2:] == [
+        "unknown",
+        "unknown",
+    ]
 
 
 @pytest.mark.parametrize("config", [MLA, LLAMA | dict(num_attention_heads=3)])

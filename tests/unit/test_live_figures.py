@@ -242,14 +242,16 @@ def test_counts_survive_vllms_wire_format():
 
 
 @pytest.fixture
-def stat_logger():
+def stat_logger(request):
+    """Parametrised: of lossless engines or not."""
+    lossless = getattr(request, "param", False)
     beside = SimpleNamespace(
         per_engine_labelvalues={0: ["m", "0"], 1: ["m", "1"]},
         _counter_cls=prometheus_client.Counter,
         _gauge_cls=prometheus_client.Gauge,
     )
-    SparseStatLogger(None, [0, 1], beside)  # of an engine before
-    return SparseStatLogger(None, [0, 1], beside)
+    SparseStatLogger(None, [0, 1], beside, lossless)  # of an engine before
+    return SparseStatLogger(None, [0, 1], beside, lossless)
 
 
 def metric(name: str, engine: int, **labels: str) -> float | None:
@@ -351,6 +353,7 @@ def test_figures_of_a_part_of_the_time():
     assert str(Figures.of_counts({})) == "no decode rows yet; rows served dense: none"
 
 
+@pytest.mark.parametrize("stat_logger", [True], indirect=True)
 def test_the_dashboard_shows_metrics_that_exist(stat_logger):
     dashboard = json.loads(DASHBOARD.read_text())
     asked = {

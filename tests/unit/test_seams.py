@@ -116,6 +116,46 @@ SEAMS = {
     "vllm.v1.core.single_type_kv_cache_manager:"
     "FullAttentionManager._cache_partial_tail_block": "request num_tokens",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids": "block_ids",
+    # sampling on CPUs
+    "vllm.platforms.interface:Platform.register_triton_kernel_overrides": "",
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (
+        "output input_val cu_num_tokens replace_from replace_to"
+    ),
+    "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": (
+        "output_token_ids cu_num_draft_tokens draft_token_ids draft_probs target_probs "
+        "bonus_token_ids recovered_token_ids uniform_probs"
+    ),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "logits k",
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "grammar_output",
+    "vllm.config:SpeculativeConfig": "rejection_sample_method",
+    # sampling parameters beside drafts
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
+    "vllm.exceptions:VLLMValidationError": "...",
+    "vllm.v1.sample.logits_processor:LogitsProcessors.__init__": "logitsprocs",
+    "vllm.v1.sample.logits_processor:LogitBiasLogitsProcessor.apply": "logits",
+    "vllm.v1.sample.logits_processor:MinPLogitsProcessor.apply": "logits",
+    "vllm.v1.sample.logits_processor:MinTokensLogitsProcessor.apply_with_spec_decode": (
+        "logits num_draft_tokens"
+    ),
+    "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": (
+        "metadata draft_probs logits sampling_metadata"
+    ),
+    "vllm.v1.sample.rejection_sampler:RejectionSampler.apply_logits_processors": (
+        "logits sampling_metadata metadata"
+    ),
+    "vllm.v1.sample.metadata:SamplingMetadata": (
+        "logitsprocs temperature spec_token_ids thinking_budget_state_holder"
+    ),
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens",
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state": (
+        "output_token_ids spec_token_ids repeat_indices"
+    ),
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.apply_to_logits": (
+        "logits predict_bonus_token spec_token_ids"
+    ),
+    "vllm.v1.sample.thinking_budget_state:"
+    "ThinkingBudgetStateHolder._update_think_state": "state",
+    "vllm.v1.worker.cpu_worker:CPUWorker.initialize_from_config": "kv_cache_config",
     # figures
     "vllm.v1.engine.core:EngineCore.__init__": "vllm_config",
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": "...",
@@ -166,3 +206,38 @@ def test_the_gpu_runner_still_keeps_a_prompts_flags():
     hybrid = (folder / "model_states/mamba_hybrid.py").read_text()
     assert "prefill_runs_as_decode_np" in hybrid  # else the change can go
     assert "is_prefilling_np" in (folder / "input_batch.py").read_text()
+
+
+def test_the_cpu_runner_still_keeps_generators_where_we_hide_them():
+    text = (Path(vllm.__file__).parent / "v1/worker/gpu_model_runner.py").read_text()
+    assert "self.discard_request_mask.np[:num_reqs]" in text
+    # Else the change can go.
+    assert "gen.set_offset(gen.get_offset() - 4)" in text
+    batch = (Path(vllm.__file__).parent / "v1/worker/gpu_input_batch.py").read_text()
+    assert "self.generators: dict[int, torch.Generator] = {}" in batch
+    assert "generators=self.generators," in batch  # the sampler's are the same
+    kernels = (Path(vllm.__file__).parent / "platforms/cpu.py").read_text()
+    for name in ("_expand_kernel_impl", "_rejection_random_sample_kernel_impl"):
+        assert f"cpu_tl.{name}" in kernels  # taken from the module at each start
+
+
+def test_what_lossless_engines_put_in_place_is_still_used():
+    folder = Path(vllm.__file__).parent
+    batch = (folder / "v1/worker/gpu_input_batch.py").read_text()
+    for name in ("logitsprocs", "thinking_budget_state_holder"):
+        assert f"{name}=self.{name}," in batch  # of the sampler's metadata
+    runner = (folder / "v1/worker/gpu_model_runner.py").read_text()
+    assert "self.rejection_sampler(" in runner
+    assert "self.sampler(" in runner
+    processors = (folder / "v1/sample/logits_processor/__init__.py").read_text()
+    from vllm_sparse.plugin.speculation.v1_parameters import WARNING
+
+    assert f'"{WARNING}"' in processors
+    builtin = (folder / "v1/sample/logits_processor/builtin.py").read_text()
+    for name in ("self.biases", "self.min_p_count", "self.min_p:", "self.min_toks"):
+        assert name in builtin
+    # GPUs: all rows of a step are sampled alike, in the order of V2's list.
+    verifier = (folder / "v1/worker/gpu/spec_decode/rejection_sampler.py").read_text()
+    assert "self.sampler.apply_sampling_params(" in verifier
+    sampler = (folder / "v1/worker/gpu/sample/sampler.py").read_text()
+    assert "self.sampling_states.apply_min_p(logits, expanded_idx_mapping" in sampler

@@ -5,7 +5,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import SparseConfigError
+from ..config import SparseConfig, SparseConfigError
 
 
 def refuse_unsupported(backend: str, arguments: Mapping[str, Any]) -> None:
@@ -18,7 +18,7 @@ def refuse_unsupported(backend: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def check_format(impl, vllm_config) -> None:
+def check_format(impl, config: SparseConfig, vllm_config) -> None:
     """Raise where a layer's quantised cache could not be right."""
     layout = impl.shape.layout
     chosen = f"sparse.kv_format = {impl.fmt.name!r}"
@@ -31,9 +31,9 @@ def check_format(impl, vllm_config) -> None:
         raise NotImplementedError(
             f"{chosen} does not serve models whose layers share a cache: leave it out"
         )
-    # Draft models leave tokens without a slot, which tails do not know.
+    # vLLM's draft models leave tokens without a slot, which tails do not know.
     speculation = getattr(vllm_config.speculative_config, "method", "ngram")
-    if speculation not in ("ngram", "suffix"):
+    if speculation not in ("ngram", "suffix") and not config.lossless:
         raise SparseConfigError(
             f"{chosen} works with the speculative method ngram only, not with "
             f"{speculation!r}: choose ngram, or leave kv_format out"

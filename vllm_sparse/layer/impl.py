@@ -71,7 +71,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             device = torch.device("cuda", torch.cuda.current_device())
         self.ops = ops.bound(options.kernels, device)
         if self.fmt.quantised:
-            check_format(self, vllm_config)
+            check_format(self, options, vllm_config)
         # The longest context that prefills in one step, with the step's tokens.
         self.scratch_tokens = (
             vllm_config.model_config.max_model_len
@@ -186,7 +186,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             )
         dense = list(zip(meta.prefill, saved))
         method = self.method_of(layer)
-        if meta.together is not None and meta.phase in method.dense_phases:
+        if meta.phase in method.dense_phases:
+            method = self._dense
+        if meta.together is not None and method is self._dense:
             dense.append((meta.together, None))
         else:
             first = 0

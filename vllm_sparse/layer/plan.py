@@ -52,3 +52,14 @@ def plan_dense(
         packed = partial(PackedCodes, shape, ops)
         return plan_codes(common, requests, scratch_blocks, packed)
     return [PackedRows.of(common, requests, shape, ops)]
+
+
+def flash_schedule(shape: LayerShape, vllm_config, device: torch.device):
+    """What plans tiles of dense rows for all layers; None: each does for itself."""
+    if device.type != "cuda":
+        return None
+    from .prefill_fa import FlashSchedule, flash_attention_version
+
+    if flash_attention_version(shape.head_size, 0.0) != 3:
+        return None
+    return FlashSchedule(shape, vllm_config, device)

@@ -6,6 +6,7 @@ that were made from quantised ones."""
 from dataclasses import dataclass
 
 import torch
+from vllm.utils.math_utils import round_up
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils
 
@@ -25,6 +26,9 @@ class FlashRows(DenseRows):
         seq_lens: [num_rows] int32, context plus this step's tokens.
         block_table: [num_rows, max_blocks] int32.
         max_query_len, max_seq_len: at least the longest row's.
+        schedule: FlashAttention 3's tiles (:class:`FlashSchedule`); None: each layer
+            makes its own.
+        max_splits: the most parts of a context; 0: as FlashAttention likes.
     """
 
     tokens: slice
@@ -33,6 +37,8 @@ class FlashRows(DenseRows):
     block_table: torch.Tensor
     max_query_len: int
     max_seq_len: int
+    schedule: torch.Tensor | None = None
+    max_splits: int = 0
 
     @classmethod
     def of(cls, common: CommonAttentionMetadata, requests: slice) -> "FlashRows":
@@ -53,8 +59,59 @@ class FlashRows(DenseRows):
         attend_pages(query, key, value, self, self.block_table, shape, out)
 
 
+class FlashSchedule:
+    """FlashAttention 3's tiles of a step's rows, made once for all layers; in FULL CUDA
+    graphs at one address, with a bound on the parts of a context, as their buffers are
+    allocated at capture (vLLM's own builder does the same).
+
+    Args:
+        vllm_config: the engine's.
+    """
+
+    def __init__(self, shape: LayerShape, vllm_config, device: torch.device) -> None:
+        self.shape, self.held, self.graph_tokens = shape, None, 0
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            self.graph_tokens = compilation.max_cudagraph_capture_size or 0
+            rows = max(vllm_config.scheduler_config.max_num_seqs, self.graph_tokens)
+            # A semaphore, and four numbers of every row.
+            size = 1 + 4 * round_up(rows, 4)
+            self.held = torch.zeros(size, dtype=torch.int32, device=device)
+        self.max_splits = (
+            vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        )
+
+    def plan(self, rows: FlashRows) -> None:
+        """Fill in ``rows.schedule`` and ``rows.max_splits``."""
+        graph = rows.tokens.stop <= self.graph_tokens
+        rows.max_splits = self.max_splits if graph else 0
+        made = fa_utils.get_scheduler_metadata(
+            batch_size=len(rows.seq_lens),
+            max_seqlen_q=rows.max_query_len,
+            max_seqlen_k=rows.max_seq_len,
+            num_heads_q=self.shape.num_heads,
+            num_heads_kv=self.shape.num_kv_heads,
+            headdim=self.shape.head_size,
+            cache_seqlens=rows.seq_lens,
+            qkv_dtype=self.shape.dtype,
+            cu_seqlens_q=rows.query_start_loc,
+            page_size=BLOCK_SIZE,
+            causal=True,
+            window_size=(-1, -1),
+            num_splits=rows.max_splits,
+        )
+        if self.held is not None:
+            # What is left of an earlier step could be taken for this one's.
+            self.held[: len(made)] = made
+            self.held[len(made) :] = 0
+            made = self.held[: len(made)]
+        rows.schedule = made
+
+
 class FlashCodes(CodeRows):
     """Rows over quantised blocks, as pages that are made from them."""
+
+    schedule, max_splits = None, 0
 
     def scratch(self, kv_cache: torch.Tensor, shape: LayerShape) -> Rows:
         size = (self.num_slots, shape.num_kv_heads, shape.head_size)
@@ -122,5 +179,7 @@ def attend_pages(
         causal=True,
         block_table=block_table,
         softcap=shape.soft_cap,
+        scheduler_metadata=rows.schedule,
+        num_splits=rows.max_splits,
         fa_version=shape.flash_attention,
     )

@@ -109,10 +109,14 @@ class Method(ABC):
     # Where it is fast enough to serve; the others loop over rows on the host.
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     # Phases whose positions attend to everything, whatever the length.
-    dense_phases: ClassVar[frozenset[Phase]] = frozenset({Phase.PREFILL})
+    dense_phases: frozenset[Phase] = frozenset({Phase.PREFILL})
 
     def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
         self.config, self.shape, self.ops = config, shape, ops
+        if config.lossless:
+            # MagicDec (arXiv 2408.11049): drafts are sparse, what verifies them and
+            # all that is answered is not.
+            self.dense_phases = frozenset(Phase) - {Phase.DRAFT} | self.dense_phases
 
     def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
         """Tokens to keep by context length, 0 to ``longest``: int32; -1: all."""

@@ -10,9 +10,10 @@ def install() -> None:
         RuntimeError: vLLM has moved what a change needs; without it answers could be
             wrong.
     """
-    from . import live, prompts, zeroing
+    from . import cpu_sampler, live, prompts, zeroing
+    from .speculation import parameters
 
-    for change in (live, prompts, zeroing):
+    for change in (live, prompts, zeroing, cpu_sampler, parameters):
         try:
             change.install()
         except (ImportError, AttributeError) as error:

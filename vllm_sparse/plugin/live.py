@@ -70,6 +70,7 @@ def _after_init(cls: type, then: Callable) -> None:
 
 def _report_from(engine_core, vllm_config) -> None:
     from ..stats.reporter import Reporter
+    from .speculation.configure import options
 
     scheduler = engine_core.scheduler
     parallel = vllm_config.parallel_config
@@ -78,6 +79,7 @@ def _report_from(engine_core, vllm_config) -> None:
     if type(executor).__name__ == "RayDistributedExecutor":
         collective_rpc = _waiting(collective_rpc)
     reporter = Reporter(
+        drafting=scheduler if options(vllm_config) is not None else None,
         make_stats=scheduler.make_stats,
         collective_rpc=collective_rpc,
         is_idle=lambda: (
@@ -111,10 +113,14 @@ def _log_in(manager, vllm_config) -> None:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     from ..stats.prometheus import SparseStatLogger
+    from .speculation.configure import options
 
+    lossless = options(vllm_config) is not None
     for other in manager.stat_loggers:
         if isinstance(other, PrometheusStatLogger):
-            ours = SparseStatLogger(vllm_config, manager.engine_indexes, beside=other)
+            ours = SparseStatLogger(
+                vllm_config, manager.engine_indexes, beside=other, lossless=lossless
+            )
             manager.stat_loggers.insert(0, ours)
             return
     logger.warning("No live figures on /metrics: vLLM has no Prometheus logger here.")

@@ -13,8 +13,9 @@ from vllm.platforms import PlatformEnum, cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
-from . import hooks
+from . import cpu_sampler, hooks
 from .registry import chosen_names, is_ours
+from .speculation.configure import add_speculation, choose_classes
 from .versions import init_logger, require_supported
 
 
@@ -56,6 +57,12 @@ class HonourOurBackends:
         return selected_backend.get_path()
 
     @classmethod
+    def apply_config_platform_defaults(cls, vllm_config) -> None:
+        """vLLM's own, and the speculation of a lossless engine."""
+        super().apply_config_platform_defaults(vllm_config)
+        add_speculation(vllm_config)
+
+    @classmethod
     def check_and_update_config(cls, vllm_config) -> None:
         """vLLM's own, after our options: their errors reach the user's process."""
         names = chosen_names(vllm_config)
@@ -66,8 +73,11 @@ class HonourOurBackends:
             )
             _check_dense_layers(config, vllm_config.model_config)
         if names:
+            if cls._enum == PlatformEnum.CPU:
+                cpu_sampler.check(vllm_config.speculative_config)
             hooks.install()
         super().check_and_update_config(vllm_config)
+        choose_classes(vllm_config)
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config) -> None:

@@ -32,12 +32,15 @@ class SparseStats:
     that our backend serves.
     """
 
-    decode_tokens: int = 0  # query positions, once per step and group of layers
+    # Query positions, once per step and group of layers; in lossless engines drafted
+    # and verified ones.
+    decode_tokens: int = 0
     decode_rows: int = 0  # the same, counted in every layer
     sparse_rows: int = 0  # of these, the ones that read less than everything
     kv_bytes_read: int = 0
     # What dense attention reads in the model's dtype, once for all positions of a
-    # request that one step verifies.
+    # request that one step verifies. Of lossless engines what dense decoding reads for
+    # the same tokens: a verification's bytes, once for each token that it gives.
     kv_bytes_dense: int = 0
 
 
@@ -116,12 +119,15 @@ class StepCounter:
         score_bytes: of a sparse row in one KV head.
         dense_below: contexts shorter than this are dense.
         together: dense layers read a request's context once for all its positions.
+        drafts: rows come on top of what dense attention would do, which
+            :meth:`add_accepted` counts.
     """
 
     # Rows of :attr:`counts`, and its columns.
     _SPARSE, _SHORT, _COVERED, _PREFILL = range(4)
     _ROWS, _TOKENS, _BLOCKS, _LAST_TOKENS, _LAST_BLOCKS = range(5)
-    SIZE = 20
+    # Entries of :attr:`counts`, and of :meth:`values`.
+    _COUNTS, SIZE = 20, 22
 
     def __init__(
         self,
@@ -133,8 +139,10 @@ class StepCounter:
         dense_below: int,
         together: bool,
         kept: KeptHistograms,
+        drafts: bool = False,
     ) -> None:
         self.layers, self.dense_below, self.together = layers, dense_below, together
+        self.drafts = drafts
         self.num_kv_heads, self.layout = num_kv_heads, layout
         self.score_bytes = score_bytes
         self.kept, self.kept_before = kept, kept.total()
@@ -142,6 +150,8 @@ class StepCounter:
         # requests' last rows, which see all that the others do, tokens and blocks.
         with torch.inference_mode():
             self.counts = torch.zeros(4, 5, dtype=torch.int64, device=device)
+            # Tokens of contexts, once for each accepted draft.
+            self.accepted = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def add(
@@ -170,14 +180,26 @@ class StepCounter:
             kinds.masked_fill_(prefilling, self._PREFILL)
         self.counts.index_add_(0, kinds, rows)
 
+    @torch.inference_mode()
+    def add_accepted(self, seq_lens: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Count the tokens that a verification gave beyond its first.
+
+        Args:
+            seq_lens: [num_reqs] context, drafts included.
+            accepted: [num_reqs] drafts.
+        """
+        self.accepted += (seq_lens * accepted).sum()
+
     @torch.inference_mode()  # as the engine's steps, which share the tensor
     def reset(self) -> None:
         self.counts.zero_()
+        self.accepted.zero_()
         self.kept_before = self.kept.total()
 
     def values(self) -> torch.Tensor:
-        """[SIZE + 1] int64 on the device: what :meth:`totals` reads."""
-        return torch.cat((self.counts.flatten(), self.kept.sum()[-1:]))
+        """[SIZE] int64 on the device: what :meth:`totals` reads."""
+        parts = self.counts.flatten(), self.accepted, self.kept.sum()[-1:]
+        return torch.cat(parts)
 
     def totals(self, values: list[int]) -> tuple[SparseStats, dict[str, int]]:
         """Totals, and rows by how they are served.
@@ -185,11 +207,12 @@ class StepCounter:
         Args:
             values: :meth:`values` of now or before.
         """
-        kinds = [values[i : i + 5] for i in range(0, self.SIZE, 5)]
+        kinds = [values[i : i + 5] for i in range(0, self._COUNTS, 5)]
+        accepted, kept = values[self._COUNTS :]
         sparse = kinds[self._SPARSE]
         dense = [sum(column) for column in zip(*kinds[1:])]
         rows = [sum(column) for column in zip(*kinds)]
-        kept = values[self.SIZE] - self.kept_before  # of all layers and KV heads
+        kept -= self.kept_before  # of all layers and KV heads
         cost = self.score_bytes
         scores = sparse[self._ROWS] * cost.per_row + sparse[self._TOKENS] * (
             cost.per_token
@@ -207,7 +230,8 @@ class StepCounter:
         tail = sparse[self._TOKENS] - sparse[self._BLOCKS] * BLOCK_SIZE
         sealed = items * sparse[self._BLOCKS]
         listed = self.layout.attended_bytes(kept, kept - items * tail, sealed)
-        whole = rows[self._LAST_TOKENS] * self.layout.row_bytes
+        whole = accepted if self.drafts else rows[self._LAST_TOKENS]
+        whole *= self.layout.row_bytes
         stats = SparseStats(
             decode_tokens=rows[self._ROWS],
             decode_rows=rows[self._ROWS] * num_layers,

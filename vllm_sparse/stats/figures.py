@@ -12,6 +12,9 @@ import torch
 from ..ops.kept import KEPT_BINS, KeptTokens, summary
 from .counters import DENSE_REASONS
 
+# Of a lossless engine's scheduler.
+DRAFT_COUNTS = ("verifications", "drafted_tokens", "accepted_tokens")
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -27,9 +30,17 @@ class Figures:
             ``budget_covers_context``.
         kv_bytes_read: bytes of KV cache that our layers' decode rows read, codes
             included, of all KV heads on all workers.
-        kv_bytes_dense: what they read with dense attention in the model's dtype.
+        kv_bytes_dense: what dense decoding reads for the same tokens in the model's
+            dtype. Of lossless engines: what a dense verification reads, once for each
+            token that it gives, so that :attr:`kv_fraction` is KV bytes read per token
+            over those of dense decoding, drafts and verifications together.
         kept: histogram of the tokens that sparse rows kept per KV head; KEPT_BINS
             entries as in :mod:`vllm_sparse.ops.kept`.
+        verifications: lossless engines: passes of one request that verified drafts.
+        drafted_tokens, accepted_tokens: what they verified, and what of it became the
+            answer; as vLLM counts them, with what lies beyond an answer's end.
+        drafts_now: tokens that a request drafts at a time, at present; None: not a
+            lossless engine.
     """
 
     rows_sparse: int
@@ -37,16 +48,23 @@ class Figures:
     kv_bytes_read: int
     kv_bytes_dense: int
     kept: tuple[int, ...]
+    verifications: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    drafts_now: int | None = None
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, int]) -> "Figures":
-        """From counts by name: rows_*, kv_bytes_* and kept_<bin>; absent ones are 0."""
+        """From counts by name: rows_*, kv_bytes_*, kept_<bin>, and those of drafts;
+        absent ones are 0."""
         return cls(
             rows_sparse=counts.get("rows_sparse", 0),
             rows_dense={name: counts.get(f"rows_{name}", 0) for name in DENSE_REASONS},
             kv_bytes_read=counts.get("kv_bytes_read", 0),
             kv_bytes_dense=counts.get("kv_bytes_dense", 0),
             kept=tuple(counts.get(f"kept_{i}", 0) for i in range(KEPT_BINS)),
+            drafts_now=counts.get("drafts_now"),
+            **{name: counts.get(name, 0) for name in DRAFT_COUNTS},
         )
 
     def __sub__(self, earlier: "Figures") -> "Figures":
@@ -60,6 +78,8 @@ class Figures:
             kv_bytes_read=self.kv_bytes_read - earlier.kv_bytes_read,
             kv_bytes_dense=self.kv_bytes_dense - earlier.kv_bytes_dense,
             kept=tuple(now - then for now, then in zip(self.kept, earlier.kept)),
+            drafts_now=self.drafts_now,
+            **{n: getattr(self, n) - getattr(earlier, n) for n in DRAFT_COUNTS},
         )
 
     @property
@@ -83,6 +103,20 @@ class Figures:
         """Negative where codes cost more than they save."""
         return self.kv_bytes_dense - self.kv_bytes_read
 
+    @property
+    def accepted_length(self) -> float | None:
+        """Tokens that a verification of drafts gives; None before the first."""
+        if not self.verifications:
+            return None
+        return 1 + self.accepted_tokens / self.verifications
+
+    @property
+    def draft_acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None before the first."""
+        if not self.drafted_tokens:
+            return None
+        return self.accepted_tokens / self.drafted_tokens
+
     @cached_property
     def kept_tokens(self) -> KeptTokens:
         """Tokens per sparse row and KV head: number, mean, p50 and p99."""
@@ -103,6 +137,12 @@ class Figures:
             parts.append(
                 f"sparse rows keep {kept.mean:.0f} tokens per KV head in the mean "
                 f"(p50 {kept.p50:.0f}, p99 {kept.p99:.0f})"
+            )
+        if self.accepted_length:
+            parts.append(
+                f"{self.accepted_length:.2f} tokens per verification "
+                f"({self.draft_acceptance or 0:.1%} of {self.drafted_tokens} drafted "
+                f"tokens accepted; {self.drafts_now} drafts at a time now)"
             )
         return f"{', '.join(parts)}; rows served dense: {dense or 'none'}"
 

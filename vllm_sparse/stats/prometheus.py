@@ -28,7 +28,7 @@ BUCKETS = {
 COUNTERS = {
     "rows_sparse": "Decode rows (query positions, in each layer) served sparse.",
     "kv_bytes_read": "Bytes of KV cache that decode rows read, all KV heads.",
-    "kv_bytes_dense": "Bytes that they would have read with dense attention.",
+    "kv_bytes_dense": "Bytes that dense decoding reads for the same tokens.",
     "kv_bytes_saved": "The difference, where it is one.",
     "kept_tokens_sum": "Tokens that sparse rows kept, all KV heads.",
 }
@@ -38,6 +38,17 @@ GAUGES = {
     "kept_tokens_p50": "Tokens kept per sparse row and KV head: median, likewise.",
     "kept_tokens_p99": "The same: 99th percentile.",
 }
+# Of lossless engines alone.
+LOSSLESS_COUNTERS = {
+    "verifications": "Passes of one request that verified drafted tokens.",
+    "drafted_tokens": "Drafted tokens that were verified.",
+    "accepted_tokens": "Of these, the ones that became the answer.",
+}
+LOSSLESS_GAUGES = {
+    "accepted_length": "Tokens per verification of drafts, in the last report.",
+    "draft_acceptance": "Share of drafted tokens that were accepted, likewise.",
+    "drafts_now": "Tokens that a request drafts at a time, at present.",
+}
 # Of an earlier engine of this process.
 _registered: list = []
 
@@ -46,12 +57,17 @@ class SparseStatLogger(AggregateStatLoggerBase):
     """One of vLLM's statistics loggers; errors switch it off, no more."""
 
     def __init__(
-        self, vllm_config, engine_indexes: list[int], beside: PrometheusStatLogger
+        self,
+        vllm_config,
+        engine_indexes: list[int],
+        beside: PrometheusStatLogger,
+        lossless: bool = False,
     ) -> None:
         """
         Args:
             engine_indexes: of the engines whose statistics come here.
             beside: vLLM's logger, whose labels and metric classes are used.
+            lossless: the engines draft, and have the metrics of that.
         """
         while _registered:
             with suppress(KeyError):
@@ -60,7 +76,9 @@ class SparseStatLogger(AggregateStatLoggerBase):
         self._labels = beside.per_engine_labelvalues
         self._beside = beside
         counter = beside._counter_cls
-        self._counters = {n: self._make(counter, n, d) for n, d in COUNTERS.items()}
+        counters = COUNTERS | (LOSSLESS_COUNTERS if lossless else {})
+        gauges = GAUGES | (LOSSLESS_GAUGES if lossless else {})
+        self._counters = {n: self._make(counter, n, d) for n, d in counters.items()}
         self._dense = self._make(
             counter, "rows_dense", "Rows served dense, by reason.", "reason"
         )
@@ -77,7 +95,7 @@ class SparseStatLogger(AggregateStatLoggerBase):
             name: self._make(
                 beside._gauge_cls, name, text, multiprocess_mode="mostrecent"
             )
-            for name, text in GAUGES.items()
+            for name, text in gauges.items()
         }
         for index in engine_indexes:
             self._count(index, Figures.of_counts({}))
@@ -119,6 +137,9 @@ class SparseStatLogger(AggregateStatLoggerBase):
             # Counters do not fall: codes that cost more than they save are left out.
             "kv_bytes_saved": max(0, figures.kv_bytes_saved),
             "kept_tokens_sum": figures.kept[-1],
+            "verifications": figures.verifications,
+            "drafted_tokens": figures.drafted_tokens,
+            "accepted_tokens": figures.accepted_tokens,
         }
         for name, metric in self._counters.items():
             metric.labels(*labels).inc(counts[name])
@@ -132,6 +153,9 @@ class SparseStatLogger(AggregateStatLoggerBase):
         values = {
             "sparse_row_share": figures.sparse_share,
             "kv_read_fraction": figures.kv_fraction,
+            "accepted_length": figures.accepted_length,
+            "draft_acceptance": figures.draft_acceptance,
+            "drafts_now": figures.drafts_now,
         }
         if figures.kept_tokens.rows:
             values["kept_tokens_p50"] = figures.kept_tokens.p50

@@ -74,7 +74,7 @@ class LiveReader:
         on_host: Counter[str] | None = None,
     ) -> dict[str, int]:
         counts = self._on_host() if on_host is None else on_host
-        size = StepCounter.SIZE + 1
+        size = StepCounter.SIZE
         for i, counter in enumerate(counters):
             stats, served = counter.totals(values[i * size : (i + 1) * size])
             counts["kv_bytes_read"] += stats.kv_bytes_read

@@ -38,6 +38,7 @@ class StatsRecorder:
             self.served.update(found[1])
             old.reset()
             self.counters.discard(old)
+            new.counts = old.counts  # graphs of drafts add to it
         self.counters.add(new)
 
     @staticmethod

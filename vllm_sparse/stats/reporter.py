@@ -36,6 +36,7 @@ class Reporter:
         is_asleep: Callable[[], bool],
         log_stats: bool,
         engine_index: int,
+        drafting=None,
     ) -> None:
         """
         Args:
@@ -46,6 +47,8 @@ class Reporter:
                 there would end the CUDA context.
             log_stats: whether the front end gets statistics; if not, there is the log
                 line alone.
+            drafting: the scheduler of a lossless engine, which counts its drafts
+                (``drafted``, ``drafts_now``); resets of the workers leave it alone.
         """
         self._make_stats = make_stats
         self._collective_rpc = collective_rpc
@@ -54,6 +57,8 @@ class Reporter:
         self._log_stats = log_stats
         self._engine_index = engine_index
         self._interval = REPORT_SECONDS if log_stats else LOG_SECONDS
+        self._drafting = drafting
+        self._drafted: Counter[str] = Counter()  # up to the last answer
         self._working = True
         self._answer = None  # a future, while the workers are asked
         self._asked = self._logged = float("-inf")
@@ -82,7 +87,14 @@ class Reporter:
             raise RuntimeError("the engine sleeps: wake it up first")
         self._answer = None  # it would be older than this one
         counts = self._counts(self._collective_rpc(report, args=(True,)))
-        return dict(counts - self._before)
+        drafted = self._drafting.drafted if self._drafting else {}
+        return {**(counts - self._before), **drafted, **self._now()}
+
+    def _now(self) -> dict[str, int]:
+        """What is not a count."""
+        if self._drafting is None:
+            return {}
+        return {"drafts_now": self._drafting.drafts_now}
 
     def make_stats(self, *args, **kwargs):
         """The scheduler's statistics, with what is new since the last ones."""
@@ -92,7 +104,7 @@ class Reporter:
             try:
                 self._look()
                 if self._to_send and stats is not None:
-                    put(stats, self._to_send)
+                    put(stats, {**self._to_send, **self._now()})
                     self._to_send.clear()
             except Exception:
                 self._working = False
@@ -121,11 +133,14 @@ class Reporter:
     def _add(self, replies: list[dict[str, Any]], now: float) -> None:
         counts = self._counts(replies)
         new, self._seen = counts - self._seen, counts
+        if self._drafting is not None:
+            drafted = Counter(self._drafting.drafted)
+            new, self._drafted = new + (drafted - self._drafted), drafted
         self._to_send += new
         self._to_log += new
         if now - self._logged < LOG_SECONDS:
             return
-        figures = Figures.of_counts(self._to_log)
+        figures = Figures.of_counts({**self._to_log, **self._now()})
         if figures.decode_rows:
             logger.info(
                 "Engine %03d: sparse attention: %s", self._engine_index, figures

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from .. import ops
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfig
-from ..layer.plan import one_call, plan_dense
+from ..layer.plan import flash_schedule, one_call, plan_dense
 from ..methods import METHODS, DecodeRows, LayerShape, Phase
 from ..plugin.versions import init_logger
 from ..stats.counters import KeptHistograms, StepCounter
@@ -71,10 +71,23 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         recorder.histograms.add(self.kept)
         self.buffers: Buffers | None = None
         self.counter: StepCounter | None = None
+        # By phase; graphs of drafts read them.
+        self.budget_tables: dict[Phase, torch.Tensor] = {}
         self._captured = False
         self.configure(
             SparseConfig.from_additional_config(
                 vllm_config.additional_config, self.defaults
+            )
+        )
+
+    def draft(self) -> None:
+        """Build a drafter's steps from here on: every request has one new token, which
+        a later step verifies."""
+        self.reorder_batch_threshold, self.phase = 1, Phase.DRAFT
+        self.supports_draft_decode_metadata_update = True
+        self.configure(
+            SparseConfig.from_additional_config(
+                self.vllm_config.additional_config, self.defaults
             )
         )
 
@@ -114,7 +127,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         )
         budgets = self.budgets(config)
         self.max_kept = most_kept(budgets)
-        self.budget_tables = {p: t.to(self.device) for p, t in budgets.items()}
+        with torch.inference_mode():  # as the engine's steps
+            for phase, table in budgets.items():
+                fixed = torch.empty_like(table, device=self.device)
+                self.budget_tables.setdefault(phase, fixed).copy_(table)
         adapts = config.top_p is not None
         held = self.buffers
         if held and (self.max_kept > held.max_kept or adapts != held.adapts):
@@ -125,6 +141,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             and one_call(self.device, self.shape.fmt)
             and (layers.dense > 0 or self.phase in self.method.dense_phases)
         )
+        self.schedule = None
+        if self.verifies_together:
+            self.schedule = flash_schedule(self.shape, self.vllm_config, self.device)
         counter = StepCounter(
             device=self.device,
             layers=layers,
@@ -135,6 +154,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             # Rows of one request follow each other in a CPU's caches.
             together=self.verifies_together or self.device.type == "cpu",
             kept=self.kept,
+            drafts=self.phase is Phase.DRAFT,
         )
         recorder.replace_counter(self.counter, counter)
         self.counter = counter
@@ -149,7 +169,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         longest = self.vllm_config.model_config.max_model_len
         longest += self.reorder_batch_threshold
         method = METHODS[config.selector](config, self.shape, self.ops)
-        return {p: method.budgets(p, longest) for p in (self.phase, Phase.DRAFT)}
+        # Lossless engines have other builders for their drafts.
+        phases = {self.phase} if config.lossless else {self.phase, Phase.DRAFT}
+        return {p: method.budgets(p, longest) for p in phases}
 
     def build(
         self,
@@ -164,6 +186,16 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
     ) -> SparseMetadata:
         return self._build(common_attn_metadata, Phase.DRAFT)
 
+    def update_draft_decode_metadata(self, metadata: SparseMetadata) -> None:
+        """The next draft step, which a CUDA graph records: lengths and slots are in
+        their places already."""
+        first, table = 0, self.budget_tables[Phase.DRAFT]
+        for rows in metadata.decode:
+            torch.index_select(table, 0, rows.seq_lens, out=rows.budgets)
+            slots = metadata.slot_mapping[first : first + rows.num_rows]
+            self.counter.add(rows.seq_lens, rows.budgets, slots)
+            first += rows.num_rows
+
     def _build(self, common: CommonAttentionMetadata, phase: Phase) -> SparseMetadata:
         if common.causal is not True:
             raise NotImplementedError(
@@ -177,6 +209,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_rows and self.verifies_together:
             requests = slice(0, num_decodes)
             (together,) = self._dense(common, requests)
+            if self.schedule is not None:
+                self.schedule.plan(together)
         if num_prefills:
             prefill = self._dense(common, slice(num_decodes, common.num_reqs))
             new = prefill[-1].tokens.stop - num_rows
@@ -237,8 +271,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             if self.buffers is None or not self._captured:
                 self.buffers = held
         buffers = held
-        flags = prefilling(common, self)
-        dense, last = rows_of_prompts(flags, num_decodes, self.device), None
+        dense = last = None
+        if self.phase is not Phase.DRAFT:
+            flags = prefilling(common, self)
+            dense = rows_of_prompts(flags, num_decodes, self.device)
         seq_lens = common.seq_lens[:num_rows]
         # Fixed for an engine: graphs of one batch size must not differ in it.
         if self.reorder_batch_threshold > 1 or num_rows != num_decodes:

@@ -29,7 +29,7 @@ def layer_kinds(builder) -> LayerKinds:
     """Numbers of layers that choose tokens, and of those that do not."""
     names, config = builder.layer_names, builder.config
     choosing, first = len(names), config.dense_layers
-    if config.selector == "dense":
+    if builder.phase in builder.method.dense_phases:
         choosing = 0
     elif first:
         choosing = sum(extract_layer_index(name) >= first for name in names)

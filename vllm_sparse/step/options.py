@@ -4,7 +4,7 @@
 
 from dataclasses import replace
 
-from ..config import SparseConfig, SparseConfigError
+from ..config import DRAFT_OPTIONS, SparseConfig, SparseConfigError
 from .layers import resolved
 
 
@@ -15,7 +15,7 @@ def check_options(builder, config: SparseConfig) -> None:
         SparseConfigError: naming what is fixed.
     """
     new, old = resolved(config, builder), builder.config
-    fixed = ["kernels", "kv_format", "kv_group_size"]
+    fixed = ["kernels", "kv_format", "kv_group_size", "lossless", *DRAFT_OPTIONS]
     shape = builder.shape
     if new.format(shape.head_size, shape.num_queries_per_kv) != shape.fmt:
         fixed.append("mean_value")  # means have their place in quantised blocks

@@ -22,7 +22,7 @@ def prefilling(common: CommonAttentionMetadata, builder) -> torch.Tensor:
         known = common.is_prefilling
     if known is not None:
         return known
-    if builder.config.selector != "dense":
+    if builder.phase not in builder.method.dense_phases:
         logger.warning_once(
             "vLLM does not say which rows are prompts: %d layers, from %s on, are "
             "served densely.",

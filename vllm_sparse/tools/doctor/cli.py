@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
-    from .gain import expected_gain, memory
+    from .gain import expected_gain, lossless_gain, memory
     from .model import inspect_model, parse_config
 
     config = parse_config(args.attention_backend, args.additional_config)
@@ -115,11 +115,15 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     if model.refusal is not None:
         return report
     device = current_platform.device_type
-    gains = [
-        expected_gain(model, config, device, context, batch)
+    cases = [
+        (context, batch)
         for context in args.context or _contexts(model.max_model_len)
         for batch in args.batch
     ]
+    gains = [expected_gain(model, config, device, *case) for case in cases]
+    if config.lossless:
+        lossless = [lossless_gain(model, config, device, *case) for case in cases]
+        report |= {"lossless": [asdict(gain) for gain in lossless], "device": device}
     return report | {
         "memory": asdict(memory(model, config)),
         "other_layers": model.other_layers,
@@ -169,6 +173,8 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     if "memory" in report:
         _print_memory(report["memory"], report["other_layers"])
         _print_gains(report["gains"])
+        if "lossless" in report:
+            _print_lossless(report["lossless"], report["device"])
     if report["refused"] is None and not any(c.status == PROBLEM for c in checks):
         print("\nServe it with:")
         command = ["vllm", "serve", model["name"], *report["arguments"]]
@@ -210,3 +216,30 @@ def _print_gains(gains: list[dict[str, Any]]) -> None:
         )
     if any(gain["tokens_kept_most"] != gain["tokens_kept"] for gain in gains):
         print("  (adaptive budgets: the fewest tokens, hence the best case)")
+
+
+def _print_lossless(gains: list[dict[str, Any]], device: str) -> None:
+    from .gain import ACCEPTANCE, PAYS_FROM
+
+    print(
+        f"\nLossless: {gains[0]['drafts']} drafts, then a dense verification, which "
+        f"gives {gains[0]['tokens']:.2f} tokens\nwhere {ACCEPTANCE:.0%} of drafts are "
+        "accepted; bytes include weights:"
+    )
+    print("  context  batch  draft step  verification  gain by bytes")
+    for gain in gains:
+        steps = [gain["draft_bytes"], gain["verify_bytes"]]
+        draft, verify = (f"{n / 2**20:,.0f} MiB" if n else "unknown" for n in steps)
+        times = f"{gain['gain']:.2f} x" if gain["gain"] else "unknown"
+        print(
+            f"  {gain['context']:7,}  {gain['batch']:5}  {draft:>10}  {verify:>12}  "
+            f"{times:>13}  {gain['verdict']}"
+        )
+    if any(gain["verdict"] == "does not pay" for gain in gains):
+        print(f"  (below {PAYS_FROM} x what bytes leave out takes the gain; the engine")
+        print("  measures, and leaves drafts out where they do not pay: draft_adapt)")
+    if device == "cpu":
+        print(
+            "  (a CPU of few cores computes verifications longer than it reads: there"
+        )
+        print("  bytes promise too much)")

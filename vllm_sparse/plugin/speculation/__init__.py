@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Lossless self-speculation (docs/lossless.md) in vLLM's configuration and runners."""
