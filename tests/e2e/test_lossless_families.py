@@ -30,7 +30,7 @@ def test_families_answer_as_stock_vllm(name):
             poison(llm)
         drafts = Drafts(llm)
         got = passes(llm, name)
-        assert 0 < drafts.accepted < drafts.drafted
+        assert 0 < drafts.accepted <= drafts.drafted
     for case, outputs in got.items():
         assert_same(name, outputs, expected[case])
 
