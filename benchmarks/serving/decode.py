@@ -33,7 +33,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.environment import save
-from benchmarks.serving.engine import CLOCKS, OURS, RANKS, Timed
+from benchmarks.serving.engine import CLOCKS, OURS, RANKS, Timed, engine_settings
 from benchmarks.serving.live import switches
 from benchmarks.serving.processes import exit_on_signals, running
 from benchmarks.serving.texts import LENGTHS, compare, greedy_texts, save_model
@@ -68,16 +68,8 @@ def start(args: argparse.Namespace, name: str, options: dict | None) -> Timed:
         "load_format": "auto" if args.checkpoint else args.load_format,
         "max_model_len": args.max_model_len or longest,
         "max_num_seqs": max(len(LENGTHS), *(ranks * batch for batch, _ in args.cases)),
-        "gpu_memory_utilization": args.gpu_memory_utilization,
         "disable_log_stats": not args.live_figures,
-        "seed": 0,
-    }
-    if args.kv_cache_gib:
-        settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
-    if args.compilation_config:
-        settings["compilation_config"] = args.compilation_config
-    else:
-        settings["enforce_eager"] = True
+    } | engine_settings(args)
     return Timed(name, options, **settings)
 
 

@@ -159,6 +159,21 @@ CLOCKS = {
 }
 
 
+def engine_settings(args) -> dict[str, Any]:
+    """Those of ``vllm.LLM`` that the options of all benchmarks of engines say."""
+    settings: dict[str, Any] = {
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "seed": 0,
+    }
+    if args.kv_cache_gib:
+        settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
+    if args.compilation_config:
+        settings["compilation_config"] = args.compilation_config
+    else:
+        settings["enforce_eager"] = True
+    return settings
+
+
 def greedy(tokens: int, **more: Any) -> Any:
     """Sampling parameters: the best token every time, as often as asked."""
     from vllm import SamplingParams

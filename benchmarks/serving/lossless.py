@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import save
-from benchmarks.serving.engine import Timed
+from benchmarks.serving.engine import Timed, engine_settings
 from benchmarks.serving.processes import exit_on_signals, running
 from scripts.get_model import get_model
 
@@ -36,16 +36,8 @@ def start(args: argparse.Namespace, name: str) -> Timed:
         "load_format": args.load_format,
         "max_model_len": longest + args.tokens + 32,
         "max_num_seqs": max(batch for batch, _ in args.cases),
-        "gpu_memory_utilization": args.gpu_memory_utilization,
         "disable_log_stats": False,
-        "seed": 0,
-    }
-    if args.kv_cache_gib:
-        settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
-    if args.compilation_config:
-        settings["compilation_config"] = args.compilation_config
-    else:
-        settings["enforce_eager"] = True
+    } | engine_settings(args)
     if name not in OURS:
         return Timed(name, **settings)
     options = args.sparse | {"lossless": True, "draft_adapt": OURS[name]}
