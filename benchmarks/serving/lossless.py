@@ -149,7 +149,7 @@ def parse_args() -> argparse.Namespace:
     add("--load-format", default="auto" if on_cpu else "dummy")
     add("--cases", nargs="+", default=["8x8000" if on_cpu else "24x30000"])
     add("--acceptance", type=float, help="of a drafted token, by chance")
-    add("--tokens", type=int, default=192, help="decoded by every request")
+    add("--tokens", type=int, default=96, help="decoded by every request")
     add("--before", type=int, default=8, help="steps ahead of those that are timed")
     add("--repeats", type=int, default=3)
     add("--gpu-memory-utilization", type=float, default=0.92)
