@@ -3,26 +3,24 @@
 """The options under ``--additional-config '{"sparse": {...}}'``, parsed once."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from .cache.formats import FORMATS, KvFormat, resolve_format
-from .selectors import SELECTORS
+from .option_rules import RULES
 
 NAMESPACE = "sparse"
-DRAFT_SAMPLE_METHODS = ("probabilistic", "greedy")
 # Options that only lossless speculation has.
 DRAFT_OPTIONS = (
     "draft_tokens",
     "draft_adapt",
     "draft_above",
     "draft_sample_method",
+    "draft_weights",
 )
-KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
-
 
 # "auto" of dense_below, by device type. On GPUs it depends on the batch: at 4,200
 # tokens one request lost 4 % of a step and sixteen gained 13 % (docs/results.md).
@@ -105,6 +103,9 @@ class SparseConfig:
     # Drafts are sampled as the request asks ("probabilistic"), or always the likeliest
     # token ("greedy", which needs no memory for draft probabilities).
     draft_sample_method: str = "probabilistic"
+    # What draft steps compute with: the "target"'s own weights, or "fp8" copies of its
+    # linear layers' (GPUs, half as much memory again).
+    draft_weights: str = "target"
     # Kernels that serve the ops. "auto": what fits the device (ops/dispatch.py).
     kernels: str = "auto"
 
@@ -160,7 +161,7 @@ class SparseConfig:
         return config
 
     def _validate(self) -> None:
-        for name, (is_valid, allowed, example) in _RULES.items():
+        for name, (is_valid, allowed, example) in RULES.items():
             value = getattr(self, name)
             if not is_valid(value):
                 raise SparseConfigError(
@@ -297,103 +298,3 @@ def _refuse_misplaced(additional_config: Mapping, known: list[str]) -> None:
             f"additional_config has {key!r} beside {NAMESPACE!r}, where nobody reads "
             f"it; options lie under {NAMESPACE!r}: --additional-config '{meant}'"
         )
-
-
-# More than any context has: budgets are tables of 32-bit integers.
-MOST_TOKENS = 2**24
-MOST_LAYERS = 4096
-
-
-def _is_int(value: Any, low: int, most: int = MOST_TOKENS) -> bool:
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= most
-    )
-
-
-def _is_top_k(value: Any) -> bool:
-    return _is_int(value, 1) or (isinstance(value, float) and 0.0 < value <= 1.0)
-
-
-def _is_top_p(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and 0.0 < value < 1.0)
-
-
-_TOKENS = f"from 0 to {MOST_TOKENS}"
-_COUNT_OR_SHARE = (
-    f"an integer from 1 to {MOST_TOKENS} (tokens) or a fraction of the context in (0, "
-    "1]"
-)
-# option -> (check, what is allowed, an example)
-_RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "selector": (
-        lambda v: isinstance(v, str) and v in SELECTORS,
-        f"one of {', '.join(SELECTORS)}",
-        "sparq",
-    ),
-    "rank": (
-        lambda v: v is None or _is_int(v, 1),
-        "an integer from 1 to the head size",
-        "16",
-    ),
-    "top_k": (
-        _is_top_k,
-        _COUNT_OR_SHARE,
-        "0.125",
-    ),
-    "top_p": (_is_top_p, "a share of the attention mass in (0, 1)", "0.95"),
-    "min_tokens": (lambda v: _is_int(v, 0), f"an integer {_TOKENS}", "128"),
-    "max_tokens": (
-        _is_top_k,
-        _COUNT_OR_SHARE,
-        "0.25",
-    ),
-    "local_window": (
-        lambda v: _is_int(v, 1),
-        f"an integer from 1 to {MOST_TOKENS}",
-        "32",
-    ),
-    "sink_tokens": (lambda v: _is_int(v, 0), f"an integer {_TOKENS}", "4"),
-    "dense_layers": (
-        lambda v: _is_int(v, 0, MOST_LAYERS),
-        f"an integer from 0 to {MOST_LAYERS}",
-        "2",
-    ),
-    "dense_below": (
-        lambda v: _is_int(v, 0, 2**31 - 1) or v == "auto",
-        f'an integer from 0 to {2**31 - 1}, or "auto"',
-        "512",
-    ),
-    "mean_value": (
-        lambda v: isinstance(v, bool) or v == "auto",
-        'true, false or "auto"',
-        "auto",
-    ),
-    "kv_format": (
-        lambda v: isinstance(v, str) and v in FORMATS,
-        f"one of {', '.join(FORMATS)}",
-        "int4",
-    ),
-    "kv_group_size": (
-        lambda v: v is None or _is_int(v, 1),
-        "a number of channels, such as 16, 32 or 64",
-        "32",
-    ),
-    "lossless": (lambda v: isinstance(v, bool), "true or false", "true"),
-    "draft_tokens": (lambda v: _is_int(v, 1, 16), "an integer from 1 to 16", "4"),
-    "draft_adapt": (lambda v: isinstance(v, bool), "true or false", "false"),
-    "draft_above": (
-        lambda v: _is_int(v, 0) or v == "auto",
-        f'an integer {_TOKENS}, or "auto"',
-        "8192",
-    ),
-    "draft_sample_method": (
-        lambda v: v in DRAFT_SAMPLE_METHODS,
-        f"one of {', '.join(DRAFT_SAMPLE_METHODS)}",
-        "greedy",
-    ),
-    "kernels": (
-        lambda v: v in KERNEL_NAMES,
-        f"one of {', '.join(KERNEL_NAMES)}",
-        "auto",
-    ),
-}

@@ -9,7 +9,8 @@ A case is batch x context, prompts are random tokens that prefix caching keeps. 
 engine has a process of its own. With ``--acceptance`` drafts are accepted by chance
 (vLLM's ``synthetic`` rejection sampling), as dummy weights say nothing of it: times are
 then those of a model with that acceptance, and answers mean nothing. ``fixed`` is a
-lossless engine that always drafts, ``lossless`` one that adapts.
+lossless engine that always drafts, ``lossless`` one that adapts, ``fp8`` one that also
+drafts with weights of 8 bits.
 """
 
 import argparse
@@ -26,7 +27,11 @@ from benchmarks.serving.processes import exit_on_signals, running
 from scripts.get_model import get_model
 
 HIDDEN = {"output", "part"}
-OURS = {"lossless": True, "fixed": False}  # name -> draft_adapt
+OURS = {  # name -> options
+    "lossless": {},
+    "fixed": {"draft_adapt": False},
+    "fp8": {"draft_weights": "fp8"},
+}
 
 
 def start(args: argparse.Namespace, name: str) -> Timed:
@@ -40,7 +45,7 @@ def start(args: argparse.Namespace, name: str) -> Timed:
     } | engine_settings(args)
     if name not in OURS:
         return Timed(name, **settings)
-    options = args.sparse | {"lossless": True, "draft_adapt": OURS[name]}
+    options = args.sparse | {"lossless": True} | OURS[name]
     if args.acceptance:
         drafts = options.setdefault("draft_tokens", 4)
         rates = [args.acceptance**i for i in range(1, drafts + 1)]

@@ -69,6 +69,23 @@ def test_a_full_budget_accepts_nearly_all_drafts():
     assert counts["accepted_tokens"] > 0.9 * counts["draft_tokens"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_drafts_compute_with_copies_of_the_weights(prompts, dense, compiled):  # noqa: F811
+    """Drafts that keep all tokens differ by the copies alone: a few are wrong."""
+    sparse = LOSSLESS | {"top_k": 1.0, "draft_weights": "fp8"}
+    how = {"compilation_config": {}} if compiled else {}
+    with ours(additional_config={"sparse": sparse}, **STATS | how) as llm:
+        for _ in range(2):
+            before = speculated(llm)
+            got = generate(llm, prompts, greedy(**COLD))
+            assert_same_but_for_ties(got, dense)
+            counts = {k: v - before[k] for k, v in speculated(llm).items()}
+            share = counts["accepted_tokens"] / counts["draft_tokens"]
+            print(f"accepted {share:.3f}")
+            assert 0.7 < share < 0.995
+            llm.collective_rpc("reload_weights")
+
+
 def test_real_weights(prompts, dense):  # noqa: F811
     """Answers of FLASH_ATTN, most drafts accepted; hits, follow-ups, seeds."""
     sparse = LOSSLESS | {"top_k": 0.125}

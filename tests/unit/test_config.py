@@ -9,12 +9,12 @@ from dataclasses import fields, replace
 import pytest
 
 from vllm_sparse.config import (
-    _RULES,
     BACKEND_DEFAULTS,
     DENSE_BELOW,
     SparseConfig,
     SparseConfigError,
 )
+from vllm_sparse.option_rules import RULES
 from vllm_sparse.selectors import SELECTORS
 
 NAN = float("nan")
@@ -39,6 +39,7 @@ ACCEPTED = {
     "draft_adapt": [True, False],
     "draft_above": [0, 8192, "auto"],
     "draft_sample_method": ["probabilistic", "greedy"],
+    "draft_weights": ["target", "fp8"],
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
@@ -74,6 +75,7 @@ REFUSED = {
     "draft_adapt": [0, 1, None, "auto"],
     "draft_above": [2**25, -1, 512.0, "512", None, True],
     "draft_sample_method": ["", "Greedy", None, True],
+    "draft_weights": ["", "int4", None, True],
     "kernels": ["", "Auto", "gpu", None, 1, True, ["cuda"]],
 }
 COUNT_OR_SHARE = (
@@ -98,6 +100,7 @@ ALLOWED = {
     "draft_adapt": "true or false",
     "draft_above": 'an integer from 0 to 16777216, or "auto"',
     "draft_sample_method": "one of probabilistic, greedy",
+    "draft_weights": "one of target, fp8",
     "kernels": "one of auto, cuda, triton, cpu",
 }
 
@@ -136,7 +139,7 @@ def example_in(message: str) -> tuple[str, object]:
 
 def test_every_option_has_a_rule_and_is_tested():
     names = {field.name for field in fields(SparseConfig)}
-    assert names == set(_RULES) == set(ACCEPTED) == set(REFUSED) == set(ALLOWED)
+    assert names == set(RULES) == set(ACCEPTED) == set(REFUSED) == set(ALLOWED)
 
 
 def test_defaults_obey_their_own_rules():

@@ -304,6 +304,11 @@ SERVED = SimpleNamespace(
 )
 
 
+def test_copies_of_weights_are_refused_on_cpus(configured):
+    with pytest.raises(ValueError, match="'fp8' is for GPUs"):
+        configured({"lossless": True, "draft_weights": "fp8"})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -321,9 +326,9 @@ def test_models_that_are_not_served(configured, changes, said):
     served = SimpleNamespace(**vars(config))
     served.use_v2_model_runner = config.use_v2_model_runner
     served.model_config = SERVED
-    assert list(refusals(served)) == []
+    assert list(refusals(served, SparseConfig())) == []
     served.model_config = SimpleNamespace(**vars(SERVED) | changes)
-    (reason,) = refusals(served)
+    (reason,) = refusals(served, SparseConfig())
     assert said in reason and "not served" in reason
 
 

@@ -30,6 +30,7 @@ from vllm.v1.sample.thinking_budget_state import (  # noqa: E402
 )
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 
+from vllm_sparse.config import SparseConfig  # noqa: E402
 from vllm_sparse.plugin import cpu_sampler  # noqa: E402
 from vllm_sparse.plugin.speculation import parameters, refusals  # noqa: E402
 from vllm_sparse.plugin.speculation import v1_parameters as ours  # noqa: E402
@@ -408,10 +409,10 @@ def test_installed_processors_are_refused(monkeypatch):
             use_ubatching=False,
         ),
     )
-    assert list(refusals.refusals(config)) == []
+    assert list(refusals.refusals(config, SparseConfig())) == []
     found = lambda group: EntryPoints([plugin]).select(group=group)
     monkeypatch.setattr(refusals, "entry_points", found)
-    (reason,) = refusals.refusals(config)
+    (reason,) = refusals.refusals(config, SparseConfig())
     assert reason == "uninstall the logits processors shout"
 
 

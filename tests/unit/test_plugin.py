@@ -16,7 +16,8 @@ import torch
 
 from vllm_sparse import plugin
 from vllm_sparse.cache import formats
-from vllm_sparse.config import _RULES, SparseConfig, SparseConfigError
+from vllm_sparse.config import SparseConfig, SparseConfigError
+from vllm_sparse.option_rules import RULES
 from vllm_sparse.plugin import registry
 
 pytest.importorskip("vllm")
@@ -311,7 +312,7 @@ def test_every_example_of_the_errors_works_on_the_command_line():
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    examples = [(name, rule[2]) for name, rule in _RULES.items()]
+    examples = [(name, rule[2]) for name, rule in RULES.items()]
     assert {name for name, _ in examples} == {f.name for f in fields(SparseConfig)}
 
     def parse(*argv):

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 import torch
 
 from ..cache.layout import BLOCK_SIZE, BlockLayout
-from ..config import KERNEL_NAMES
+from ..option_rules import KERNEL_NAMES
 from .library import has_cuda_library, load
 from .options import SparqOptions
 

@@ -52,7 +52,7 @@ def add_speculation(vllm_config) -> None:
         return
     if is_ours(vllm_config.speculative_config):
         return
-    found = list(refusals(vllm_config))
+    found = list(refusals(vllm_config, config))
     if found:
         raise SparseConfigError(
             f"sparse.lossless cannot serve this engine: {'; '.join(found)}. Or leave "

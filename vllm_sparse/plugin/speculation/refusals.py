@@ -5,9 +5,17 @@
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
+from ...config import SparseConfig
 
-def refusals(vllm_config) -> Iterator[str]:
-    """Reasons why an engine so configured cannot speculate."""
+
+def refusals(vllm_config, config: SparseConfig) -> Iterator[str]:
+    """Reasons why an engine so configured cannot speculate.
+
+    Args:
+        config: our options of it.
+    """
+    if config.draft_weights == "fp8":
+        yield from _refusals_of_fp8(vllm_config)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if vllm_config.speculative_config is not None:
         yield "it speculates itself, leave --speculative-config out"
@@ -54,6 +62,24 @@ def refusals(vllm_config) -> Iterator[str]:
             "on GPUs it needs vLLM's V2 model runner, which VLLM_USE_V2_MODEL_RUNNER=0 "
             "or a feature that the log names turns off"
         )
+
+
+def _refusals_of_fp8(vllm_config) -> Iterator[str]:
+    """Where draft_weights.py cannot copy weights, or copies would not be used."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if _on_cpu():
+        yield "draft_weights = 'fp8' is for GPUs, leave it out"
+        return
+    if vllm_config.model_config.dtype.itemsize != 2:
+        yield "draft_weights = 'fp8' needs --dtype bfloat16 or float16"
+    if not current_platform.has_device_capability(89):
+        yield "draft_weights = 'fp8' needs a GPU of compute capability 8.9 or newer"
+    if vllm_config.kernel_config.linear_backend != "auto":
+        yield "draft_weights = 'fp8' has a kernel of its own, remove --linear-backend"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "draft_weights = 'fp8' cannot be had with VLLM_BATCH_INVARIANT"
 
 
 def _on_cpu() -> bool:

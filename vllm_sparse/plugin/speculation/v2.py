@@ -25,6 +25,8 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 from ...step.builder import SparseMetadataBuilder
 from ..versions import init_logger
 from .accepted import count_accepted
+from .configure import options
+from .draft_weights import DraftWeights, drafting
 
 logger = init_logger(__name__)
 
@@ -40,6 +42,7 @@ class SelfSpeculator(DraftModelSpeculator):
             self.max_num_reqs + 1, dtype=torch.int32, device=device
         )
         self.graphs: SpeculatorCudaGraphManager | None = None
+        self.weights: DraftWeights | None = None
 
     @property
     def longest(self) -> int:
@@ -53,6 +56,8 @@ class SelfSpeculator(DraftModelSpeculator):
     def load_model(self, target_model) -> None:
         super().load_model(target_model)
         self.supports_mm_inputs = False  # drafts are text
+        if options(self.vllm_config).draft_weights == "fp8":
+            self.weights = DraftWeights(self.model)
 
     def set_attn(
         self,
@@ -216,27 +221,28 @@ class SelfSpeculator(DraftModelSpeculator):
         mode: CUDAGraphMode,
     ) -> None:
         buffers = self.input_buffers
-        with set_forward_context(
+        forward = set_forward_context(
             metadata,
             self.vllm_config,
             num_tokens=tokens,
             cudagraph_runtime_mode=mode,
             slot_mapping=slots,
             batch_descriptor=BatchDescriptor(num_tokens=tokens),
-        ):
+        )
+        with drafting(), forward:
             hidden = self.model(
                 input_ids=buffers.input_ids[:tokens],
                 positions=buffers.positions[:tokens],
             )
-        drafts = self.sample_draft(
-            hidden[:rows],
-            buffers.positions[:rows],
-            self.idx_mapping[:rows],
-            self.temperature,
-            self.seeds,
-            self.current_draft_step,
-            self.draft_logits,
-        ).view(rows)
+            drafts = self.sample_draft(
+                hidden[:rows],
+                buffers.positions[:rows],
+                self.idx_mapping[:rows],
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            ).view(rows)
         # Only the device knows which step a graph's replay is.
         column = self.current_draft_step.expand(rows, 1)
         self.draft_tokens[:rows].scatter_(1, column, drafts.long()[:, None])

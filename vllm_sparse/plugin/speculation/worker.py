@@ -66,6 +66,20 @@ class LosslessWorker(VllmWorker):
 
             serve_all_parameters(self.model_runner)
 
+    def reload_weights(self, *args, **kwargs) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._copy_weights()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        """Draft with copies of the new weights."""
+        speculator = getattr(self.model_runner, "speculator", None)
+        if speculator is not None and speculator.weights is not None:
+            speculator.weights.refresh()
+
     def _draft_near_the_end(self) -> None:
         """Let our drafter be asked also beside a request that is near the end of its
         context, which drafts nothing then: V1 would hand out made-up drafts to all."""

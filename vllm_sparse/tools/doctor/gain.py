@@ -159,7 +159,8 @@ def lossless_gain(
     weights = dense_step.weight_bytes
     draft = verify = gain = None
     if weights is not None:
-        draft = weights + dense_step.kv_bytes_sparse
+        read = weights // 2 if config.draft_weights == "fp8" else weights
+        draft = read + dense_step.kv_bytes_sparse
         verify = weights + verified.kv_bytes_sparse
         dense = weights + dense_step.kv_bytes_dense
         gain = tokens * dense / (drafts * draft + verify)
