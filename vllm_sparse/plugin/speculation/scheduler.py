@@ -68,7 +68,8 @@ class _Drafting:
         return self.rule.number(*self._load())
 
     def _load(self) -> tuple[int, int]:
-        """Requests, and tokens of their contexts."""
+        """Requests, and tokens of their contexts; none where all ended while a step was
+        under way."""
         return len(self.running), sum(request.num_tokens for request in self.running)
 
     def make_spec_decoding_stats(
@@ -112,7 +113,8 @@ class _Drafting:
             return
         self.last = number, now
         verified = max(map(len, scheduled.values()), default=0)
-        if last is not None and last[0] == number == verified and self.adapts:
+        alike = last is not None and last[0] == number == verified
+        if alike and load[0] and self.adapts:
             self.rule.add_time(number, *load, now - last[1])
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
