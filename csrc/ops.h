@@ -60,6 +60,13 @@ inline void set_query(const Tensor& query,
   set_contexts(block_table, seq_lens, query.size(0), p);
 }
 
+inline void set_sinks(const std::optional<Tensor>& sinks, const float* kept_mass, QueryParams& p) {
+  const int64_t num_heads = int64_t{p.cache.num_kv_heads} * p.group;
+  p.sinks = packed<float>(sinks, "sinks", p.cache, {{num_heads, "num_heads"}});
+  STD_TORCH_CHECK(p.sinks == nullptr || kept_mass == nullptr,
+                  "sinks cannot be had with kept_mass: the mean of V leaves them out");
+}
+
 // Lists of tokens, and what of the attention mass they keep.
 template <class Params>
 inline void set_lists(const std::optional<Tensor>& indices,
@@ -173,12 +180,14 @@ inline void sparq_attend(const Tensor& query,
                          std::optional<Tensor> out,
                          std::optional<Tensor> kept_histogram,
                          std::optional<Tensor> workspace,
-                         int64_t kv_format) {
+                         int64_t kv_format,
+                         std::optional<Tensor> sinks) {
   SelectParams p;
   set_query(query, kv_cache, block_table, seq_lens, kv_format, p);
   p.budgets = packed<int32_t>(budgets, "budgets", p.cache, {{p.num_rows, "rows"}});
   set_sparq_options(sizes, numbers, p.cache.head_size, p);
   set_lists(indices, counts, kept_mass, p);
+  set_sinks(sinks, p.kept_mass, p);
   p.kept_histogram = packed<int64_t>(kept_histogram,
                                      "kept_histogram",
                                      p.cache,
@@ -200,7 +209,8 @@ inline void attend(const Tensor& query,
                    double soft_cap,
                    Tensor& out,
                    std::optional<Tensor> workspace,
-                   int64_t kv_format) {
+                   int64_t kv_format,
+                   std::optional<Tensor> sinks) {
   AttendParams p;
   set_query(query, kv_cache, block_table, seq_lens, kv_format, p);
   p.scale = static_cast<float>(scale);
@@ -208,6 +218,7 @@ inline void attend(const Tensor& query,
   STD_TORCH_CHECK(indices.has_value() == counts.has_value(),
                   "indices and counts must be given together");
   set_lists(indices, counts, kept_mass, p);
+  set_sinks(sinks, p.kept_mass, p);
   set_out(out, p);
   if (p.num_rows > 0) run_attend(p, workspace, kv_cache);
 }
@@ -227,11 +238,11 @@ inline constexpr Op kOps[] = {
     {"sparq_attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
      "Tensor budgets, int[] sizes, float[] numbers, Tensor(a!) indices, Tensor(b!) counts, "
      "Tensor(c!)? kept_mass, Tensor(d!)? out, Tensor(e!)? kept_histogram=None, "
-     "Tensor(f!)? workspace=None, int kv_format=0) -> ()",
+     "Tensor(f!)? workspace=None, int kv_format=0, Tensor? sinks=None) -> ()",
      TORCH_BOX(&sparq_attend)},
     {"attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
      "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
-     "Tensor(a!) out, Tensor(b!)? workspace=None, int kv_format=0) -> ()",
+     "Tensor(a!) out, Tensor(b!)? workspace=None, int kv_format=0, Tensor? sinks=None) -> ()",
      TORCH_BOX(&attend)},
     {"workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
      "int head_size, bool adapts, int device_index) -> int",

@@ -187,6 +187,7 @@ struct QueryParams : Contexts {
   const void* query;     // [num_rows, num_kv_heads * group, head_size]
   int64_t query_stride;  // bytes between rows
   int group;             // query heads of a KV head
+  const float* sinks;    // [num_kv_heads * group] logits that join the softmax, or null
 };
 
 struct SparqOptions {

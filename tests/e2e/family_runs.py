@@ -32,7 +32,7 @@ BFLOAT16 = ("Qwen3-Next", "Qwen3.5", "Qwen3.5-MoE")
 # Stock vLLM 0.32 fails there on CPUs.
 NO_PREFIX_CACHE = ("Granite hybrid", "Falcon-H1", "Nemotron-H", "Whisper")
 # No layer of theirs can be ours, whatever the options.
-REFUSED = ("gpt-oss", "BLOOM", "Mistral, all windows")
+REFUSED = ("BLOOM", "Mistral, all windows")
 # Refused with a quantised cache: chunks, layers that share a cache.
 NO_FORMAT = ("Llama 4", "Gemma 3n")
 

@@ -88,6 +88,41 @@ def test_codes_and_tails(kernels, shape, dtype, name, top_p):
     assert torch.equal(out, got)
 
 
+def random_sinks(num_heads: int) -> torch.Tensor:
+    """Some without weight, some with nearly all of it."""
+    sinks = torch.randn(num_heads, generator=generator(5)) * 4
+    sinks[0], sinks[-1] = -1e4, 30.0
+    return sinks
+
+
+@pytest.mark.parametrize("name", ["auto"] if INTERPRETED else ["auto", *QUANTISED])
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+def test_sinks_join_the_softmax(kernels, shape, dtype, name):
+    """Of whole contexts, of lists, and where both steps are one op."""
+    num_heads, num_kv_heads, head_size = shape
+    fmt = resolve_format(name, None, head_size)
+    kernels.skip_unless_served(dtype, fmt)
+    ctx = filled([*SHORT, 1500], num_kv_heads, head_size, dtype, fmt)
+    query, scale = random_query(ctx, num_heads, dtype), head_size**-0.5
+    given = dict(scale=scale, fmt=fmt, sinks=random_sinks(num_heads))
+    attend_as_reference(kernels, ctx, query, NOTHING, **given)
+    options, budgets = (
+        sparq_options(head_size // 4, scale),
+        [-1, 60, 60, 60, 90, 150, 200],
+    )
+    out = torch.full_like(query, torch.nan)
+    where = (kernels, ctx, query, budgets, options, False)
+    lists = select(*where, out=out, fmt=fmt, sinks=given["sinks"])
+    assert_close(out, attend(reference, ctx, query, lists, **given))
+    attend_as_reference(kernels, ctx, query, lists, **given)
+    # A sink takes weight from every value, and changes no choice.
+    without = dict(given, sinks=None)
+    assert not torch.allclose(out, attend(kernels, ctx, query, lists, **without))
+    if kernels.name != "cuda":  # where blocks of threads share work, ties may differ
+        for key, kept in select(*where, fmt=fmt).items():
+            assert kept is None or torch.equal(kept, lists[key])
+
+
 @pytest.mark.skipif(INTERPRETED, reason="quantised formats have no Triton kernels")
 def test_an_attention_cap_and_long_contexts_of_codes(kernels):
     """More than one split of 256 tokens, lists that begin inside a block."""

@@ -20,7 +20,6 @@ from .test_plugin import SPARQ, SPARQ_PATH, layer  # noqa: E402
     ("changes", "said"),
     [
         pytest.param({"use_mla": True, "head_size": 576}, "attention (MLA)", id="mla"),
-        pytest.param({"has_sink": True}, "models with attention sinks", id="sinks"),
         pytest.param({"use_sparse": True}, "(indexers)", id="indexer"),
         pytest.param({"use_rswa": True}, "(R-SWA)", id="rswa"),
         pytest.param(
@@ -148,15 +147,28 @@ def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypa
         honouring(Gpu).get_attn_backend_cls(SPARQ, layer(**changes))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_sinks_need_a_flash_attention_that_knows_them(version, monkeypatch):
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    asked = layer(has_sink=True)
+    if version == 3:
+        assert honouring(Gpu).get_attn_backend_cls(SPARQ, asked) == SPARQ_PATH
+    else:
+        with pytest.raises(ValueError, match="attention sinks on this GPU"):
+            honouring(Gpu).get_attn_backend_cls(SPARQ, asked)
+    assert SparseCpuPlatform.get_attn_backend_cls(SPARQ, asked) == SPARQ_PATH
+
+
 @pytest.mark.parametrize(
     "unsupported",
     [
         {"alibi_slopes": [0.5, 0.25]},
         {"sliding_window": 128},
-        {"sinks": torch.zeros(2)},
         {"future_argument": 1},
     ],
-    ids=["alibi_slopes", "sliding_window", "sinks", "future_argument"],
+    ids=["alibi_slopes", "sliding_window", "future_argument"],
 )
 def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
     from vllm_sparse.layer.impl import SparseAttentionImpl

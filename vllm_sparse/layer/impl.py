@@ -6,6 +6,7 @@ Nothing depends on values, so that CUDA graphs may hold it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported,
     ) -> None:
         unsupported |= {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window}
@@ -56,6 +58,12 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         options = SparseConfig.from_additional_config(
             vllm_config.additional_config, self.defaults
         )
+        device = torch.device(current_platform.device_type)
+        if device.type == "cuda":  # tensors name their device by number
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.sinks = sinks
+        if sinks is not None:  # filled when weights are loaded
+            sinks = torch.zeros(num_heads, dtype=torch.float32, device=device)
         self.shape = LayerShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -64,11 +72,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             scale=self.scale,
             soft_cap=float(logits_soft_cap or 0.0),
             fmt=options.format(head_size, num_heads // num_kv_heads),
-            flash_attention=_flash_attention(head_size, logits_soft_cap),
+            flash_attention=_flash_attention(head_size, logits_soft_cap, sinks),
+            sinks=sinks,
         )
-        device = torch.device(current_platform.device_type)
-        if device.type == "cuda":  # tensors name their device by number
-            device = torch.device("cuda", torch.cuda.current_device())
         self.ops = ops.bound(options.kernels, device)
         if self.fmt.quantised:
             check_format(self, options, vllm_config)
@@ -90,6 +96,10 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             kernels,
             prefill,
         )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self.sinks is not None:
+            self.shape.sinks.copy_(self.sinks)
 
     @property
     def fmt(self):
@@ -121,6 +131,13 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
                 f"one of {', '.join(serving)} there. Example: "
                 "--additional-config.sparse.selector sparq"
             )
+        if self.shape.sinks is not None:
+            if config.mean_value is True:
+                raise SparseConfigError(
+                    "sparse.mean_value is not served for models with attention sinks: "
+                    "leave it out"
+                )
+            config = replace(config, mean_value=False)
         return config.resolve(self.head_size, self.shape.num_queries_per_kv, device)
 
     def method_of(self, layer: torch.nn.Module) -> Method:
@@ -209,9 +226,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         like.new_empty(2, self.scratch_tokens, self.num_kv_heads, self.head_size)
 
 
-def _flash_attention(head_size: int, soft_cap: float | None) -> int | None:
+def _flash_attention(head_size: int, soft_cap: float | None, sinks) -> int | None:
     if not current_platform.is_cuda():
         return None
     from .prefill_fa import flash_attention_version
 
-    return flash_attention_version(head_size, soft_cap or 0.0)
+    return flash_attention_version(head_size, soft_cap or 0.0, sinks is not None)

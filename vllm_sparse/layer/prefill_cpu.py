@@ -205,5 +205,5 @@ def attend_packed(
         block_table=rows.scratch_table,
         softcap=shape.soft_cap,
         scheduler_metadata=rows.plan,
-        s_aux=None,
+        s_aux=shape.sinks,
     )

@@ -122,7 +122,9 @@ class FlashCodes(CodeRows):
         attend_pages(query, key, value, self, self.scratch_table, shape, out)
 
 
-def flash_attention_version(head_size: int, soft_cap: float) -> int:
+def flash_attention_version(
+    head_size: int, soft_cap: float, has_sinks: bool = False
+) -> int:
     """The FlashAttention that serves a layer of the engine that is being made.
 
     Raises:
@@ -131,7 +133,9 @@ def flash_attention_version(head_size: int, soft_cap: float) -> int:
     version = None
     if fa_utils.is_flash_attn_varlen_func_available():
         version = fa_utils.get_flash_attn_version(
-            head_size=head_size, requires_softcap=soft_cap > 0
+            head_size=head_size,
+            requires_softcap=soft_cap > 0,
+            has_sinks=has_sinks,
         )
     if version is None:
         raise ImportError(
@@ -182,4 +186,5 @@ def attend_pages(
         scheduler_metadata=rows.schedule,
         num_splits=rows.max_splits,
         fa_version=shape.flash_attention,
+        s_aux=None if shape.sinks is None else shape.sinks.to(query.dtype),
     )

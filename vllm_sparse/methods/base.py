@@ -43,6 +43,8 @@ class LayerShape:
     fmt: KvFormat = ROWS
     # The version that serves dense rows on GPUs.
     flash_attention: int | None = None
+    # [num_heads] fp32 logits that join the softmax (attention sinks); the layer's own.
+    sinks: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -168,6 +170,7 @@ class Method(ABC):
             out=out,
             workspace=rows.workspace,
             fmt=self.shape.fmt,
+            sinks=self.shape.sinks,
         )
         histogram = rows.kept_histograms.get(layer_name)
         if histogram is not None:

@@ -37,4 +37,5 @@ class Dense(Method):
             out=out,
             workspace=rows.workspace,
             fmt=self.shape.fmt,
+            sinks=self.shape.sinks,
         )

@@ -63,5 +63,6 @@ class Sparq(Method):
             kept_mass=rows.kept_mass if config.mean_value else None,
             workspace=rows.workspace,
             fmt=shape.fmt,
+            sinks=shape.sinks,
             **outputs,
         )

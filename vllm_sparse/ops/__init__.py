@@ -134,6 +134,7 @@ class Ops:
         kept_histogram: torch.Tensor | None = None,
         workspace: torch.Tensor | None = None,
         fmt: KvFormat = ROWS,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """SparQ's choice of tokens per row and KV head, and :meth:`attend` over it.
 
@@ -149,6 +150,8 @@ class Ops:
             out: [num_rows, num_heads, head_size], written; None: choose only.
             kept_histogram: [num_kv_heads, KEPT_BINS] int64, added to: how many tokens
                 sparse rows keep (:mod:`vllm_sparse.ops.kept`).
+            sinks: as :meth:`attend` takes them; which tokens are chosen does not depend
+                on them.
         """
         self._functions(kv_cache).sparq_attend(
             query,
@@ -165,6 +168,7 @@ class Ops:
             kept_histogram,
             workspace,
             fmt.code,
+            sinks,
         )
 
     def attend(
@@ -182,6 +186,7 @@ class Ops:
         out: torch.Tensor,
         workspace: torch.Tensor | None = None,
         fmt: KvFormat = ROWS,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Exact attention over the listed tokens; without lists, the whole context.
 
@@ -189,6 +194,8 @@ class Ops:
             indices, counts, kept_mass: as :meth:`sparq_attend` writes them, positions
                 ascending; ``kept_mass`` turns the mean-value term on.
             out: [num_rows, num_heads, head_size], written.
+            sinks: [num_heads] fp32 logits that join each head's softmax and have no
+                value (attention sinks, as gpt-oss learns them); not with ``kept_mass``.
         """
         self._functions(kv_cache).attend(
             query,
@@ -203,6 +210,7 @@ class Ops:
             out,
             workspace,
             fmt.code,
+            sinks,
         )
 
     def workspace_bytes(

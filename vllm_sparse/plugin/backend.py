@@ -102,6 +102,10 @@ class SparqBackend(AttentionBackend):
         return attn_type == AttentionType.DECODER
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         # Blocks carry their sidecar, but no connector has been tested with it.
         return False

@@ -44,8 +44,8 @@ def _of_the_model(layer, capability: DeviceCapability | None) -> Iterator[str]:
         yield "models with multi-head latent attention (MLA)"
     if layer.use_sparse:
         yield "models with a sparse attention of their own (indexers)"
-    if layer.has_sink:
-        yield "models with attention sinks"
+    if layer.has_sink and not _serves_sinks(capability):
+        yield "models with attention sinks on this GPU (FlashAttention 3 prefills them)"
     if layer.use_rswa:
         yield "models with reference sliding windows (R-SWA)"
     if layer.use_per_head_quant_scales:
@@ -60,6 +60,14 @@ def _of_the_model(layer, capability: DeviceCapability | None) -> Iterator[str]:
             f"GPUs of compute capability {capability.as_version_str()}, which is below "
             "8.0 (vLLM's FlashAttention, which prefills, needs that)"
         )
+
+
+def _serves_sinks(capability: DeviceCapability | None) -> bool:
+    if capability is None:
+        return True
+    from vllm.v1.attention.backends.fa_utils import flash_attn_supports_sinks
+
+    return flash_attn_supports_sinks()
 
 
 def _of_the_options(layer, capability: DeviceCapability | None) -> Iterator[str]:

@@ -173,6 +173,8 @@ struct Merged {
     sum.w = sum.w * mine + x.w * other;
     top = peak;
   }
+  // A logit that joins the softmax and has no value.
+  __device__ void add_sink(float logit, float4& sum) { add(logit * kLog2e, 1, {}, sum); }
 };
 
 }  // namespace vllm_sparse::cuda

@@ -114,7 +114,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
     if (h >= heads) break;
-    const float y = total[h] > 0 ? sum[h] / total[h] : 0;
+    float all = total[h], mine = sum[h];
+    if (p.sinks != nullptr) {
+      Merged merged = {top[h], all};
+      float4 x = {mine, 0, 0, 0};
+      merged.add_sink(p.sinks[query_head + h], x);
+      all = merged.total;
+      mine = x.x;
+    }
+    const float y = all > 0 ? mine / all : 0;
     store_result<T, true>(p, row, head, query_head + h, threadIdx.x, tokens.length, y);
   }
 }

@@ -74,8 +74,9 @@ __device__ void store_four(const AttendArgs& p,
                            int query_head,
                            int d,
                            int length,
-                           const Merged& merged,
-                           const float4& sum) {
+                           Merged merged,
+                           float4 sum) {
+  if (p.sinks != nullptr) merged.add_sink(p.sinks[query_head], sum);
   const float inverse = 1 / merged.total;
   const float x[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll

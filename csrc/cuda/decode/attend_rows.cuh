@@ -143,8 +143,10 @@ __device__ inline Merged merge_words(
   return m;
 }
 
+// `sinks`: of the KV head's query heads, or null.
 template <class T>
-__device__ inline void store_words(const Merged& m, const float4& sum, T* out) {
+__device__ inline void store_words(Merged m, float4 sum, const float* sinks, unsigned h, T* out) {
+  if (sinks != nullptr) m.add_sink(sinks[h], sum);
   const float inverse = m.total > 0 ? __fdividef(1, m.total) : 0;
   const float x[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -154,12 +156,13 @@ __device__ inline void store_words(const Merged& m, const float4& sum, T* out) {
 // This thread block's words of the result, from all.
 template <class T>
 __device__ void merge_cluster(
-    const DecodeArgs& p, unsigned rank, unsigned C, T* out, const Shared& shared) {
+    const DecodeArgs& p, unsigned rank, unsigned C, const float* sinks, T* out,
+    const Shared& shared) {
   const unsigned i = rank + threadIdx.x * C, h = i / (p.cache.head_size / 4);
   if (h >= p.group) return;
   float4 sum = {};
   const Merged m = merge_words(p, rank, C, h, shared, sum);
-  store_words(m, sum, out + i * 4);
+  store_words(m, sum, sinks, h, out + i * 4);
 }
 
 }  // namespace vllm_sparse::cuda

@@ -108,7 +108,8 @@ __device__ inline bool arrive_last(const DecodeArgs& p, int item, int expected) 
 }
 
 template <class T>
-__device__ void join_parts(const DecodeArgs& p, int64_t item, int parts, T* out) {
+__device__ void join_parts(
+    const DecodeArgs& p, int64_t item, int parts, const float* sinks, T* out) {
   const unsigned words = p.cache.head_size / 4;
   for (unsigned i = threadIdx.x; i < p.group * words; i += kThreads) {
     Merged m;
@@ -119,7 +120,7 @@ __device__ void join_parts(const DecodeArgs& p, int64_t item, int parts, T* out)
           __ldcg(reinterpret_cast<const float2*>(from + p.group * p.cache.head_size) + i / words);
       m.add(ends.x, ends.y, __ldcg(reinterpret_cast<const float4*>(from) + i), sum);
     }
-    store_words(m, sum, out + i * 4);
+    store_words(m, sum, sinks, i / words, out + i * 4);
   }
 }
 

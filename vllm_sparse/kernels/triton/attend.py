@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_heads, check_lists, check_rows, rows_only
+from .checks import check_heads, check_lists, check_rows, check_sinks, rows_only
 from .common import BLOCK_SIZE, cache_args, capped, chunk_of, kernel, row_chunks
 from .merge import merge_kernel
 from .splits import SPLITS, share_of, tokens_of
@@ -126,12 +126,14 @@ def attend(
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
     kv_format: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """See :meth:`vllm_sparse.ops.Ops.attend`; ``workspace`` is not used."""
     rows_only(kv_format)
     lay = check_rows(query, kv_cache, block_table, seq_lens)
     check_lists(query, kv_cache, indices, counts, kept_mass)
     check_heads(out, "out", kv_cache, query.shape)
+    check_sinks(sinks, query, kept_mass)
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     if num_rows == 0 or max_blocks == 0:
@@ -188,10 +190,12 @@ def attend(
             top,
             total,
             lens if kept_mass is None else kept_mass[rows],
+            lens if sinks is None else sinks,
             out[rows],
             table.stride(0),
             out.stride(0),
             **shared,
             MEAN=lay.prefix_mean_offset // 2,
             WITH_MASS=kept_mass is not None,
+            WITH_SINKS=sinks is not None,
         )

@@ -127,3 +127,16 @@ def check_lists(
         if t is not None:
             check(t, name, kv_cache, dtype, shape)
             expect(t.is_contiguous(), f"{name} must be contiguous")
+
+
+def check_sinks(
+    sinks: torch.Tensor | None, query: torch.Tensor, kept_mass: torch.Tensor | None
+) -> None:
+    """[num_heads] fp32 logits."""
+    if sinks is None:
+        return
+    check(sinks, "sinks", query, torch.float32, (query.shape[1],))
+    expect(
+        kept_mass is None,
+        "sinks cannot be had with kept_mass: the mean of V leaves them out",
+    )

@@ -59,6 +59,7 @@ def merge_kernel(
     top_ptr,  # [items, group, SPLITS] fp32
     sum_ptr,  # [items, group, SPLITS] fp32
     kept_mass_ptr,  # [items, group] fp32
+    sinks_ptr,  # [num_kv_heads * group] fp32
     out_ptr,  # [num_rows, num_kv_heads * group, HEAD_SIZE], written
     block_table_stride,
     out_stride,
@@ -76,6 +77,7 @@ def merge_kernel(
     LISTED: tl.constexpr,
     MEAN: tl.constexpr,
     WITH_MASS: tl.constexpr,
+    WITH_SINKS: tl.constexpr,
 ):
     """One program per item and query head. A row without tokens is 0."""
     item, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -89,12 +91,17 @@ def merge_kernel(
     tops = tl.load(top_ptr + at, mask=used, other=float("-inf"))
     sums = tl.load(sum_ptr + at, mask=used, other=0.0)
     top = tl.where(count > 0, tl.max(tops, 0), 0.0)
+    if WITH_SINKS:
+        sink = tl.load(sinks_ptr + head * group + g)
+        top = tl.maximum(top, sink)
     factor = tl.exp(tops - top)
     d = tl.arange(0, WIDTH)
     valid = d < HEAD_SIZE
     parts = partial_ptr + at[:, None] * HEAD_SIZE + d[None, :]
     acc = tl.load(parts, mask=used[:, None] & valid[None, :], other=0.0)
     total = tl.sum(sums * factor, 0)
+    if WITH_SINKS:
+        total += tl.exp(sink - top)
     y = tl.sum(acc * factor[:, None], 0) / tl.where(count > 0, total, 1.0)
     if WITH_MASS:
         mean = mean_value(

@@ -12,7 +12,7 @@ import triton
 from ...cache.layout import BlockLayout
 from ...ops.kept import add_counts
 from .attend import attend
-from .checks import check, check_lists, check_rows, expect, rows_only
+from .checks import check, check_lists, check_rows, check_sinks, expect, rows_only
 from .common import BLOCK_SIZE, cache_args, row_chunks, sidecar_args
 from .pool import normaliser_kernel, pool_kernel
 from .prepare import prepare_kernel
@@ -37,6 +37,7 @@ def sparq_attend(
     kept_histogram: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     kv_format: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """See :meth:`vllm_sparse.ops.Ops.sparq_attend`; ``workspace`` is not used."""
     rows_only(kv_format)
@@ -45,6 +46,7 @@ def sparq_attend(
     check(budgets, "budgets", kv_cache, torch.int32, (num_rows,))
     lists = (indices, counts, kept_mass)
     check_lists(query, kv_cache, *lists)
+    check_sinks(sinks, query, kept_mass)
     rank, local_window, sink_tokens, min_tokens = sizes
     scale, soft_cap, top_p = numbers
     expect(
@@ -59,7 +61,7 @@ def sparq_attend(
     context = (query, kv_cache, block_table, seq_lens)
     _select(*context, budgets, sizes, numbers, *lists, lay)
     if out is not None:
-        attend(*context, *lists, scale, soft_cap, out)
+        attend(*context, *lists, scale, soft_cap, out, sinks=sinks)
     if kept_histogram is not None:
         add_counts(counts, kept_histogram)
 

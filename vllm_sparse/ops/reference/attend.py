@@ -24,12 +24,14 @@ def attend(
     out,
     workspace=None,
     fmt=ROWS,
+    sinks=None,
 ) -> None:
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
     ``counts`` of -1, or no lists at all, mean the whole context. With ``kept_mass``
     (alpha), the result is ``alpha * y + (1 - alpha) * mean(V)``, the mean taken over
     the whole context from the last sealed block's prefix mean and the tail's rows.
+    ``sinks`` are a logit of every query head that joins the softmax and has no value.
     """
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads
@@ -44,7 +46,9 @@ def attend(
             logits = query[row, heads].float() @ k[kept].T * scale
             if soft_cap > 0:
                 logits = soft_cap * (logits / soft_cap).tanh()
-            y = logits.softmax(-1) @ v[kept]
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[heads, None].float()], 1)
+            y = logits.softmax(-1)[:, : len(kept)] @ v[kept]
             if kept_mass is not None:
                 sealed = fmt.sealed_blocks(length)
                 total = v[sealed * BLOCK_SIZE :].sum(0)

@@ -90,6 +90,7 @@ def sparq_attend(
     kept_histogram=None,
     workspace=None,
     fmt=ROWS,
+    sinks=None,
 ) -> None:
     """Choose the tokens of each row and KV head, then attend to them.
 
@@ -137,6 +138,7 @@ def sparq_attend(
             soft_cap=options.soft_cap,
             out=out,
             fmt=fmt,
+            sinks=sinks,
         )
     if kept_histogram is not None:
         add_counts(counts, kept_histogram)
