@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVQuantMode  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 
 from vllm_sparse import plugin  # noqa: E402
+from vllm_sparse.layer.impl import SparseAttentionImpl  # noqa: E402
 from vllm_sparse.plugin import (
     backend,  # noqa: E402
     zeroing,  # noqa: E402
@@ -41,8 +42,9 @@ from .family_runs import (  # noqa: E402
 
 pytestmark = pytest.mark.engine
 SERVED = [name for name in FAMILIES if name not in REFUSED]
-# A block of several kernel blocks beside states; windows; chunks; cross-attention.
-ALWAYS = ("Falcon-H1", "Gemma 3, 8 KV heads", "Llama 4", "Whisper")
+# A block of several kernel blocks beside states; windows; chunks; cross-attention;
+# sinks.
+ALWAYS = ("Falcon-H1", "Gemma 3, 8 KV heads", "Llama 4", "Whisper", "gpt-oss")
 QUANTISED = {"kv_format": "k8v4", "top_k": 0.25, "dense_below": 64}
 
 
@@ -103,6 +105,17 @@ def test_blocks_without_a_mode_of_ours_are_not_cleared(monkeypatch):
     with family(name, FULL) as llm:
         assert not needs_clearing(llm)
         poison(llm)
+        assert alone(llm, name) != expected
+
+
+def test_sinks_that_nobody_loaded_fail_here(monkeypatch):
+    """The control: the family's sinks change its answers."""
+    name = "gpt-oss"
+    with family(name, FULL) as llm:
+        expected = alone(llm, name)
+    idle = SparseAttentionImpl.__mro__[1].process_weights_after_loading
+    monkeypatch.setattr(SparseAttentionImpl, "process_weights_after_loading", idle)
+    with family(name, FULL) as llm:
         assert alone(llm, name) != expected
 
 

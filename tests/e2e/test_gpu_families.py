@@ -28,7 +28,8 @@ GRAPHS = dict(
 )
 DENSE = {"selector": "dense"}
 SPARSE = {"top_k": 0.25, "dense_below": 64}
-# Windows (with a soft cap, with 8 heads), chunks, states beside attention, cross.
+# Windows (with a soft cap, with 8 heads), chunks, states beside attention, cross, and
+# sinks.
 NAMES = [
     "Qwen3",
     "Gemma 2",
@@ -37,6 +38,7 @@ NAMES = [
     "Llama 4",
     "Falcon-H1",
     "Whisper",
+    "gpt-oss",
 ]
 # Random weights have many near ties: any text may part, but only there.
 GAP = 0.3

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Many long answers of a real model, all of a lossless engine's tokens dense ones."""
+"""Two hundred answers of 512 tokens: a lossless engine's are a dense engine's."""
 
 import random
 
@@ -9,33 +9,35 @@ import pytest
 pytest.importorskip("vllm")
 
 from .engines import COLD, generate, greedy, running, tokens  # noqa: E402
-from .lossless import DENSE_ENGINE, LOSSLESS, Drafts, lossless, text  # noqa: E402
+from .lossless import DENSE_ENGINE, LOSSLESS, Drafts, lossless  # noqa: E402
+from .tiny import random_prompts, save_llama  # noqa: E402
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
-REQUESTS, ANSWER, LONGEST = 200, 512, 1024
-SETTINGS = dict(
-    max_num_seqs=64, max_model_len=LONGEST + ANSWER, max_num_batched_tokens=2048
-)
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+REQUESTS, ANSWER, LONGEST = 200, 512, 1400
 # Between a pass over one token and a pass over five, in fp32.
 TIE = 2e-4
 
 
-def prompts() -> list[list[int]]:
+def test_every_token_of_two_hundred_answers(tmp_path):
+    settings = dict(
+        model=str(save_llama(tmp_path)),
+        skip_tokenizer_init=True,
+        max_num_seqs=48,
+        max_model_len=LONGEST + ANSWER,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=2**30,
+    )
     rng = random.Random(0)
-    lengths = [rng.randint(1, LONGEST) for _ in range(REQUESTS)]
-    last = len(text(12_000)) - LONGEST
-    return [text(n, rng.randrange(last)) for n in lengths]
-
-
-def test_every_token_of_two_hundred_answers():
-    asked, params = prompts(), greedy(ANSWER, logprobs=2, **COLD)
-    with running(**DENSE_ENGINE | SETTINGS) as llm:
-        dense = generate(llm, asked, params)
-    with lossless(LOSSLESS, **SETTINGS) as llm:
+    prompts = random_prompts(*(rng.randint(1, LONGEST) for _ in range(REQUESTS)))
+    params = dict(detokenize=False, **COLD)
+    with running(**DENSE_ENGINE | settings) as llm:
+        dense = generate(llm, prompts, greedy(ANSWER, logprobs=2, **params))
+    options = LOSSLESS | {"dense_below": 0, "top_k": 0.3}
+    with lossless(options, **settings) as llm:
         drafts = Drafts(llm)
-        got = generate(llm, asked, greedy(ANSWER, **COLD))
+        got = generate(llm, prompts, greedy(ANSWER, **params))
         print(f"{drafts.drafted} tokens drafted, {drafts.rate:.3f} accepted")
-        assert 0.5 < drafts.rate < 1
+        assert 0 < drafts.rate < 0.9
     margins = {}
     for i, (ours, theirs) in enumerate(zip(tokens(got), tokens(dense), strict=True)):
         assert len(ours) == len(theirs) == ANSWER
