@@ -82,6 +82,25 @@ def test_quantised_blocks_are_the_same_in_company(name):
         assert_same(name, outputs, got["alone"])
 
 
+SPARSE = {
+    "sparq": {"top_k": 0.25, "dense_below": 64},
+    "twilight": {"top_p": 0.8, "min_tokens": 32, "dense_below": 64},
+}
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+@pytest.mark.parametrize("name", some_always(SERVED, ("gpt-oss",)))
+def test_sparse_answers_are_the_same_in_company(name, backend):
+    with family(name, SPARSE[backend], attention_backend=backend) as llm:
+        poison(llm)
+        got = passes(llm, name)
+        assert sparse_share(llm) > 0.1
+    if name == "LFM2":  # stock vLLM's answers depend on company there, too
+        return
+    for outputs in got.values():
+        assert_same(name, outputs, got["alone"])
+
+
 def test_vllms_own_clearing_fails_here(monkeypatch):
     """The control: were it right, our replacement could go."""
     name = "Nemotron-H"

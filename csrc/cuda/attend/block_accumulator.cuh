@@ -169,7 +169,7 @@ struct BlockAccumulator {
     float all = total;
 #pragma unroll
     for (int i = 4; i < 32; i *= 2) all += __shfl_xor_sync(kFullMask, all, i);
-    if (lane < 4) ends[lane] = {top, all};
+    if (lane < 4) ends[lane] = {top - kWeightShift, all};
     float least[S::kValueGroups];
 #pragma unroll
     for (int g = 0; g < S::kValueGroups; ++g) {

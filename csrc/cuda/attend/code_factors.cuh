@@ -9,7 +9,8 @@
 namespace vllm_sparse::cuda {
 
 constexpr int kAttendShift = 4;  // queries are 2^kAttendShift too large: few products are denormal
-constexpr float kWeightShift = 4;  // probabilities are 2^4 too large, as are their sums
+// Probabilities are 2^kWeightShift too large, as are their sums, until they are stored.
+constexpr float kWeightShift = 4;
 
 __device__ inline uint32_t load_word(uint32_t from) {
   uint32_t x;

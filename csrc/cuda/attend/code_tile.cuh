@@ -314,7 +314,7 @@ struct CodeAccumulator {
       float total = l[h];
 #pragma unroll
       for (int i = 4; i < 32; i *= 2) total += __shfl_xor_sync(kFullMask, total, i);
-      if (lane < 4) ends[head] = {m[h], total};
+      if (lane < 4) ends[head] = {m[h] - kWeightShift, total};
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const float minimum = __shfl_sync(kFullMask, least[h], 4 * g + pair);
