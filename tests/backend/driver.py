@@ -21,7 +21,7 @@ from vllm_sparse import plugin
 from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
 from vllm_sparse.ops import SparqOptions, reference
 
-from .plain import causal_attention
+from .plain import causal_attention, softmax_with
 
 plugin.register()
 
@@ -40,6 +40,7 @@ class Shape:
     dtype: torch.dtype = FP32
     soft_cap: float = 0.0
     spec_tokens: int = 0
+    sinks: bool = False
 
 
 GQA = Shape(6, 2, 64)
@@ -95,6 +96,10 @@ class Driver:
         recorder.counters.clear()
         self.shape = shape
         self.random = torch.Generator().manual_seed(0)
+        self.sinks = None
+        if shape.sinks:  # before those of a checkpoint are loaded
+            self.sinks = torch.zeros(shape.heads, dtype=shape.dtype, device=self.device)
+            layer_arguments["sinks"] = self.sinks
         self.impl = SparseAttentionImpl(
             shape.heads,
             shape.size,
@@ -114,6 +119,10 @@ class Driver:
             vllm_config,
             self.device,
         )
+        if shape.sinks:
+            loaded = torch.randn(shape.heads, generator=self.random) * 3
+            self.sinks.copy_(loaded)
+            self.sinks = self.sinks.cpu()
         self.fmt = self.impl.fmt
         layout = BlockLayout(shape.size, shape.dtype.itemsize, self.fmt)
         self.blocks = self.BLOCKS_PER_REQUEST + layout.lookahead_blocks
@@ -258,7 +267,7 @@ class Driver:
         if self.fmt.quantised:
             # Chunks, hits and drafts make no difference: every row is a decode row.
             return self.over_codes(number, query)
-        scaling = (shape.size**-0.5, shape.soft_cap)
+        scaling = (shape.size**-0.5, shape.soft_cap, self.sinks)
         return causal_attention(query, request.key, request.value, *scaling)
 
     def over_codes(self, number: int, query: torch.Tensor) -> torch.Tensor:
@@ -282,7 +291,8 @@ class Driver:
         logits = torch.where(old, q @ old_key.mT, q @ key.mT) * shape.size**-0.5
         if shape.soft_cap:
             logits = shape.soft_cap * torch.tanh(logits / shape.soft_cap)
-        weights = logits.masked_fill(own < position, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(own < position, -torch.inf)
+        weights = softmax_with(self.sinks, logits)
         out = (weights * old) @ old_value + (weights * ~old) @ value
         return out.transpose(0, 1)
 
@@ -295,6 +305,7 @@ class Driver:
         names = ("indices", "counts", "kept_mass")
         options = dict(zip(names, lists), fmt=self.fmt, out=out)
         options |= {"scale": self.shape.size**-0.5, "soft_cap": self.shape.soft_cap}
+        options["sinks"] = self.sinks
         reference.attend(q, cache, blocks, lens, **options)
         return out[0]
 

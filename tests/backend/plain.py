@@ -17,11 +17,19 @@ def plain_attention(query, key, value, rows, block_table, shape, out) -> None:
         assert length <= rows.max_seq_len
         assert tokens.stop - tokens.start <= rows.max_query_len
         out[tokens] = causal_attention(
-            query[tokens], k, v, shape.scale, shape.soft_cap
+            query[tokens], k, v, shape.scale, shape.soft_cap, shape.sinks
         ).to(out.dtype)
 
 
-def causal_attention(query, key, value, scale, soft_cap) -> torch.Tensor:
+def softmax_with(sinks, logits) -> torch.Tensor:
+    """[heads, tokens, context] weights; sinks: [heads] logits without values."""
+    if sinks is None:
+        return logits.softmax(-1)
+    sinks = sinks.float()[:, None, None].expand(*logits.shape[:2], 1)
+    return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+
+def causal_attention(query, key, value, scale, soft_cap, sinks=None) -> torch.Tensor:
     """The last tokens of one context: [tokens, heads, size] fp32."""
     group = query.shape[1] // key.shape[1]
     key, value = (
@@ -32,5 +40,5 @@ def causal_attention(query, key, value, scale, soft_cap) -> torch.Tensor:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     future = torch.ones(logits.shape[1:], dtype=torch.bool)
     future = future.triu(key.shape[1] - len(query) + 1)
-    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+    weights = softmax_with(sinks, logits.masked_fill(future, -torch.inf))
     return (weights @ value).transpose(0, 1)

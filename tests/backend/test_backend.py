@@ -102,6 +102,10 @@ def scenario_cases():
     yield pytest.param(
         Shape(4, 1, 256, BF16), SCENARIOS["mixed"], id="mqa-256-bf16-mixed"
     )
+    # Sinks come with other logits than a model has when it is made.
+    for name, shape in (("gqa", GQA), ("mha", MHA), ("mqa", replace(MQA, dtype=BF16))):
+        shape = replace(shape, sinks=True)
+        yield pytest.param(shape, SCENARIOS["chunked-prefill"], id=f"{name}-sinks")
 
 
 @pytest.mark.parametrize(("shape", "steps"), list(scenario_cases()))

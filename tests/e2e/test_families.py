@@ -33,6 +33,7 @@ from .family_runs import (  # noqa: E402
     alone,
     assert_same,
     family,
+    layers,
     needs_clearing,
     passes,
     poison,
@@ -127,15 +128,19 @@ def test_blocks_without_a_mode_of_ours_are_not_cleared(monkeypatch):
         assert alone(llm, name) != expected
 
 
-def test_sinks_that_nobody_loaded_fail_here(monkeypatch):
-    """The control: the family's sinks change its answers."""
+def test_sinks_are_those_of_the_model_now():
+    """Answers follow weights that change in place."""
     name = "gpt-oss"
     with family(name, FULL) as llm:
         expected = alone(llm, name)
-    idle = SparseAttentionImpl.__mro__[1].process_weights_after_loading
-    monkeypatch.setattr(SparseAttentionImpl, "process_weights_after_loading", idle)
-    with family(name, FULL) as llm:
+        impls = [getattr(layer, "impl", None) for layer in layers(llm)]
+        sinks = [i.sinks for i in impls if isinstance(i, SparseAttentionImpl)]
+        for parameter in sinks:
+            parameter.data.add_(3)
         assert alone(llm, name) != expected
+        for parameter in sinks:
+            parameter.data.sub_(3)
+        assert alone(llm, name) == expected
 
 
 def test_a_spawned_engine_clears_whole_blocks_too():

@@ -68,6 +68,7 @@ def test_a_full_budget_gives_stock_vllms_tokens_but_for_ties(name):
         ("Gemma 3, 8 KV heads", "int4"),
         ("Ministral", "k8v4"),
         ("Falcon-H1", "k8v4"),
+        ("gpt-oss", "auto"),
     ],
 )
 def test_sparse_and_quantised_blocks_beside_others(name, kv_format):

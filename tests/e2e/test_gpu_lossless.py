@@ -13,6 +13,7 @@ import torch  # noqa: E402
 
 from .engines import COLD, assert_same_but_for_ties, generate, running, tokens  # noqa: E402
 from .family_runs import answers, family  # noqa: E402
+from .lossless import runner  # noqa: E402
 from .test_gpu_engine import SETTINGS, dense, greedy, ours, prompts  # noqa: E402, F401
 from .test_gpu_families import GAP, GRAPHS  # noqa: E402
 
@@ -75,15 +76,21 @@ def test_drafts_compute_with_copies_of_the_weights(prompts, dense, compiled):  #
     sparse = LOSSLESS | {"top_k": 1.0, "draft_weights": "fp8"}
     how = {"compilation_config": {}} if compiled else {}
     with ours(additional_config={"sparse": sparse}, **STATS | how) as llm:
-        for _ in range(2):
+
+        def accepted() -> float:
             before = speculated(llm)
-            got = generate(llm, prompts, greedy(**COLD))
-            assert_same_but_for_ties(got, dense)
+            assert_same_but_for_ties(generate(llm, prompts, greedy(**COLD)), dense)
             counts = {k: v - before[k] for k, v in speculated(llm).items()}
-            share = counts["accepted_tokens"] / counts["draft_tokens"]
-            print(f"accepted {share:.3f}")
-            assert 0.7 < share < 0.995
-            llm.collective_rpc("reload_weights")
+            return counts["accepted_tokens"] / counts["draft_tokens"]
+
+        share = accepted()
+        print(f"accepted {share:.3f}")
+        assert 0.7 < share < 0.995
+        for layer in runner(llm).speculator.weights.layers:
+            layer.draft_codes.zero_()
+        assert accepted() < 0.5
+        llm.collective_rpc("reload_weights")
+        assert accepted() == pytest.approx(share, abs=0.05)
 
 
 def test_real_weights(prompts, dense):  # noqa: F811

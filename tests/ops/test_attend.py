@@ -96,20 +96,21 @@ def random_sinks(num_heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["auto"] if INTERPRETED else ["auto", *QUANTISED])
+@pytest.mark.parametrize(("top_p", "soft_cap"), [(1.0, 0.0), (0.9, 0.0), (1.0, 20.0)])
 @pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
-def test_sinks_join_the_softmax(kernels, shape, dtype, name):
+def test_sinks_join_the_softmax(kernels, shape, dtype, top_p, soft_cap, name):
     """Of whole contexts, of lists, and where both steps are one op."""
     num_heads, num_kv_heads, head_size = shape
     fmt = resolve_format(name, None, head_size)
     kernels.skip_unless_served(dtype, fmt)
     ctx = filled([*SHORT, 1500], num_kv_heads, head_size, dtype, fmt)
     query, scale = random_query(ctx, num_heads, dtype), head_size**-0.5
-    given = dict(scale=scale, fmt=fmt, sinks=random_sinks(num_heads))
+    given = dict(scale=scale, soft_cap=soft_cap, fmt=fmt)
+    given["sinks"] = random_sinks(num_heads)
     attend_as_reference(kernels, ctx, query, NOTHING, **given)
-    options, budgets = (
-        sparq_options(head_size // 4, scale),
-        [-1, 60, 60, 60, 90, 150, 200],
-    )
+    budgets = [-1, 60, 60, 60, 90, 150, 200]
+    changes = dict(soft_cap=soft_cap, top_p=top_p, min_tokens=20)
+    options = sparq_options(head_size // 4, scale, **changes)
     out = torch.full_like(query, torch.nan)
     where = (kernels, ctx, query, budgets, options, False)
     lists = select(*where, out=out, fmt=fmt, sinks=given["sinks"])

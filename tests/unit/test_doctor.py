@@ -190,6 +190,10 @@ def test_gain_of_lossless_speculation(folder):
     assert many.gain == many.tokens * many.verify_bytes / cycle
     assert many.verdict == "pays" and many.gain > 2
     assert one.verdict == "does not pay" and one.gain < gain.PAYS_FROM
+    copied = replace(config, draft_weights="fp8")
+    less = gain.lossless_gain(model, copied, "cuda", 32768, 1)
+    assert less.draft_bytes < one.draft_bytes and less.gain > one.gain
+    assert less.verify_bytes == one.verify_bytes
     short = gain.lossless_gain(model, config, "cuda", 8000, 16)
     assert short.verdict == "no drafts below 8,192"
     unknown = replace(model, weight_bytes=None)

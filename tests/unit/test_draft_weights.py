@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Which weights a draft step computes with; vLLM's fp8 kernels need a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -10,7 +12,10 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.model_executor import parameter  # noqa: E402
-from vllm.model_executor.layers.linear import ReplicatedLinear  # noqa: E402
+from vllm.model_executor.layers.linear import (  # noqa: E402
+    ColumnParallelLinear,
+    ReplicatedLinear,
+)
 
 from vllm_sparse.config import SparseConfigError  # noqa: E402
 from vllm_sparse.plugin.speculation import draft_weights  # noqa: E402
@@ -22,8 +27,8 @@ from vllm_sparse.plugin.speculation.draft_weights import (  # noqa: E402
 K, N = 128, 64
 
 
-def linear(rows: int = N, dtype=torch.bfloat16, **options) -> ReplicatedLinear:
-    layer = ReplicatedLinear(
+def linear(rows: int = N, dtype=torch.bfloat16, kind=ColumnParallelLinear, **options):
+    layer = kind(
         K, rows, params_dtype=dtype, disable_tp=True, return_bias=False, **options
     )
     for weights in layer.parameters():
@@ -63,9 +68,10 @@ def plain_kernels(monkeypatch):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("batch", [3, 24, 70])
 def test_only_draft_steps_read_the_copy(batch, bias, compiled):
-    model = nn.Sequential(linear(bias=bias), linear(rows=72))
+    router = linear(kind=ReplicatedLinear)
+    model = nn.Sequential(linear(bias=bias), linear(rows=72), router)
     x = torch.randn(batch, K, dtype=torch.bfloat16)
-    layer, other = model
+    layer, other, _ = model
     other_method = other.quant_method
     weights = DraftWeights(model)
     assert weights.layers == [layer]  # the kernel does not take the other's shape
@@ -89,6 +95,60 @@ def test_new_weights_are_copied_to_the_same_place():
     weights.refresh()
     assert layer.draft_codes.data_ptr() == place
     assert torch.equal(layer.draft_codes, layer.weight)
+
+
+@pytest.mark.parametrize("name", ["reload_weights", "finish_weight_update"])
+def test_the_worker_copies_new_weights(name, monkeypatch):
+    from vllm_sparse.plugin.speculation import worker
+
+    done = []
+    monkeypatch.setattr(
+        worker.VllmWorker, name, lambda self: done.append("loaded"), raising=False
+    )
+    mine = object.__new__(worker.LosslessWorker)
+    weights = SimpleNamespace(refresh=lambda: done.append("copied"))
+    mine.model_runner = SimpleNamespace(speculator=SimpleNamespace(weights=weights))
+    getattr(mine, name)()
+    assert done == ["loaded", "copied"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "--dtype bfloat16"),
+        ({"supported": False}, "8.9 or newer"),
+        ({"offloaded": 4.0}, "--cpu-offload-gb"),
+        ({"linear_backend": "flashinfer"}, "--linear-backend"),
+        ({"invariant": True}, "VLLM_BATCH_INVARIANT"),
+    ],
+    ids=str,
+)
+def test_what_copies_cannot_be_had_with(changes, said, monkeypatch):
+    from vllm import envs
+    from vllm.model_executor.layers.quantization.utils import w8a8_utils
+
+    from vllm_sparse.plugin.speculation import refusals
+
+    is_supported = changes.get("supported", True)
+    monkeypatch.setattr(w8a8_utils, "cutlass_fp8_supported", lambda: is_supported)
+    monkeypatch.setattr(refusals, "_on_cpu", lambda: False)
+    monkeypatch.setattr(
+        envs, "VLLM_BATCH_INVARIANT", changes.get("invariant", False), raising=False
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=changes.get("dtype", torch.bfloat16)),
+        kernel_config=SimpleNamespace(
+            linear_backend=changes.get("linear_backend", "auto")
+        ),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=changes.get("offloaded", 0)),
+            prefetch=SimpleNamespace(offload_group_size=0),
+        ),
+    )
+    found = list(refusals._refusals_of_fp8(config))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 @pytest.mark.usefixtures("plain_kernels")

@@ -147,11 +147,11 @@ def test_what_gpus_cannot_serve_is_refused(changes, capability, reason, monkeypa
         honouring(Gpu).get_attn_backend_cls(SPARQ, layer(**changes))
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_sinks_need_a_flash_attention_that_knows_them(version, monkeypatch):
     from vllm.v1.attention.backends import fa_utils
 
-    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: version)
     asked = layer(has_sink=True)
     if version == 3:
         assert honouring(Gpu).get_attn_backend_cls(SPARQ, asked) == SPARQ_PATH

@@ -18,6 +18,22 @@ def refuse_unsupported(backend: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
+# What FlashAttention 3 takes.
+MOST_HEADS_WITH_SINKS = 64
+
+
+def check_sinks(impl) -> None:
+    """Raise where a layer's attention sinks cannot be served."""
+    if impl.sinks is None or impl.shape.flash_attention is None:
+        return
+    if impl.num_heads > MOST_HEADS_WITH_SINKS:
+        raise NotImplementedError(
+            f"--attention-backend {impl.backend} serves attention sinks of at most "
+            f"{MOST_HEADS_WITH_SINKS} query heads a rank, not {impl.num_heads}: raise "
+            "--tensor-parallel-size, or leave --attention-backend out"
+        )
+
+
 def check_format(impl, config: SparseConfig, vllm_config) -> None:
     """Raise where a layer's quantised cache could not be right."""
     layout = impl.shape.layout

@@ -21,7 +21,7 @@ from ..methods import METHODS, LayerShape, Method
 from ..methods.dense import Dense
 from ..plugin.versions import init_logger
 from ..step.metadata import SparseMetadata
-from .checks import check_format, refuse_unsupported
+from .checks import check_format, check_sinks, refuse_unsupported
 
 logger = init_logger(__name__)
 
@@ -61,8 +61,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         device = torch.device(current_platform.device_type)
         if device.type == "cuda":  # tensors name their device by number
             device = torch.device("cuda", torch.cuda.current_device())
+        # The model's own, of any dtype, and where the ops read them.
         self.sinks = sinks
-        if sinks is not None:  # filled when weights are loaded
+        if sinks is not None:
             sinks = torch.zeros(num_heads, dtype=torch.float32, device=device)
         self.shape = LayerShape(
             num_heads=num_heads,
@@ -72,10 +73,13 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             scale=self.scale,
             soft_cap=float(logits_soft_cap or 0.0),
             fmt=options.format(head_size, num_heads // num_kv_heads),
-            flash_attention=_flash_attention(head_size, logits_soft_cap, sinks),
+            flash_attention=_flash_attention(
+                head_size, logits_soft_cap, sinks is not None
+            ),
             sinks=sinks,
         )
         self.ops = ops.bound(options.kernels, device)
+        check_sinks(self)
         if self.fmt.quantised:
             check_format(self, options, vllm_config)
         # The longest context that prefills in one step, with the step's tokens.
@@ -96,10 +100,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             kernels,
             prefill,
         )
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        if self.sinks is not None:
-            self.shape.sinks.copy_(self.sinks)
 
     @property
     def fmt(self):
@@ -189,6 +189,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             return output.fill_(0)
         if not self.owns_cache:
             key = value = None
+        if self.sinks is not None:
+            # In every step: weights may be changed in place at any time.
+            shape.sinks.copy_(self.sinks)
         saved = [rows.save(kv_cache, shape) for rows in meta.prefill]
         if self.owns_cache:
             self.ops.store(
@@ -226,9 +229,11 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         like.new_empty(2, self.scratch_tokens, self.num_kv_heads, self.head_size)
 
 
-def _flash_attention(head_size: int, soft_cap: float | None, sinks) -> int | None:
+def _flash_attention(
+    head_size: int, soft_cap: float | None, has_sinks: bool
+) -> int | None:
     if not current_platform.is_cuda():
         return None
     from .prefill_fa import flash_attention_version
 
-    return flash_attention_version(head_size, soft_cap or 0.0, sinks is not None)
+    return flash_attention_version(head_size, soft_cap or 0.0, has_sinks)

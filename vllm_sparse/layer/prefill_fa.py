@@ -137,6 +137,11 @@ def flash_attention_version(
             requires_softcap=soft_cap > 0,
             has_sinks=has_sinks,
         )
+    if has_sinks and version != 3:
+        raise NotImplementedError(
+            "attention sinks need FlashAttention 3, which serves Hopper GPUs: leave "
+            "--attention-backend out"
+        )
     if version is None:
         raise ImportError(
             f"vLLM has no FlashAttention for this GPU or head size {head_size}, which "
@@ -186,5 +191,6 @@ def attend_pages(
         scheduler_metadata=rows.schedule,
         num_splits=rows.max_splits,
         fa_version=shape.flash_attention,
-        s_aux=None if shape.sinks is None else shape.sinks.to(query.dtype),
+        # It takes nothing else.
+        s_aux=None if shape.sinks is None else shape.sinks.to(torch.bfloat16),
     )

@@ -44,7 +44,7 @@ def _of_the_model(layer, capability: DeviceCapability | None) -> Iterator[str]:
         yield "models with multi-head latent attention (MLA)"
     if layer.use_sparse:
         yield "models with a sparse attention of their own (indexers)"
-    if layer.has_sink and not _serves_sinks(capability):
+    if layer.has_sink and not _serves_sinks(layer, capability):
         yield "models with attention sinks on this GPU (FlashAttention 3 prefills them)"
     if layer.use_rswa:
         yield "models with reference sliding windows (R-SWA)"
@@ -62,12 +62,13 @@ def _of_the_model(layer, capability: DeviceCapability | None) -> Iterator[str]:
         )
 
 
-def _serves_sinks(capability: DeviceCapability | None) -> bool:
+def _serves_sinks(layer, capability: DeviceCapability | None) -> bool:
     if capability is None:
         return True
-    from vllm.v1.attention.backends.fa_utils import flash_attn_supports_sinks
+    from vllm.v1.attention.backends import fa_utils
 
-    return flash_attn_supports_sinks()
+    version = fa_utils.get_flash_attn_version(head_size=layer.head_size, has_sinks=True)
+    return version == 3
 
 
 def _of_the_options(layer, capability: DeviceCapability | None) -> Iterator[str]:

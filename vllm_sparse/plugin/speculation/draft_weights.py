@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from vllm import _custom_ops as vllm_ops
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    ReplicatedLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
@@ -83,10 +88,13 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
         method = type(getattr(module, "quant_method", None))
         if isinstance(module, LinearBase):
             fits = method is UnquantizedLinearMethod
+            # Routers: small, and rounding would choose other experts.
+            fits = fits and not isinstance(module, ReplicatedLinear)
         else:
             # Embeddings are not multiplied by, unless logits are made with them.
-            fits = method is UnquantizedEmbeddingMethod
-            fits = fits and any(module is head for head in heads)
+            makes_logits = any(module is head for head in heads)
+            makes_logits |= isinstance(module, ParallelLMHead)
+            fits = method is UnquantizedEmbeddingMethod and makes_logits
         if fits and module.weight.dtype.itemsize == 2 and _aligned(module.weight):
             yield module
 
@@ -124,13 +132,13 @@ def _draft_linear(
     return out[:few].view(*x.shape[:-1], len(codes))
 
 
-def _shape_of_it(x, weight, codes, scales, bias) -> torch.Tensor:
+def _fake_linear(x, weight, codes, scales, bias) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
 _library = torch.library.Library("vllm_sparse_drafts", "DEF")
 direct_register_custom_op(
-    "linear", _draft_linear, fake_impl=_shape_of_it, target_lib=_library
+    "linear", _draft_linear, fake_impl=_fake_linear, target_lib=_library
 )
 
 

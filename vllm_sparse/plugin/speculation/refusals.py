@@ -67,15 +67,18 @@ def refusals(vllm_config, config: SparseConfig) -> Iterator[str]:
 def _refusals_of_fp8(vllm_config) -> Iterator[str]:
     """Where draft_weights.py cannot copy weights, or copies would not be used."""
     from vllm import envs
-    from vllm.platforms import current_platform
+    from vllm.model_executor.layers.quantization.utils import w8a8_utils
 
     if _on_cpu():
         yield "draft_weights = 'fp8' is for GPUs, leave it out"
         return
     if vllm_config.model_config.dtype.itemsize != 2:
         yield "draft_weights = 'fp8' needs --dtype bfloat16 or float16"
-    if not current_platform.has_device_capability(89):
+    if not w8a8_utils.cutlass_fp8_supported():
         yield "draft_weights = 'fp8' needs a GPU of compute capability 8.9 or newer"
+    offload = vllm_config.offload_config
+    if offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size:
+        yield "draft_weights = 'fp8' copies weights on the GPU, remove --cpu-offload-gb"
     if vllm_config.kernel_config.linear_backend != "auto":
         yield "draft_weights = 'fp8' has a kernel of its own, remove --linear-backend"
     if envs.VLLM_BATCH_INVARIANT:

@@ -229,11 +229,12 @@ class SelfSpeculator(DraftModelSpeculator):
             slot_mapping=slots,
             batch_descriptor=BatchDescriptor(num_tokens=tokens),
         )
-        with drafting(), forward:
-            hidden = self.model(
-                input_ids=buffers.input_ids[:tokens],
-                positions=buffers.positions[:tokens],
-            )
+        with drafting():  # logits, too, are made with copies
+            with forward:
+                hidden = self.model(
+                    input_ids=buffers.input_ids[:tokens],
+                    positions=buffers.positions[:tokens],
+                )
             drafts = self.sample_draft(
                 hidden[:rows],
                 buffers.positions[:rows],

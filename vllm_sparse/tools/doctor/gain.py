@@ -159,6 +159,7 @@ def lossless_gain(
     weights = dense_step.weight_bytes
     draft = verify = gain = None
     if weights is not None:
+        # Of models without experts and quantised layers, which are not copied.
         read = weights // 2 if config.draft_weights == "fp8" else weights
         draft = read + dense_step.kv_bytes_sparse
         verify = weights + verified.kv_bytes_sparse
