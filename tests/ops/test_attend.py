@@ -116,6 +116,9 @@ def test_sinks_join_the_softmax(kernels, shape, dtype, top_p, soft_cap, name):
     lists = select(*where, out=out, fmt=fmt, sinks=given["sinks"])
     assert_close(out, attend(reference, ctx, query, lists, **given))
     attend_as_reference(kernels, ctx, query, lists, **given)
+    both, twin = torch.empty_like(query), (reference, *where[1:])
+    chosen = select(*twin, out=both, fmt=fmt, sinks=given["sinks"])
+    assert_close(both, attend(reference, ctx, query, chosen, **given))
     # A sink takes weight from every value, and changes no choice.
     without = dict(given, sinks=None)
     assert not torch.allclose(out, attend(kernels, ctx, query, lists, **without))

@@ -14,7 +14,7 @@ ROOT = Path(vllm_sparse.__file__).parent
 ORDER = [
     "selectors plugin.registry plugin.channel",
     "plugin.versions",
-    "config cache",
+    "config option_rules cache",
     "ops kernels",
     "methods",
     "stats",

@@ -100,26 +100,26 @@ def sparq_attend(
     """
     num_kv_heads, sink_tokens = kv_cache.shape[1], options.sink_tokens
     for row, length in enumerate(seq_lens.tolist()):
-        sinks, recent = forced_ranges(length, options.local_window, sink_tokens, fmt)
+        first, recent = forced_ranges(length, options.local_window, sink_tokens, fmt)
         budget = int(budgets[row])
         if budget < 0 or budget >= length or recent <= sink_tokens:
             counts[row] = -1
             if kept_mass is not None:
                 kept_mass[row] = 1.0
             continue
-        forced = sinks + length - recent
+        forced = first + length - recent
         most = max(0, budget - forced)
         grouped = query[row].float().unflatten(0, (num_kv_heads, -1))
         for head, q in enumerate(grouped):
             where = (kv_cache, block_table[row], length, head)
             probs = sparq_probabilities(q, *where, options, fmt)
-            scores = probs.sum(0)[sinks:recent]
+            scores = probs.sum(0)[first:recent]
             wanted = most
             if options.top_p < 1:
                 enough = top_p_count(scores, options.top_p)
                 wanted = min(max(enough, options.min_tokens - forced), most)
-            best = top_k_positions(scores, wanted) + sinks
-            kept = torch.cat([torch.arange(sinks), best, torch.arange(recent, length)])
+            best = top_k_positions(scores, wanted) + first
+            kept = torch.cat([torch.arange(first), best, torch.arange(recent, length)])
             indices[row, head, : len(kept)] = kept.to(indices.dtype)
             counts[row, head] = len(kept)
             if kept_mass is not None:
