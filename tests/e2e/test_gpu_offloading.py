@@ -16,6 +16,7 @@ from .test_gpu_engine import (  # noqa: E402
     greedy,
     ours,
 )
+from .test_gpu_lossless import LOSSLESS  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +27,12 @@ BLOCK, NUM_BLOCKS = 128, 40
 LENGTHS = [1024, 1025, 1536, 1300, 1151, 768, 1026, 1700, 1280, 1100]
 
 
-@pytest.mark.parametrize("fmt", ["auto", "k8v4"])
-def test_twice_the_cache_comes_back_from_host_memory(fmt):
+@pytest.mark.parametrize(
+    "sparse",
+    [SPARSE, SPARSE | {"kv_format": "k8v4"}, LOSSLESS],
+    ids=["auto", "k8v4", "lossless"],
+)
+def test_twice_the_cache_comes_back_from_host_memory(sparse):
     """With FULL graphs: pages bit for bit, texts but for ties, all hits counted."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 4000, (n,), generator=generator) for n in LENGTHS]
@@ -35,7 +40,7 @@ def test_twice_the_cache_comes_back_from_host_memory(fmt):
     blocks = sum(n // BLOCK for n in LENGTHS)
     assert blocks >= 2 * NUM_BLOCKS
     options = dict(
-        additional_config={"sparse": SPARSE | {"kv_format": fmt}},
+        additional_config={"sparse": sparse},
         num_gpu_blocks_override=NUM_BLOCKS,
         max_model_len=2048,
         max_num_batched_tokens=2048,

@@ -103,13 +103,24 @@ def test_twice_the_cache_comes_back_from_host_memory(llama, fmt):
 
 
 def test_lossless_engines_verify_over_reloaded_blocks(llama):
+    """Also over blocks of answers, which drafts had filled before."""
     prompts = random_prompts(*LENGTHS)
     with engine(llama, {"selector": "dense"}) as llm:
         want = tokens(generate(llm, prompts, PARAMS))
-    with engine(llama, LOSSLESS, **OFFLOADING) as llm:
+        longer = [p + answer + p[:200] for p, answer in zip(prompts, want, strict=True)]
+        follow = tokens(generate(llm, longer, PARAMS))
+    extra = {"offload_prompt_only": False}
+    transfer = dict(kv_transfer_config={"kv_connector_extra_config": extra})
+    with engine(llama, LOSSLESS, **OFFLOADING, **transfer) as llm:
         for _ in range(2):
             assert tokens(generate(llm, prompts, PARAMS)) == want
-        assert counts(llm)["external_prefix_cache_hits"] >= NUM_BLOCKS * BLOCK
+        hits = counts(llm)["external_prefix_cache_hits"]
+        assert hits >= NUM_BLOCKS * BLOCK
+        outputs = generate(llm, longer, PARAMS)
+        assert tokens(outputs) == follow
+        # 511 tokens, and one of the answer at least.
+        assert outputs[4].num_cached_tokens == 512
+        assert counts(llm)["external_prefix_cache_hits"] > hits
         assert stats(llm)["sparse_rows"] > 0
 
 
