@@ -23,6 +23,7 @@ from .engines import (  # noqa: E402
     stats,
     tokens,
 )
+from .family_runs import family  # noqa: E402
 from .lossless import LOSSLESS  # noqa: E402
 from .offloading import counts, page_bytes, pages  # noqa: E402
 from .tiny import random_prompts, save_llama  # noqa: E402
@@ -124,7 +125,7 @@ def test_lossless_engines_verify_over_reloaded_blocks(llama):
         assert stats(llm)["sparse_rows"] > 0
 
 
-@pytest.mark.parametrize("fmt", ["auto", "k8v4"])
+@pytest.mark.parametrize("fmt", [pytest.param("auto", marks=pytest.mark.slow), "k8v4"])
 def test_an_engine_takes_prompts_that_another_computed_from_files(llama, fmt, tmp_path):
     """Prefill in one engine, decoding in another, by a folder that both see."""
     prompts = random_prompts(*LENGTHS[:5])
@@ -168,17 +169,36 @@ def test_ranks_offload_their_own_heads(llama, fmt, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["auto", "int8", "int4", "k4v8", "k8v4"])
-@pytest.mark.parametrize("chunk", [2, 3])
-def test_chunks_of_several_blocks_and_preempted_requests(llama, fmt, chunk):
+def test_chunks_of_several_blocks_and_preempted_requests(llama, fmt):
     """Requests that are preempted come back to what was offloaded of them."""
-    prompts = random_prompts(*LENGTHS)
+    prompts, params = random_prompts(*LENGTHS[:8]), greedy(140, detokenize=False)
     options = {"selector": "dense", "kv_format": fmt}
-    small = dict(max_num_seqs=6, num_gpu_blocks_override=20)
     with engine(llama, options, max_num_seqs=1) as llm:
-        want = tokens(generate(llm, prompts, PARAMS))
-    extra = {"blocks_per_chunk": chunk, "offload_prompt_only": False}
+        want = tokens(generate(llm, prompts, params))
+    small = dict(max_num_seqs=4, num_gpu_blocks_override=20)
+    extra = {"blocks_per_chunk": 2, "offload_prompt_only": False}
     transfer = dict(kv_transfer_config={"kv_connector_extra_config": extra})
     with engine(llama, options, **small, **OFFLOADING, **transfer) as llm:
         for _ in range(2):
-            assert tokens(generate(llm, prompts, PARAMS)) == want
-        assert counts(llm)["external_prefix_cache_hits"] >= NUM_BLOCKS * BLOCK
+            assert tokens(generate(llm, prompts, params)) == want
+        assert counts(llm)["external_prefix_cache_hits"] >= 20 * BLOCK
+        found = {m.name: m for m in llm.get_metrics()}
+        assert found["vllm:num_preemptions"].value > 0
+
+
+def test_other_connectors_are_refused_before_anything_is_loaded(llama):
+    other = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with (
+        pytest.raises(ValueError, match="KV connector ExampleConnector is not served"),
+        engine(llama, SPARSE, kv_transfer_config=other),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_caches_of_other_layers_beside_ours_are_refused():
+    with (
+        pytest.raises(ValueError, match="keep their cache in blocks of ours, this one"),
+        family("Gemma 3", SPARSE, **OFFLOADING),
+    ):
+        pass

@@ -157,6 +157,25 @@ def test_offloading_that_is_not_tested_is_refused(asked, said):
         connectors.configure(config(**asked))
 
 
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("TieringOffloadingSpec", "served on CPUs only, remove spec_name"),
+        ("HostOffloadingSpec", "offloading with HostOffloadingSpec is not served"),
+    ],
+)
+def test_gpus_have_vllms_own_copies(spec, said, monkeypatch):
+    monkeypatch.setattr(connectors, "_on_cpu", lambda: False)
+    vllm_config = config(size=1.0)
+    connectors.configure(vllm_config)
+    transfer = vllm_config.kv_transfer_config
+    assert transfer.kv_connector_module_path == connectors.OFFLOADING
+    assert "spec_name" not in transfer.kv_connector_extra_config
+    extra = {"spec_name": spec}
+    with pytest.raises(SparseConfigError, match=said):
+        connectors.configure(config(dict(kv_connector_extra_config=extra), size=1.0))
+
+
 def test_vllms_simple_offloading_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     with pytest.raises(SparseConfigError, match="unset VLLM_USE_SIMPLE_KV_OFFLOAD"):

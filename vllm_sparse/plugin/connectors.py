@@ -113,13 +113,14 @@ def _refusals(vllm_config, name: str) -> Iterator[str]:
 
 def _refusals_of_spec(extra: dict) -> Iterator[str]:
     spec, place = extra.get("spec_name", HOST_MEMORY), "kv_connector_extra_config"
-    if spec in (HOST_MEMORY, *ON_CPUS.values()):
-        return
-    if spec != FILES:
+    known = {HOST_MEMORY: HOST_MEMORY, FILES: FILES}
+    if _on_cpu():  # after the first time, see ``configure``
+        known |= {ours: vllms for vllms, ours in ON_CPUS.items()}
+    if spec not in known:
         yield f"offloading with {spec} is not served, remove spec_name from {place}"
-    elif not _on_cpu():
+    elif known[spec] == FILES and not _on_cpu():
         yield f"{FILES} is served on CPUs only, remove spec_name from {place}"
-    else:
+    elif known[spec] == FILES:
         tiers = {tier.get("type") for tier in extra.get("secondary_tiers", [])}
         for tier in sorted(map(str, tiers - {"fs"})):
             yield (
