@@ -16,7 +16,8 @@ for part in "$@"; do
   case "$part" in
     ops) run tests/ops ;;
     backend) run tests/backend ;;
-    engine) run tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_quantised.py tests/e2e/test_gpu_families.py ;;
+    engine) run tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_quantised.py tests/e2e/test_gpu_families.py \
+      tests/e2e/test_gpu_offloading.py ;;
     sanitize)
       # Small inputs: the tools slow a kernel down by up to a hundred times.
       # PyTorch's cached blocks would hide accesses to freed or neighbouring memory.

@@ -70,9 +70,6 @@ def test_what_the_model_is_comes_alone(changes, said):
             {"use_mm_prefix": True}, "add --language-model-only", id="mm-prefix"
         ),
         pytest.param({"use_non_causal": True}, "use_non_causal", id="non-causal"),
-        pytest.param(
-            {"use_kv_connector": True}, "--kv-transfer-config", id="kv-connector"
-        ),
         pytest.param({"use_dcp": True}, "--decode-context-parallel-size", id="dcp"),
         pytest.param({"use_batch_invariant": True}, "VLLM_BATCH_INVARIANT", id="inv"),
         pytest.param(
@@ -92,9 +89,9 @@ def test_refused_with_the_reason_and_a_way_out(changes, said):
 def test_all_options_to_change_are_given_at_once():
     with pytest.raises(ValueError) as error:
         SparseCpuPlatform.get_attn_backend_cls(
-            SPARQ, layer(block_size=72, dtype=torch.float64, use_kv_connector=True)
+            SPARQ, layer(block_size=72, dtype=torch.float64, use_dcp=True)
         )
-    for said in ("--block-size", "--dtype", "--kv-transfer-config"):
+    for said in ("--block-size", "--dtype", "--decode-context-parallel-size"):
         assert said in str(error.value)
 
 

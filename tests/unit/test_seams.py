@@ -100,6 +100,38 @@ SEAMS = {
     "vllm.v1.kv_cache_interface:FullAttentionSpec": "non_causal",
     "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": "attention_chunk_size",
     "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing": "...",
+    # connectors, offloading
+    "vllm.config:KVTransferConfig": (
+        "kv_connector kv_connector_module_path kv_connector_extra_config"
+    ),
+    "vllm.config.cache:CacheConfig": (
+        "kv_offloading_size kv_offloading_backend enable_prefix_caching"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:"
+    "OffloadingConnector.get_num_new_matched_tokens": "request num_computed_tokens",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector:"
+    "OffloadingConnector.__init__": "vllm_config role kv_cache_config",
+    "vllm.v1.kv_offload.cpu.spec:CPUOffloadingSpec.get_worker": "kv_caches",
+    "vllm.v1.kv_offload.tiering.spec:TieringOffloadingSpec.get_worker": "kv_caches",
+    "vllm.v1.kv_offload.base:OffloadingWorker.submit_store": "job_id src_spec dst_spec",
+    "vllm.v1.kv_offload.base:OffloadingWorker.submit_load": "job_id src_spec dst_spec",
+    "vllm.v1.kv_offload.base:OffloadingWorker.get_finished": "",
+    "vllm.v1.kv_offload.base:OffloadingWorker.wait": "job_ids",
+    "vllm.v1.kv_offload.base:OffloadingWorker.shutdown": "",
+    "vllm.v1.kv_offload.base:TransferResult": (
+        "job_id success transfer_size transfer_time"
+    ),
+    "vllm.v1.kv_offload.base:CanonicalKVCaches": "tensors group_data_refs",
+    "vllm.v1.kv_offload.base:GPULoadStoreSpec.__init__": (
+        "block_ids group_sizes block_indices"
+    ),
+    "vllm.v1.kv_offload.config:OffloadingConfig": "model parallel extra_config",
+    "vllm.v1.kv_offload.config:OffloadingModelConfig": "dtype",
+    "vllm.v1.kv_offload.cpu.shared_offload_region:SharedOffloadRegion.__init__": (
+        "engine_id num_chunks rank kv_bytes_per_chunk cpu_page_size"
+    ),
+    "vllm.v1.kv_offload.cpu.shared_offload_region:"
+    "SharedOffloadRegion.create_next_worker_view": "tensor_page_size",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
         "uniform_type_base_spec"
     ),

@@ -107,8 +107,8 @@ class SparqBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        # Blocks carry their sidecar, but no connector has been tested with it.
-        return False
+        # Blocks carry their sidecar; connectors.py has those that are served.
+        return True
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -13,7 +13,7 @@ from vllm.platforms import PlatformEnum, cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
-from . import cpu_sampler, hooks
+from . import connectors, cpu_sampler, hooks
 from .registry import chosen_names, is_ours
 from .speculation.configure import add_speculation, choose_classes
 from .versions import init_logger, require_supported
@@ -75,6 +75,7 @@ class HonourOurBackends:
         if names:
             if cls._enum == PlatformEnum.CPU:
                 cpu_sampler.check(vllm_config.speculative_config)
+            connectors.configure(vllm_config)
             hooks.install()
         super().check_and_update_config(vllm_config)
         choose_classes(vllm_config)

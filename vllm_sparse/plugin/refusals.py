@@ -95,8 +95,6 @@ def _of_the_options(layer, capability: DeviceCapability | None) -> Iterator[str]
         )
     if layer.use_non_causal:
         yield "attention must be causal, remove use_non_causal from --attention-config"
-    if layer.use_kv_connector:
-        yield "KV connectors are not served, remove --kv-transfer-config"
     if layer.use_pcp or layer.use_dcp:
         option = f"--{'prefill' if layer.use_pcp else 'decode'}-context-parallel-size"
         yield f"context parallelism is not served, remove {option}"
