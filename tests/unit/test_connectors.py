@@ -164,8 +164,11 @@ def test_offloading_that_is_not_tested_is_refused(asked, said):
         ("HostOffloadingSpec", "offloading with HostOffloadingSpec is not served"),
     ],
 )
-def test_gpus_have_vllms_own_copies(spec, said, monkeypatch):
-    monkeypatch.setattr(connectors, "_on_cpu", lambda: False)
+def test_gpus_have_vllms_own_copies_once_they_were_run(spec, said, monkeypatch):
+    monkeypatch.setattr(connectors, "_device_type", lambda: "cuda")
+    with pytest.raises(SparseConfigError, match="was run on CPUs only, remove --kv"):
+        connectors.configure(config(size=1.0))
+    monkeypatch.setattr(connectors, "DEVICES", ("cpu", "cuda"))
     vllm_config = config(size=1.0)
     connectors.configure(vllm_config)
     transfer = vllm_config.kv_transfer_config

@@ -16,6 +16,8 @@ from .registry import chosen_names
 OFFLOADING = "vllm_sparse.plugin.offloading"
 # Connectors that are tested with our blocks -> module with our class of the same name.
 SERVED = {"OffloadingConnector": OFFLOADING}
+# Device types where they were run with our blocks.
+DEVICES = ("cpu",)
 # Where offloaded blocks lie: vLLM's ``spec_name``, and the same on CPUs.
 HOST_MEMORY, FILES = "CPUOffloadingSpec", "TieringOffloadingSpec"
 ON_CPUS = {HOST_MEMORY: "HostOffloadingSpec", FILES: "HostTieringSpec"}
@@ -90,6 +92,8 @@ def _refusals(vllm_config, name: str) -> Iterator[str]:
         )
     if name not in SERVED:
         return
+    if _device_type() not in DEVICES:
+        yield f"{name} was run on CPUs only, remove --kv-offloading-size"
     transfer = vllm_config.kv_transfer_config
     if transfer is not None:
         if transfer.kv_connector_module_path not in (None, SERVED[name]):
@@ -130,6 +134,10 @@ def _refusals_of_spec(extra: dict) -> Iterator[str]:
 
 
 def _on_cpu() -> bool:
+    return _device_type() == "cpu"
+
+
+def _device_type() -> str:
     from vllm.platforms import current_platform
 
-    return current_platform.is_cpu()
+    return current_platform.device_type
