@@ -38,6 +38,7 @@ def test_figures_are_those_of_vllm_and_of_the_tokens_given():
         disable_log_stats=False,
     )
     with running(**settings) as llm:
+        llm.collective_rpc("reset_sparse_stats")  # what engines before it counted
         words = llm.get_tokenizer().encode("The quick brown fox, the lazy dog. " * 120)
         prompts = [{"prompt_token_ids": words[:n]} for n in LENGTHS]
         llm.generate(prompts, greedy(ANSWER), use_tqdm=False)
