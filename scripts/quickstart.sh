@@ -31,9 +31,7 @@ export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
 serve() {
   local port="${PORT:-8000}"
   # Eager: compiling takes minutes on CPU and pays only for a server that stays up.
-  # The module, not `vllm serve`: that asks for the version of a package named vllm, and
-  # the CPU build's is vllm-cpu.
-  python -m vllm.entrypoints.openai.api_server --model "$model" \
+  python -m vllm_sparse serve "$model" \
     --served-model-name smollm2 --attention-backend sparq --dtype bfloat16 \
     --max-model-len 8192 --enforce-eager --distributed-executor-backend uni \
     --port "$port" "$@" &

@@ -152,13 +152,13 @@ class Load:
 
 
 def server_command(engine: str, port: int, args: argparse.Namespace) -> list[str]:
-    options = {"model": args.model, "attention-backend": engine}
+    options = {"attention-backend": engine}
     options |= {"host": "127.0.0.1", "port": port}
     if args.tokenizer:
         options["tokenizer"] = args.tokenizer
     if engine in OURS:
         options["additional-config"] = json.dumps({"sparse": json.loads(args.sparse)})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "vllm_sparse", "serve", args.model]
     return command + arguments(options) + args.server_args
 
 

@@ -11,12 +11,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.config.attention import AttentionConfig  # noqa: E402
-from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import KVQuantMode  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 
-from vllm_sparse import plugin  # noqa: E402
 from vllm_sparse.layer.impl import SparseAttentionImpl  # noqa: E402
 from vllm_sparse.plugin import (
     backend,  # noqa: E402
@@ -183,10 +180,7 @@ def test_the_doctor_sees_what_the_engine_serves(name, tmp_path):
     }
 
 
-plugin.register()
-PER_KIND = AttentionConfig(
-    backend_per_kind={"full_attention": AttentionBackendEnum["SPARQ"]}
-)
+PER_KIND = {"backend_per_kind": {"full_attention": "sparq"}}
 
 
 @pytest.mark.parametrize("attention", [None, PER_KIND], ids=["backend", "per_kind"])

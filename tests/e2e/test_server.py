@@ -33,14 +33,10 @@ START_SECONDS = 400
 
 @contextmanager
 def server(log: Path, *arguments: str):
-    """A running ``vllm serve`` and its URL; its output goes to ``log``.
-
-    The module is what that command runs; the command itself asks for the version of a
-    package named vllm, which the CPU distribution is not.
-    """
+    """A running ``vllm-sparse serve`` and its URL; its output goes to ``log``."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(get_model()), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "vllm_sparse", "serve"]
+    command += [str(get_model()), "--host", "127.0.0.1"]
     command += ["--port", str(port), *arguments]
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

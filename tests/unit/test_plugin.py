@@ -129,6 +129,23 @@ def test_vllm_picked_our_platform():
     assert plugin.activate_cpu_platform() == plugin.PLATFORM
 
 
+def test_llm_reads_our_name_for_a_kind_of_layers_before_plugins_load():
+    """What ``LLM(attention_config={...})`` makes of its argument, first of all."""
+    code = (
+        "from vllm import LLM, plugins\n"
+        "from vllm.config.attention import AttentionConfig\n"
+        "assert not plugins.plugins_loaded\n"
+        "try:\n"
+        "    kinds = {'full_attention': 'sparq'}\n"
+        "    print(AttentionConfig(backend_per_kind=kinds).backend_per_kind)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert f"<AttentionBackendEnum.SPARQ: '{SPARQ_PATH}'>" in python(code)
+    # Where the other entry point may not run no name is made known by this one.
+    assert "Unknown attention backend" in python(code, VLLM_PLUGINS="vllm_sparse_cpu")
+
+
 def test_no_platform_where_vllm_is_no_cpu_build(monkeypatch):
     monkeypatch.setattr("vllm.platforms.cpu_platform_plugin", lambda: None)
     assert plugin.activate_cpu_platform() is None

@@ -196,6 +196,14 @@ SEAMS = {
     "vllm.v1.metrics.loggers:PrometheusStatLogger": "...",
     "vllm.v1.metrics.loggers:AggregateStatLoggerBase": "...",
     "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
+    # serve
+    "vllm.entrypoints.cli.serve:ServeSubcommand.name": "...",
+    "vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init": "subparsers",
+    "vllm.entrypoints.cli.serve:ServeSubcommand.validate": "args",
+    "vllm.entrypoints.cli.serve:ServeSubcommand.cmd": "args",
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": "",
+    "vllm.logger:configure_logging_from_args": "args",
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args": "args",
     # doctor
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "",
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "",

@@ -13,7 +13,7 @@ import logging
 from .registry import BACKENDS
 
 PLATFORM = "vllm_sparse.plugin.platform.SparseCpuPlatform"
-PLATFORM_PLUGIN = "vllm_sparse_cpu"
+PLUGIN, PLATFORM_PLUGIN = "vllm_sparse", "vllm_sparse_cpu"
 
 
 def register() -> None:
@@ -64,16 +64,23 @@ def activate_cpu_platform() -> str | None:
     """Entry point of ``vllm.platform_plugins``: our platform's path on CPU builds.
 
     None where another platform plugin is installed: vLLM starts with one at most, and
-    ``register`` covers the platform that it takes.
+    ``register`` covers the platform that it takes. On all of them it makes our names
+    known: ``LLM(attention_config={"backend_per_kind": ...})`` reads them before
+    ``register`` is called.
     """
+    import vllm.envs as envs
     from vllm.platforms import cpu_platform_plugin
 
-    if cpu_platform_plugin() is None or _other_platform_plugins():
-        return None
-    # What this raises, vLLM survives here, but not when it imports the path.
-    from . import platform  # noqa: F401
+    path = None
+    if cpu_platform_plugin() is not None and not _other_platform_plugins():
+        # What this raises, vLLM survives here, but not when it imports the path.
+        from . import platform  # noqa: F401
 
-    return PLATFORM
+        path = PLATFORM
+    # Without ``register`` no other platform would honour them.
+    if envs.VLLM_PLUGINS is None or PLUGIN in envs.VLLM_PLUGINS:
+        _register_names()
+    return path
 
 
 def _other_platform_plugins() -> list[str]:

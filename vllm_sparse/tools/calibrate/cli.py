@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Propose top_p, rank and dense_layers for a model from sample text.
 
-    python -m vllm_sparse calibrate MODEL --data FILE [FILE ...] --target-error 0.05
+    vllm-sparse calibrate MODEL --data FILE [FILE ...] --target-error 0.05
 
 Decodes at places all over the text, measures what each setting of a small grid would
 read and how far its attention output is from dense attention's, and takes the cheapest
@@ -23,7 +23,7 @@ from .run import CalibrationError, Plan, measure_model, read_text
 def parse(argv: list[str] | None) -> argparse.Namespace:
     plan = Plan()
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_sparse calibrate", description=__doc__.split("\n")[0]
+        prog="vllm-sparse calibrate", description=__doc__.split("\n")[0]
     )
     parser.add_argument("model", metavar="MODEL", help="name or folder, as for vLLM")
     parser.add_argument(

