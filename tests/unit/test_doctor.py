@@ -14,7 +14,12 @@ import pytest
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.tools.doctor import cli, environment, gain
 from vllm_sparse.tools.doctor.environment import OK, Check
-from vllm_sparse.tools.doctor.model import DoctorError, inspect_model, parse_config
+from vllm_sparse.tools.doctor.model import (
+    DoctorError,
+    inspect_model,
+    parse_config,
+    why_slow,
+)
 from vllm_sparse.tools.doctor.weights import weight_problems
 
 FULL, SLIDING = "full attention", "sliding-window attention"
@@ -279,6 +284,26 @@ def test_the_table_of_lossless_speculation(folder, monkeypatch, capsys):
         "unknown",
         "unknown",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({}, {}, None),
+        ({}, {"kv_format": "k8v4"}, None),
+        ({"head_dim": 256}, {}, "head size 256"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 2}, {}, "16 query heads"),
+        ({}, {"kv_format": "int4"}, "kv_format int4"),
+        ({"head_dim": 256}, {"selector": "dense"}, None),
+    ],
+    ids=str,
+)
+def test_what_gpus_serve_by_slower_kernels(folder, changes, options, said):
+    config = parse_config("sparq", {"sparse": options})
+    model = inspect_model(str(folder(LLAMA | changes)), "sparq", config)
+    found = {why_slow(layers, config) for layers in model.layers} - {None}
+    assert len(found) == (said is not None)
+    assert said is None or said in found.pop()
 
 
 @pytest.mark.parametrize("config", [MLA, LLAMA | dict(num_attention_heads=3)])

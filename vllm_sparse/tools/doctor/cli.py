@@ -94,7 +94,7 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from .gain import expected_gain, lossless_gain, memory
-    from .model import inspect_model, parse_config
+    from .model import inspect_model, parse_config, why_slow
 
     config = parse_config(args.attention_backend, args.additional_config)
     model = inspect_model(
@@ -115,6 +115,8 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     if model.refusal is not None:
         return report
     device = current_platform.device_type
+    reasons = [why_slow(layers, config) for layers in model.layers]
+    report["slow"] = sorted({r for r in reasons if r and device == "cuda"})
     cases = [
         (context, batch)
         for context in args.context or _contexts(model.max_model_len)
@@ -168,6 +170,8 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     for layer in model["layers"]:
         served = f"dense: {layer['dense']}" if layer["dense"] else "sparse"
         print(f"  {layer['count']:3} x {layer['kind']}: {served}")
+    for reason in report.get("slow", []):
+        print(f"  {reason}: decoded by slower kernels (docs/performance.md)")
     if report["refused"]:
         print(f"REFUSED: {report['refused']}")
     if "memory" in report:

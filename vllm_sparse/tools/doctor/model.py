@@ -31,6 +31,24 @@ class Layers(LayerKind):
     count: int = 0
 
 
+# What decodes in one kernel on Hopper GPUs (csrc/cuda/decode/launch.cu).
+FAST_HEAD_SIZE, FAST_GROUP = 128, 8
+
+
+def why_slow(layers: Layers, config: SparseConfig) -> str | None:
+    """Why a chain of kernels serves sparse layers on GPUs, which takes longer."""
+    group = layers.num_heads // layers.num_kv_heads
+    if layers.dense is not None or not layers.ours:
+        return None
+    if layers.head_size > FAST_HEAD_SIZE:
+        return f"head size {layers.head_size}"
+    if group > FAST_GROUP:
+        return f"{group} query heads of a KV head"
+    if config.kv_format not in ("auto", "k8v4"):
+        return f"kv_format {config.kv_format}"
+    return None
+
+
 @dataclass(frozen=True)
 class Model:
     """Shapes on one rank.
