@@ -292,7 +292,7 @@ def test_the_table_of_lossless_speculation(folder, monkeypatch, capsys):
         ({}, {}, None),
         ({}, {"kv_format": "k8v4"}, None),
         ({"head_dim": 256}, {}, "head size 256"),
-        ({"num_attention_heads": 32, "num_key_value_heads": 2}, {}, "16 query heads"),
+        ({"num_attention_heads": 32, "head_dim": 64}, {}, "16 query heads"),
         ({}, {"kv_format": "int4"}, "kv_format int4"),
         ({"head_dim": 256}, {"selector": "dense"}, None),
     ],
