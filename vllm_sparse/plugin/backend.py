@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -13,19 +13,12 @@ from .versions import require_supported
 
 require_supported()
 
-from vllm.model_executor.layers.attention_layer_base import (  # noqa: E402
-    AttentionLayerBase,
-)
 from vllm.v1.attention.backend import (  # noqa: E402
     AttentionBackend,
     AttentionType,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import (  # noqa: E402
-    AttentionSpec,
-    FullAttentionSpec,
-    KVCacheLayout,
-)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout  # noqa: E402
 
 from ..cache.formats import ROWS, KvFormat  # noqa: E402
 from ..cache.layout import BLOCK_SIZE, BlockLayout  # noqa: E402
@@ -55,31 +48,6 @@ def keeping(backend: type, fmt: KvFormat) -> type:
     # vLLM groups layers by their backend's full name.
     own = {"fmt": fmt, "__module__": backend.__module__}
     return type(backend.__name__, (backend,), own)
-
-
-def look_equally_far(layers, vllm_config) -> None:
-    """Let layers with full attention hold as many blocks ahead as the farthest of ours.
-
-    vLLM puts them into one group, whose requests hold the same blocks for all: so a
-    draft model's plain blocks have them beside the target's quantised ones.
-    """
-    specs = {
-        layer: layer.get_kv_cache_spec(vllm_config)
-        for layer in layers
-        if isinstance(layer, AttentionLayerBase)
-    }
-    ahead = max((getattr(s, "lookahead_tokens", 0) for s in specs.values()), default=0)
-    if not ahead:
-        return
-    from .managers import LookaheadSpec
-
-    for layer, spec in specs.items():
-        known = type(spec) in (FullAttentionSpec, LookaheadSpec)
-        if known and getattr(spec, "lookahead_tokens", 0) != ahead:
-            # vLLM may settle the size of blocks later.
-            layer.get_kv_cache_spec = partial(
-                LookaheadSpec.asked_of, layer.get_kv_cache_spec, ahead
-            )
 
 
 class SparqBackend(AttentionBackend):
@@ -157,6 +125,7 @@ class SparqBackend(AttentionBackend):
         from .managers import LookaheadSpec
 
         ahead = layout.lookahead_blocks * BLOCK_SIZE
+        ahead = max(ahead, getattr(spec, "lookahead_tokens", 0))
         return LookaheadSpec.of(spec, **content, lookahead_tokens=ahead)
 
 

@@ -8,15 +8,18 @@ of an earlier engine and whoever chose the backend of a layer; the doctor asks t
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImplBase, AttentionType
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
+from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
-from .backend import keeping, look_equally_far
+from .backend import keeping
 from .registry import names_for_drafts, names_for_target
 from .versions import init_logger
 
@@ -103,11 +106,33 @@ def check_layers(vllm_config: VllmConfig) -> None:
         if isinstance(impl, SparseAttentionImpl):
             layer.attn_backend = keeping(layer.attn_backend, impl.fmt)
             _check_spec(name, layer, vllm_config)
-    look_equally_far(layers.values(), vllm_config)
+    _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
+
+
+def _look_equally_far(layers, vllm_config: VllmConfig) -> None:
+    """Let layers with full attention hold as many blocks ahead as the farthest of ours.
+
+    vLLM puts them into one group, whose requests hold the same blocks for all: so a
+    draft model's plain blocks have them beside the target's quantised ones.
+    """
+    layers = [layer for layer in layers if isinstance(layer, AttentionLayerBase)]
+    ours = (getattr(layer, "impl", None) for layer in layers)
+    layouts = (i.shape.layout for i in ours if isinstance(i, SparseAttentionImpl))
+    blocks = max((layout.lookahead_blocks for layout in layouts), default=0)
+    if not blocks:
+        return
+    from .managers import LookaheadSpec
+
+    for layer in layers:
+        if type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec:
+            # Asked again later: vLLM has not settled the size of blocks yet.
+            layer.get_kv_cache_spec = partial(
+                LookaheadSpec.asked_of, layer.get_kv_cache_spec, blocks * BLOCK_SIZE
+            )
 
 
 def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
