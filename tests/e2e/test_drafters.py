@@ -87,7 +87,7 @@ def test_a_draft_model_beside_sparse_rows_and_its_own_backend():
     assert {backends[name] for name in of_drafts} == {"CPU_ATTN"}
     assert {b for n, b in backends.items() if n not in of_drafts} == {"SPARQ"}
     assert figures["decode_rows"] == 4 * figures["decode_tokens"]
-    assert figures["sparse_rows"] > 0.8 * figures["decode_rows"]
+    assert figures["sparse_rows"] > 0.5 * figures["decode_rows"]
     assert all(head["rows"] for n in set(backends) - of_drafts for head in kept[n])
 
 
@@ -132,7 +132,7 @@ def test_a_sparse_drafter_of_a_dense_target():
         backends = list(llm.collective_rpc(layer_backends)[0].values())
         assert backends == ["CPU_ATTN"] * 4 + ["SPARQ"] * 2
         figures = stats(llm)
-    assert figures["sparse_rows"] > 0.8 * figures["decode_rows"]
+    assert figures["sparse_rows"] > 0.5 * figures["decode_rows"]
     assert figures["decode_rows"] == 2 * figures["decode_tokens"] > 0
 
 
