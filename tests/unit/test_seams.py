@@ -159,7 +159,9 @@ SEAMS = {
     ),
     "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "logits k",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens": "grammar_output",
-    "vllm.config:SpeculativeConfig": "rejection_sample_method",
+    "vllm.config:SpeculativeConfig": (
+        "attention_backend rejection_sample_method target_model_config"
+    ),
     # sampling parameters beside drafts
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "speculative_config",
     "vllm.exceptions:VLLMValidationError": "...",
@@ -179,6 +181,19 @@ SEAMS = {
         "logitsprocs temperature spec_token_ids thinking_budget_state_holder"
     ),
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens",
+    # draft models
+    "vllm.config:SpeculativeConfig.use_eagle": "",
+    "vllm.config:SpeculativeConfig.uses_draft_model": "",
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.load_model": (
+        "target_model"
+    ),
+    "vllm.v1.spec_decode.llm_base_proposer:"
+    "SpecDecodeBaseProposer.initialize_attn_backend": "kv_cache_config",
+    "vllm.v1.spec_decode.llm_base_proposer:"
+    "SpecDecodeBaseProposer.prepare_inputs_padded": "common_attn_metadata",
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.prepare_inputs": (
+        "common_attn_metadata"
+    ),
     "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state": (
         "output_token_ids spec_token_ids repeat_indices"
     ),
@@ -259,6 +274,24 @@ def test_the_cpu_runner_still_keeps_generators_where_we_hide_them():
     kernels = (Path(vllm.__file__).parent / "platforms/cpu.py").read_text()
     for name in ("_expand_kernel_impl", "_rejection_random_sample_kernel_impl"):
         assert f"cpu_tl.{name}" in kernels  # taken from the module at each start
+
+
+def test_what_drafters_are_told_is_still_missing():
+    """Attributes of objects that no test of names sees, and whether a change can go."""
+    folder = Path(vllm.__file__).parent / "v1/spec_decode"
+    proposer = (folder / "llm_base_proposer.py").read_text()
+    for name in ("_draft_attn_layer_names", "draft_attn_groups"):
+        assert f"self.{name}" in proposer
+    assert "self.net_num_new_slots_per_request = " in proposer
+    assert "is_prefilling" not in proposer  # else its flags need not be kept
+    assert (
+        "seq_lens_cpu_upper_bound"
+        not in (
+            (folder / "utils.py")
+            .read_text()
+            .partition("def extend_all_queries_by_N")[2]
+        )
+    )  # else host_lens can trust the bound again
 
 
 def test_what_lossless_engines_put_in_place_is_still_used():

@@ -5,6 +5,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from ..config import SparseConfig, SparseConfigError
 
 
@@ -51,16 +53,28 @@ def check_format(impl, config: SparseConfig, vllm_config) -> None:
         raise NotImplementedError(
             f"{chosen} does not serve models whose layers share a cache: leave it out"
         )
-    # vLLM's draft models leave tokens without a slot, which tails do not know.
     speculation = getattr(vllm_config.speculative_config, "method", "ngram")
     if speculation not in ("ngram", "suffix") and not config.lossless:
-        raise SparseConfigError(
-            f"{chosen} works with the speculative method ngram only, not with "
-            f"{speculation!r}: choose ngram, or leave kv_format out"
-        )
+        _check_drafter(chosen, speculation)
     drafts = vllm_config.num_speculative_tokens
-    if drafts >= layout.rows_per_block:
+    # A draft model's first step brings one token more than is verified.
+    most = layout.rows_per_block - (1 if speculation in ("ngram", "suffix") else 2)
+    if drafts > most:
         raise SparseConfigError(
-            f"{chosen} verifies at most {layout.rows_per_block - 1} draft tokens a "
+            f"{chosen} verifies at most {most} draft tokens a "
             f"step, num_speculative_tokens is {drafts}: lower it"
+        )
+
+
+def _check_drafter(chosen: str, method: str) -> None:
+    """Raise where drafts of a model were not proven right over quantised blocks."""
+    if method not in ("draft_model", "eagle", "eagle3", "mtp"):
+        raise SparseConfigError(
+            f"{chosen} does not serve the speculative method {method!r}: choose ngram, "
+            "draft_model, eagle, eagle3 or mtp, or leave kv_format out"
+        )
+    if not current_platform.is_cpu():
+        raise SparseConfigError(
+            f"{chosen} works with the speculative method ngram only on GPUs, not with "
+            f"{method!r}: choose ngram, or leave kv_format out"
         )

@@ -46,9 +46,10 @@ class DenseRows(ABC):
 
 
 def host_lens(common: CommonAttentionMetadata, requests: slice) -> list[int]:
-    """Context lengths; exact where no drafts are under way."""
+    """Context lengths; on GPUs exact where no drafts are under way."""
     lens = common.seq_lens_cpu_upper_bound
-    if lens is None:
+    # vLLM forgets the bound where a draft model's requests get further tokens.
+    if lens is None or not common.seq_lens.is_cuda:
         lens = common.seq_lens.cpu()
     return lens[requests].tolist()
 

@@ -129,6 +129,7 @@ class SparqBackend(AttentionBackend):
         from .managers import LookaheadSpec
 
         ahead = layout.lookahead_blocks * BLOCK_SIZE
+        ahead = max(ahead, getattr(spec, "lookahead_tokens", 0))
         return LookaheadSpec.of(spec, **content, lookahead_tokens=ahead)
 
 

@@ -10,10 +10,10 @@ def install() -> None:
         RuntimeError: vLLM has moved what a change needs; without it answers could be
             wrong.
     """
-    from . import cpu_sampler, live, prompts, zeroing
+    from . import cpu_sampler, drafters, live, prompts, zeroing
     from .speculation import parameters
 
-    for change in (live, prompts, zeroing, cpu_sampler, parameters):
+    for change in (live, prompts, zeroing, cpu_sampler, parameters, drafters):
         try:
             change.install()
         except (ImportError, AttributeError) as error:

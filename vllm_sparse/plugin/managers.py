@@ -29,6 +29,11 @@ class LookaheadSpec(FullAttentionSpec):
         values = {f.name: getattr(spec, f.name) for f in fields(spec)}
         return cls(**values | changes)
 
+    @classmethod
+    def asked_of(cls, get_kv_cache_spec, ahead: int, vllm_config) -> "LookaheadSpec":
+        """A layer's spec, as its method says, that looks ``ahead`` tokens ahead."""
+        return cls.of(get_kv_cache_spec(vllm_config), lookahead_tokens=ahead)
+
     def max_memory_usage_bytes(self, vllm_config) -> int:
         ahead = cdiv(self.lookahead_tokens, self.block_size) * self.page_size_bytes
         return super().max_memory_usage_bytes(vllm_config) + ahead

@@ -14,7 +14,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
 from . import connectors, cpu_sampler, hooks
-from .registry import chosen_names, is_ours
+from .registry import chosen_names, is_ours, names_for_drafts
 from .speculation.configure import add_speculation, choose_classes
 from .versions import init_logger, require_supported
 
@@ -71,8 +71,9 @@ class HonourOurBackends:
             config = SparseConfig.from_additional_config(
                 vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
             )
-            _check_dense_layers(config, vllm_config.model_config)
+            _check_dense_layers(config, vllm_config)
         if names:
+            _check_drafts(vllm_config)
             if cls._enum == PlatformEnum.CPU:
                 cpu_sampler.check(vllm_config.speculative_config)
             connectors.configure(vllm_config)
@@ -104,15 +105,30 @@ SparseCpuPlatform = honouring(
 )
 
 
-def _check_dense_layers(config: SparseConfig, model_config) -> None:
+def _check_dense_layers(config: SparseConfig, vllm_config) -> None:
+    model_config = vllm_config.model_config
     if model_config is None or not config.dense_layers:
         return
+    speculation = vllm_config.speculative_config
+    if getattr(speculation, "target_model_config", model_config) is not model_config:
+        return  # vLLM configures a draft model, which may have fewer layers
     layers = model_config.get_total_num_hidden_layers()
     if config.dense_layers > layers:
         raise SparseConfigError(
             f"sparse.dense_layers = {config.dense_layers} is more than the {layers} "
             "layers of this model"
         )
+
+
+def _check_drafts(vllm_config) -> None:
+    """Refuse a backend for drafts where nothing that drafts has attention."""
+    speculation = vllm_config.speculative_config
+    for name in names_for_drafts(vllm_config):
+        if not (speculation.use_eagle() or speculation.uses_draft_model()):
+            raise ValueError(
+                f"attention_backend {name} in --speculative-config would do nothing, "
+                f"as the method {speculation.method!r} has no attention: remove it"
+            )
 
 
 def _kind_left_to_vllm(attn_selector_config) -> str | None:

@@ -21,6 +21,24 @@ def chosen_in(vllm_config) -> bool:
 
 def chosen_names(vllm_config) -> list[str]:
     """Our backends that an engine so configured has, as users write them."""
+    return sorted({*names_for_target(vllm_config), *names_for_drafts(vllm_config)})
+
+
+def names_for_target(vllm_config) -> list[str]:
+    """The same of the model that answers."""
     attention = vllm_config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return sorted({backend.name.lower() for backend in chosen if is_ours(backend)})
+    return _names([attention.backend, *(attention.backend_per_kind or {}).values()])
+
+
+def names_for_drafts(vllm_config) -> list[str]:
+    """The same of its draft model, which does not inherit the target's backend."""
+    return _names([_of_drafts(vllm_config)])
+
+
+def _of_drafts(vllm_config):
+    speculation = getattr(vllm_config, "speculative_config", None)
+    return getattr(speculation, "attention_backend", None)
+
+
+def _names(backends) -> list[str]:
+    return sorted({backend.name.lower() for backend in backends if is_ours(backend)})

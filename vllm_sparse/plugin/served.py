@@ -8,16 +8,19 @@ of an earlier engine and whoever chose the backend of a layer; the doctor asks t
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionImplBase, AttentionType
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
+from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
 from .backend import keeping
-from .registry import chosen_names
+from .registry import names_for_drafts, names_for_target
 from .versions import init_logger
 
 logger = init_logger(__name__)
@@ -49,13 +52,18 @@ class LayerKind:
     chunk: int | None = None
 
 
-def layer_kinds(vllm_config: VllmConfig) -> Counter[LayerKind]:
-    """The attention layers of a model that has been made, counted."""
+def layer_kinds(vllm_config: VllmConfig, drafts: bool = False) -> Counter[LayerKind]:
+    """The attention layers of a model that has been made, counted.
+
+    Args:
+        drafts: of the draft model instead.
+    """
     layers = vllm_config.compilation_config.static_forward_context.values()
     return Counter(
         _kind(layer)
         for layer in layers
         if isinstance(getattr(layer, "impl", None), AttentionImplBase)
+        and getattr(layer, "is_draft_layer", False) is drafts
     )
 
 
@@ -98,14 +106,38 @@ def check_layers(vllm_config: VllmConfig) -> None:
         if isinstance(impl, SparseAttentionImpl):
             layer.attn_backend = keeping(layer.attn_backend, impl.fmt)
             _check_spec(name, layer, vllm_config)
-    kinds = layer_kinds(vllm_config)
+    _look_equally_far(layers.values(), vllm_config)
+    if names := names_for_target(vllm_config):
+        _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
+    if drafts := layer_kinds(vllm_config, drafts=True):
+        _report_drafts(drafts, vllm_config)
+
+
+def _look_equally_far(layers, vllm_config: VllmConfig) -> None:
+    """Let layers with full attention hold as many blocks ahead as the farthest of ours.
+
+    vLLM puts them into one group, whose requests hold the same blocks for all: so a
+    draft model's plain blocks have them beside the target's quantised ones.
+    """
+    layers = [layer for layer in layers if isinstance(layer, AttentionLayerBase)]
+    ours = (getattr(layer, "impl", None) for layer in layers)
+    layouts = (i.shape.layout for i in ours if isinstance(i, SparseAttentionImpl))
+    blocks = max((layout.lookahead_blocks for layout in layouts), default=0)
+    if not blocks:
+        return
+    from .managers import LookaheadSpec
+
+    for layer in layers:
+        if type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec:
+            # Asked again later: vLLM has not settled the size of blocks yet.
+            layer.get_kv_cache_spec = partial(
+                LookaheadSpec.asked_of, layer.get_kv_cache_spec, blocks * BLOCK_SIZE
+            )
+
+
+def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
     total, ours = kinds.total(), sum(n for k, n in kinds.items() if k.ours)
-    backends = " and ".join(chosen_names(vllm_config))
-    others = "; ".join(
-        f"{count} x {kind.kind}: {kind.dense}"
-        for kind, count in kinds.items()
-        if kind.dense is not None
-    )
+    others = _dense(kinds)
     found = f"serves {ours} of {total} attention layers"
     if ours == 0 and vllm_config.parallel_config.pipeline_parallel_size == 1:
         raise ValueError(
@@ -115,6 +147,39 @@ def check_layers(vllm_config: VllmConfig) -> None:
         )
     log = logger.warning if 2 * ours < total else logger.info
     log("%s %s%s", backends, found, f" (dense are {others})" if others else "")
+
+
+def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
+    names = names_for_drafts(vllm_config)
+    total = kinds.total()
+    ours, others = sum(n for k, n in kinds.items() if k.ours), _dense(kinds)
+    if names and not ours:
+        raise ValueError(
+            f"attention_backend {names[0]} in --speculative-config serves 0 of {total} "
+            f"attention layers of the draft model ({others}), so it would do nothing: "
+            "remove it"
+        )
+    if not names:
+        logger.info(
+            "The draft model's %d attention layers are dense (%s); attention_backend "
+            "in --speculative-config chooses for them.",
+            total,
+            others,
+        )
+        return
+    sparse = sum(n for k, n in kinds.items() if k.dense is None)
+    log = logger.info if sparse else logger.warning
+    dense = f" (dense are {others})" if others else ""
+    log("%s serves %d of %d draft layers%s", names[0], ours, total, dense)
+
+
+def _dense(kinds: Counter[LayerKind]) -> str:
+    """The layers that do not choose tokens, and why."""
+    return "; ".join(
+        f"{count} x {kind.kind}: {kind.dense}"
+        for kind, count in kinds.items()
+        if kind.dense is not None
+    )
 
 
 def _check_spec(name: str, layer, vllm_config: VllmConfig) -> None:

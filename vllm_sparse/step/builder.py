@@ -60,6 +60,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         # Draft tokens under verification decode too: one row per position.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.phase = Phase.VERIFY if self.reorder_batch_threshold > 1 else Phase.DECODE
+        # Whether its layers are a draft model's, in steps of the drafter.
+        self.drafter = False
         self.num_heads = get_num_attention_heads_from_layers(
             vllm_config, layer_names
         ) or vllm_config.model_config.get_num_attention_heads(
@@ -85,6 +87,23 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         a later step verifies."""
         self.reorder_batch_threshold, self.phase = 1, Phase.DRAFT
         self.supports_draft_decode_metadata_update = True
+        self.configure(
+            SparseConfig.from_additional_config(
+                self.vllm_config.additional_config, self.defaults
+            )
+        )
+
+    def serve_drafter(self, further: int) -> None:
+        """Build the steps of a draft model with a cache of its own from here on.
+
+        Its layers are all in ``layer_names`` now. Its first step of a cycle brings what
+        the target has just verified and ``further`` tokens more of each request.
+        """
+        self.drafter = True
+        self.reorder_batch_threshold += further
+        self.budget_tables = {}
+        self.kept = KeptHistograms(self.layer_names, self.num_kv_heads, self.device)
+        recorder.histograms.add(self.kept)
         self.configure(
             SparseConfig.from_additional_config(
                 self.vllm_config.additional_config, self.defaults

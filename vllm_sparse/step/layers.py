@@ -27,7 +27,7 @@ def resolved(config: SparseConfig, builder) -> SparseConfig:
 
 def layer_kinds(builder) -> LayerKinds:
     """Numbers of layers that choose tokens, and of those that do not."""
-    names, config = builder.layer_names, builder.config
+    names, config = _served(builder), builder.config
     choosing, first = len(names), config.dense_layers
     if builder.phase in builder.method.dense_phases:
         choosing = 0
@@ -36,12 +36,33 @@ def layer_kinds(builder) -> LayerKinds:
     return LayerKinds(choosing, len(names) - choosing, _unsupported(builder))
 
 
+def is_draft(vllm_config, name: str) -> bool:
+    """Whether a layer is a draft model's, which the model runner or we have marked."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return getattr(layers.get(name), "is_draft_layer", False)
+
+
+def _served(builder) -> list[str]:
+    """The builder's layers that its rows pass through.
+
+    vLLM's V1 runner puts a draft model's layers among the target's, but does not run
+    them in the target's steps: the drafter has builders of its own.
+    """
+    config = builder.vllm_config
+    if builder.drafter or config.use_v2_model_runner:
+        return builder.layer_names
+    return [name for name in builder.layer_names if not is_draft(config, name)]
+
+
 def _unsupported(builder) -> int:
     """Attention layers that vLLM's own backend serves.
 
     They have the same rows as ours, but no builder of ours sees them: the builder that
-    has the model's first layer of ours counts them.
+    has the model's first layer of ours counts them. Those of a draft model are not
+    counted: the target's rows do not pass through them.
     """
+    if builder.drafter:
+        return 0
     layers = builder.vllm_config.compilation_config.static_forward_context
     impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
     ours = [n for n, i in impls.items() if isinstance(i, SparseAttentionImpl)]
@@ -51,6 +72,7 @@ def _unsupported(builder) -> int:
     return sum(
         isinstance(impl, AttentionImplBase)
         and name not in ours
+        and not is_draft(builder.vllm_config, name)
         and getattr(layers[name], "attn_type", None) in decoding
         for name, impl in impls.items()
     )
