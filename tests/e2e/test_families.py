@@ -64,20 +64,24 @@ def test_a_full_budget_gives_stock_vllms_tokens(name):
         assert_same(name, got[kind], outputs)
 
 
+def assert_same_in_company(name: str, llm, least_sparse: float) -> None:
+    """Sparse answers have no reference but the same requests alone."""
+    poison(llm)
+    got = passes(llm, name)
+    assert sparse_share(llm) > least_sparse
+    if name == "LFM2":  # stock vLLM's answers depend on company there, too
+        return
+    for outputs in got.values():
+        assert_same(name, outputs, got["alone"])
+
+
 @pytest.mark.parametrize(
     "name",
     some_always([n for n in SERVED if n not in NO_FORMAT], ("Gemma 3", "Nemotron-H")),
 )
 def test_quantised_blocks_are_the_same_in_company(name):
-    """Sparse ones: no reference but the same requests alone."""
     with family(name, QUANTISED) as llm:
-        poison(llm)
-        got = passes(llm, name)
-        assert sparse_share(llm) > 0.3
-    if name == "LFM2":  # stock vLLM's answers depend on company there, too
-        return
-    for outputs in got.values():
-        assert_same(name, outputs, got["alone"])
+        assert_same_in_company(name, llm, 0.3)
 
 
 SPARSE = {
@@ -90,13 +94,7 @@ SPARSE = {
 @pytest.mark.parametrize("name", some_always(SERVED, ("gpt-oss",)))
 def test_sparse_answers_are_the_same_in_company(name, backend):
     with family(name, SPARSE[backend], attention_backend=backend) as llm:
-        poison(llm)
-        got = passes(llm, name)
-        assert sparse_share(llm) > 0.1
-    if name == "LFM2":  # stock vLLM's answers depend on company there, too
-        return
-    for outputs in got.values():
-        assert_same(name, outputs, got["alone"])
+        assert_same_in_company(name, llm, 0.1)
 
 
 def test_vllms_own_clearing_fails_here(monkeypatch):
