@@ -168,6 +168,20 @@ def test_drafts_near_the_end_of_the_context():
         assert tokens(generate(llm, prompt, greedy(24))) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options, most", [({"selector": "dense"}, 1.02), (SPARSE, 4)])
+def test_what_verifying_three_drafts_reads(options, most):
+    """Dense rows of a request share one reading, sparse ones have a list each."""
+    per_step = []
+    for method, positions in ((None, 1), ("draft_model", 4)):
+        with drafting(method, options) as llm:
+            generate(llm, random_prompts(900), greedy(40))
+            figures = stats(llm)
+        steps = figures["decode_tokens"] / positions
+        per_step.append(figures["kv_bytes_read"] / steps)
+    assert 0.97 * most < per_step[1] / per_step[0] < 1.03 * most
+
+
 @pytest.mark.parametrize(
     "sparse, speculation, message",
     [
