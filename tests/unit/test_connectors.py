@@ -38,7 +38,14 @@ def tiers(*types: str) -> dict:
     }
 
 
-def config(transfer: dict | None = None, size=None, backend="native", **changes):
+def config(
+    transfer: dict | None = None,
+    size=None,
+    backend="native",
+    sparse=None,
+    speculation=None,
+    **changes,
+):
     """What connectors.py reads of a ``VllmConfig``."""
     if transfer is not None:
         transfer = KVTransferConfig(kv_role="kv_both", **transfer)
@@ -55,7 +62,8 @@ def config(transfer: dict | None = None, size=None, backend="native", **changes)
         kv_transfer_config=transfer,
         cache_config=SimpleNamespace(**cache),
         parallel_config=SimpleNamespace(**parallel),
-        additional_config={"sparse": {"kv_format": "k8v4"}},
+        additional_config={"sparse": {"kv_format": "k8v4"} | (sparse or {})},
+        speculative_config=speculation,
         attention_config=SimpleNamespace(backend=sparq, backend_per_kind=None),
     )
 
@@ -86,6 +94,43 @@ def test_files_are_told_apart_by_what_blocks_are():
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     assert extra["spec_name"] == "HostTieringSpec"
     assert "'k8v4'" in extra[connectors.BLOCKS_KEY]
+
+
+def test_answers_of_sparse_attention_are_not_taken_for_dense_ones():
+    """They are part of the prompt of a follow-up turn, which is offloaded."""
+    sparse, other, lossless, too, dense, rows = (
+        connectors._blocks(config(sparse=options))
+        for options in (
+            {"top_k": 256},
+            {"top_k": 512},
+            {"top_k": 256, "lossless": True},
+            {"top_k": 512, "lossless": True, "draft_tokens": 2},
+            {"selector": "dense"},
+            {"selector": "dense", "kv_format": "auto"},
+        )
+    )
+    assert lossless == too == dense
+    assert len({sparse, other, dense, rows}) == 4
+
+
+def test_drafts_of_a_model_are_not_offloaded():
+    for method in ("eagle", "draft_model"):
+        drafts = SimpleNamespace(method=method)
+        with pytest.raises(SparseConfigError, match="beside drafts of a model"):
+            connectors.configure(config(size=1.0, speculation=drafts))
+    for drafts in (
+        SimpleNamespace(method="ngram"),
+        SimpleNamespace(method="draft_model", vllm_sparse_lossless=True),
+    ):
+        connectors.configure(config(size=1.0, speculation=drafts))
+
+
+def test_the_callers_configuration_is_left_alone():
+    given = config(dict(kv_connector="OffloadingConnector"))
+    mine = given.kv_transfer_config
+    connectors.configure(given)
+    assert mine.kv_connector_module_path is None
+    assert not mine.kv_connector_extra_config
 
 
 def test_engines_without_a_connector_stay_without():
@@ -166,8 +211,11 @@ def test_offloading_that_is_not_tested_is_refused(asked, said):
 )
 def test_gpus_have_vllms_own_copies_once_they_were_run(spec, said, monkeypatch):
     monkeypatch.setattr(connectors, "_device_type", lambda: "cuda")
-    with pytest.raises(SparseConfigError, match="was run on CPUs only, remove --kv"):
+    with pytest.raises(SparseConfigError, match="CPUs only, remove --kv-offloading-"):
         connectors.configure(config(size=1.0))
+    chosen = dict(kv_connector="OffloadingConnector")
+    with pytest.raises(SparseConfigError, match="CPUs only, remove --kv-transfer-conf"):
+        connectors.configure(config(chosen))
     monkeypatch.setattr(connectors, "DEVICES", ("cpu", "cuda"))
     vllm_config = config(size=1.0)
     connectors.configure(vllm_config)

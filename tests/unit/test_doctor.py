@@ -295,6 +295,8 @@ def test_the_table_of_lossless_speculation(folder, monkeypatch, capsys):
         ({"num_attention_heads": 32, "head_dim": 64}, {}, "16 query heads"),
         ({}, {"kv_format": "int4"}, "kv_format int4"),
         ({"head_dim": 256}, {"selector": "dense"}, None),
+        ({"head_dim": 80}, {"kv_format": "k8v4"}, "kv_format k8v4 with head size 80"),
+        ({"num_attention_heads": 2, "head_dim": 64}, {}, "mean_value"),
     ],
     ids=str,
 )

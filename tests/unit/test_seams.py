@@ -216,7 +216,6 @@ SEAMS = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init": "subparsers",
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": "args",
     "vllm.entrypoints.cli.serve:ServeSubcommand.cmd": "args",
-    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": "",
     "vllm.logger:configure_logging_from_args": "args",
     "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args": "args",
     # doctor

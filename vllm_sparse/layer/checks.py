@@ -55,10 +55,11 @@ def check_format(impl, config: SparseConfig, vllm_config) -> None:
         )
     speculation = getattr(vllm_config.speculative_config, "method", "ngram")
     if speculation not in ("ngram", "suffix") and not config.lossless:
-        _check_drafter(chosen, speculation)
+        _check_drafter(chosen, vllm_config.speculative_config)
     drafts = vllm_config.num_speculative_tokens
     # A draft model's first step brings one token more than is verified.
-    most = layout.rows_per_block - (1 if speculation in ("ngram", "suffix") else 2)
+    further = speculation not in ("ngram", "suffix") and not config.lossless
+    most = layout.rows_per_block - 1 - further
     if drafts > most:
         raise SparseConfigError(
             f"{chosen} verifies at most {most} draft tokens a "
@@ -66,15 +67,21 @@ def check_format(impl, config: SparseConfig, vllm_config) -> None:
         )
 
 
-def _check_drafter(chosen: str, method: str) -> None:
+def _check_drafter(chosen: str, speculation) -> None:
     """Raise where drafts of a model were not proven right over quantised blocks."""
-    if method not in ("draft_model", "eagle", "eagle3", "mtp"):
-        raise SparseConfigError(
-            f"{chosen} does not serve the speculative method {method!r}: choose ngram, "
-            "draft_model, eagle, eagle3 or mtp, or leave kv_format out"
-        )
+    method = speculation.method
     if not current_platform.is_cpu():
         raise SparseConfigError(
             f"{chosen} works with the speculative method ngram only on GPUs, not with "
             f"{method!r}: choose ngram, or leave kv_format out"
+        )
+    if speculation.parallel_drafting:
+        raise SparseConfigError(
+            f"{chosen} does not serve parallel_drafting: remove it from "
+            "--speculative-config, or leave kv_format out"
+        )
+    if method not in ("draft_model", "eagle", "eagle3", "mtp"):
+        raise SparseConfigError(
+            f"{chosen} does not serve the speculative method {method!r}: choose ngram, "
+            "draft_model, eagle, eagle3 or mtp, or leave kv_format out"
         )

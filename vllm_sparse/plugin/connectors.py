@@ -8,10 +8,13 @@ class that vLLM makes is ours, named where vLLM lets users name one.
 """
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import asdict
 
 from .. import __version__
-from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
+from ..config import BACKEND_DEFAULTS, DRAFT_OPTIONS, SparseConfig, SparseConfigError
 from .registry import chosen_names
+from .speculation.configure import is_ours
 
 OFFLOADING = "vllm_sparse.plugin.offloading"
 # Connectors that are tested with our blocks -> module with our class of the same name.
@@ -42,10 +45,10 @@ def configure(vllm_config) -> None:
         )
     from vllm.config import KVTransferConfig
 
-    transfer = vllm_config.kv_transfer_config
-    if transfer is None:
-        # vLLM completes it from --kv-offloading-size.
-        transfer = vllm_config.kv_transfer_config = KVTransferConfig()
+    # Not the caller's own; vLLM completes it from --kv-offloading-size.
+    transfer = copy(vllm_config.kv_transfer_config) or KVTransferConfig()
+    transfer.kv_connector_extra_config = dict(transfer.kv_connector_extra_config)
+    vllm_config.kv_transfer_config = transfer
     transfer.kv_connector_module_path = SERVED[name]
     if _on_cpu():
         extra = transfer.kv_connector_extra_config
@@ -56,12 +59,20 @@ def configure(vllm_config) -> None:
 
 
 def _blocks(vllm_config) -> str:
-    """What makes blocks differ between engines of one model, dtype and parallelism."""
+    """What makes blocks differ between engines of one model, dtype and parallelism.
+
+    Blocks of a follow-up turn's prompt hold answers: what these attended to counts.
+    """
     name = chosen_names(vllm_config)[0]
     config = SparseConfig.from_additional_config(
         vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
     )
-    options = config.kv_format, config.kv_group_size, config.mean_value
+    options = asdict(config)
+    for name in ("lossless", "kernels", *DRAFT_OPTIONS):
+        del options[name]
+    if config.lossless or config.selector == "dense":  # answers are dense attention's
+        stored = ("kv_format", "kv_group_size", "mean_value")
+        options = {name: options[name] for name in stored}
     return f"vllm_sparse {__version__} {options}"
 
 
@@ -80,20 +91,26 @@ def _connector(vllm_config) -> str | None:
 
 def _refusals(vllm_config, name: str) -> Iterator[str]:
     """Why an engine so configured cannot have the connector ``name``."""
-    native = "--kv-offloading-size GiB"
-    if name == "SimpleCPUOffloadConnector":
-        yield f"{name} is not served, unset VLLM_USE_SIMPLE_KV_OFFLOAD and use {native}"
-    elif name == "LMCacheMPConnector" and vllm_config.kv_transfer_config is None:
+    by_size = vllm_config.cache_config.kv_offloading_size is not None
+    if _device_type() not in DEVICES:
+        option = "--kv-offloading-size" if by_size else "--kv-transfer-config"
+        yield f"KV connectors were run on CPUs only, remove {option}"
+        return
+    if by_size and name == "SimpleCPUOffloadConnector":
+        yield f"{name} is not served, unset VLLM_USE_SIMPLE_KV_OFFLOAD"
+    elif by_size and name not in SERVED:
         yield f"{name} is not served, use --kv-offloading-backend native"
     elif name not in SERVED:
         yield (
             f"the KV connector {name} is not served, remove --kv-transfer-config (to "
-            f"keep blocks in host memory: {native})"
+            "keep blocks in host memory: --kv-offloading-size GiB)"
         )
     if name not in SERVED:
         return
-    if _device_type() not in DEVICES:
-        yield f"{name} was run on CPUs only, remove --kv-offloading-size"
+    speculation = vllm_config.speculative_config
+    own = is_ours(speculation)
+    if not own and getattr(speculation, "method", "ngram") not in ("ngram", "suffix"):
+        yield "offloading beside drafts of a model is not served, choose one of them"
     transfer = vllm_config.kv_transfer_config
     if transfer is not None:
         if transfer.kv_connector_module_path not in (None, SERVED[name]):

@@ -72,9 +72,9 @@ class HostOffloadingSpec(CPUOffloadingSpec):
         if self._worker is None:
             per_chunk = self.blocks_per_chunk
             sizes = [per_chunk * part.page_size_bytes for part in kv_caches.tensors]
-            # Zeros take no memory before they are written.
+            # Takes no memory before it is written.
             host = [
-                torch.zeros((self.num_chunks, size), dtype=torch.int8) for size in sizes
+                torch.empty((self.num_chunks, size), dtype=torch.int8) for size in sizes
             ]
             self._worker = HostOffloadingWorker(kv_caches, host, per_chunk)
         return self._worker

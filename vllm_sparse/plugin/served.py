@@ -150,9 +150,10 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
 
 
 def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
-    names = names_for_drafts(vllm_config)
-    total = kinds.total()
+    names, total = names_for_drafts(vllm_config), kinds.total()
     ours, others = sum(n for k, n in kinds.items() if k.ours), _dense(kinds)
+    if ours and not names:  # by backend_per_kind, which holds for drafts, too
+        names = names_for_target(vllm_config)
     if names and not ours:
         raise ValueError(
             f"attention_backend {names[0]} in --speculative-config serves 0 of {total} "

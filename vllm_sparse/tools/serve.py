@@ -17,10 +17,13 @@ def main(arguments: list[str]) -> None:
         SystemExit: with status 2, after vLLM's message: an option is wrong.
     """
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    try:
+        from vllm.entrypoints.common.startup import cli_env_setup
+    except ImportError:  # vLLM 0.32
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     cli_env_setup()
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="vllm-sparse")

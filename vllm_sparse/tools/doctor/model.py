@@ -37,15 +37,18 @@ FAST_HEAD_SIZE, FAST_GROUP = 128, 8
 
 def why_slow(layers: Layers, config: SparseConfig) -> str | None:
     """Why a chain of kernels serves sparse layers on GPUs, which takes longer."""
-    group = layers.num_heads // layers.num_kv_heads
     if layers.dense is not None or not layers.ours:
         return None
-    if layers.head_size > FAST_HEAD_SIZE:
-        return f"head size {layers.head_size}"
+    size, group = layers.head_size, layers.num_heads // layers.num_kv_heads
+    formats = ("auto", "k8v4") if size in (64, 128) else ("auto",)
+    if size > FAST_HEAD_SIZE:
+        return f"head size {size}"
     if group > FAST_GROUP:
         return f"{group} query heads of a KV head"
-    if config.kv_format not in ("auto", "k8v4"):
-        return f"kv_format {config.kv_format}"
+    if config.kv_format not in formats:
+        return f"kv_format {config.kv_format} with head size {size}"
+    if config.resolve(size, group, "cuda").mean_value:
+        return "mean_value"
     return None
 
 
