@@ -137,6 +137,21 @@ def test_a_sparse_drafter_of_a_dense_target():
 
 
 @pytest.mark.slow
+def test_a_backend_for_a_kind_of_layers_serves_drafts_too():
+    """vLLM asks ``backend_per_kind`` first, also for the draft model's layers."""
+    expected = without_speculation("sparse", "Llama")
+    per_kind = {"backend_per_kind": {"full_attention": "sparq"}}
+    with drafting(
+        "draft_model",
+        OPTIONS["sparse"],
+        attention_backend=None,
+        attention_config=per_kind,
+    ) as llm:
+        assert tokens(generate(llm, PROMPTS, PARAMS)) == expected
+        assert set(llm.collective_rpc(layer_backends)[0].values()) == {"SPARQ"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["dense", "int8 dense"])
 @pytest.mark.parametrize("method", ["draft_model", "eagle"])
 def test_preempted_requests_give_the_same_tokens(method, options):

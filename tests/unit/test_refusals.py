@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What layers, options and GPUs are refused, and in which words."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -174,3 +176,21 @@ def test_layer_arguments_that_we_would_ignore_are_refused(unsupported):
         SparseAttentionImpl(2, 64, 0.125, 2, **unsupported)
     assert "--attention-backend sparq does not support" in str(error.value)
     assert repr(next(iter(unsupported))) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "parallel", "said"),
+    [
+        ("eagle", False, None),
+        ("draft_model", True, "does not serve parallel_drafting: remove it"),
+        ("medusa", False, "choose ngram, draft_model, eagle, eagle3 or mtp"),
+    ],
+)
+def test_drafts_over_quantised_blocks(method, parallel, said):
+    from vllm_sparse.layer.checks import _check_drafter
+
+    speculation = SimpleNamespace(method=method, parallel_drafting=parallel)
+    if said is None:
+        return _check_drafter("sparse.kv_format = 'int8'", speculation)
+    with pytest.raises(ValueError, match=said):
+        _check_drafter("sparse.kv_format = 'int8'", speculation)
