@@ -155,9 +155,12 @@ __device__ inline void store_words(Merged m, float4 sum, const float* sinks, uns
 
 // This thread block's words of the result, from all.
 template <class T>
-__device__ void merge_cluster(
-    const DecodeArgs& p, unsigned rank, unsigned C, const float* sinks, T* out,
-    const Shared& shared) {
+__device__ void merge_cluster(const DecodeArgs& p,
+                              unsigned rank,
+                              unsigned C,
+                              const float* sinks,
+                              T* out,
+                              const Shared& shared) {
   const unsigned i = rank + threadIdx.x * C, h = i / (p.cache.head_size / 4);
   if (h >= p.group) return;
   float4 sum = {};
