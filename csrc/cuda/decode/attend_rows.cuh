@@ -130,23 +130,31 @@ __device__ void merge_warps(
   }
 }
 
-// This thread's word of head h, from the `C` thread blocks that have sent it.
-__device__ inline Merged merge_words(
-    const DecodeArgs& p, unsigned rank, unsigned C, unsigned h, const Shared& shared, float4& sum) {
+// What an item's head h begins with: nothing, or its sink.
+__device__ inline Merged first_of(const DecodeArgs& p, unsigned item, unsigned h) {
+  if (p.sinks == nullptr) return {};
+  return {p.sinks[item % p.cache.num_kv_heads * p.group + h] * kLog2e, 1};
+}
+
+// This thread's word of head h added to `m` and `sum`, from the `C` thread blocks that have sent
+// it.
+__device__ inline void merge_words(const DecodeArgs& p,
+                                   unsigned rank,
+                                   unsigned C,
+                                   unsigned h,
+                                   const Shared& shared,
+                                   Merged& m,
+                                   float4& sum) {
   const unsigned most = p.group * (p.cache.head_size / 4) / C + 1;
-  Merged m;
 #pragma unroll 2
   for (int r = 0; r < C; ++r) {
     const float2 ends = shared.merge.totals[r][h];
     m.add(ends.x, ends.y, shared.merge.sums[r * most + threadIdx.x], sum);
   }
-  return m;
 }
 
-// `sinks`: of the KV head's query heads, or null.
 template <class T>
-__device__ inline void store_words(Merged m, float4 sum, const float* sinks, unsigned h, T* out) {
-  if (sinks != nullptr) m.add_sink(sinks[h], sum);
+__device__ inline void store_words(const Merged& m, const float4& sum, T* out) {
   const float inverse = m.total > 0 ? __fdividef(1, m.total) : 0;
   const float x[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -155,17 +163,14 @@ __device__ inline void store_words(Merged m, float4 sum, const float* sinks, uns
 
 // This thread block's words of the result, from all.
 template <class T>
-__device__ void merge_cluster(const DecodeArgs& p,
-                              unsigned rank,
-                              unsigned C,
-                              const float* sinks,
-                              T* out,
-                              const Shared& shared) {
+__device__ void merge_cluster(
+    const DecodeArgs& p, unsigned item, unsigned rank, unsigned C, T* out, const Shared& shared) {
   const unsigned i = rank + threadIdx.x * C, h = i / (p.cache.head_size / 4);
   if (h >= p.group) return;
   float4 sum = {};
-  const Merged m = merge_words(p, rank, C, h, shared, sum);
-  store_words(m, sum, sinks, h, out + i * 4);
+  Merged m = first_of(p, item, h);
+  merge_words(p, rank, C, h, shared, m, sum);
+  store_words(m, sum, out + i * 4);
 }
 
 }  // namespace vllm_sparse::cuda

@@ -37,9 +37,6 @@ struct Job {
     tiled = kCodes ? max(count - (plan.length - length), 0) : count;
     list = plan.all ? nullptr : p.indices + int64_t{item} * p.max_kept;
   }
-  __device__ const float* sinks(const DecodeArgs& p) const {
-    return p.sinks == nullptr ? nullptr : p.sinks + head * p.group;
-  }
   template <class U, class V>
   __device__ static U* at(V* bytes) {
     return reinterpret_cast<U*>(bytes);
@@ -111,11 +108,11 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     merge_warps<kD>(p, a, merge, rank, C, shared);
     cluster_sync(C);
     if (!kShares || cut.parts == 0) {
-      merge_cluster(p, rank, C, job.sinks(p), job.out, shared);
+      merge_cluster(p, job.item, rank, C, job.out, shared);
     } else {
       store_partial(p, rank, C, partial_of(p, job.item, part), shared);
       if (arrive_last(p, job.item, p.cluster + cut.parts)) {
-        join_parts(p, job.item, cut.parts, job.sinks(p), job.out);
+        join_parts(p, job.item, cut.parts, job.out);
       }
     }
     if (!kShares) return;

@@ -80,7 +80,8 @@ __device__ inline void store_partial(
   const unsigned words = p.cache.head_size / 4, i = rank + threadIdx.x * C, h = i / words;
   if (h < p.group) {
     float4 sum = {};
-    const Merged m = merge_words(p, rank, C, h, shared, sum);
+    Merged m;
+    merge_words(p, rank, C, h, shared, m, sum);
     reinterpret_cast<float4*>(to)[i] = sum;
     if (i == h * words) {
       reinterpret_cast<float2*>(to + p.group * p.cache.head_size)[h] = {m.top, m.total};
@@ -108,11 +109,10 @@ __device__ inline bool arrive_last(const DecodeArgs& p, int item, int expected) 
 }
 
 template <class T>
-__device__ void join_parts(
-    const DecodeArgs& p, int64_t item, int parts, const float* sinks, T* out) {
+__device__ void join_parts(const DecodeArgs& p, unsigned item, int parts, T* out) {
   const unsigned words = p.cache.head_size / 4;
   for (unsigned i = threadIdx.x; i < p.group * words; i += kThreads) {
-    Merged m;
+    Merged m = first_of(p, item, i / words);
     float4 sum = {};
     for (int part = 0; part <= parts; ++part) {
       const float* from = partial_of(p, item, part);
@@ -120,7 +120,7 @@ __device__ void join_parts(
           __ldcg(reinterpret_cast<const float2*>(from + p.group * p.cache.head_size) + i / words);
       m.add(ends.x, ends.y, __ldcg(reinterpret_cast<const float4*>(from) + i), sum);
     }
-    store_words(m, sum, sinks, i / words, out + i * 4);
+    store_words(m, sum, out + i * 4);
   }
 }
 
