@@ -233,7 +233,8 @@ class StepCounter:
         whole = accepted if self.drafts else rows[self._LAST_TOKENS]
         whole *= self.layout.row_bytes
         stats = SparseStats(
-            decode_tokens=rows[self._ROWS],
+            # A group may have a draft model's layers alone, which have other steps.
+            decode_tokens=rows[self._ROWS] if num_layers else 0,
             decode_rows=rows[self._ROWS] * num_layers,
             sparse_rows=sparse[self._ROWS] * choosing,
             kv_bytes_read=listed + self.num_kv_heads * read,
