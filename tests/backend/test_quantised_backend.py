@@ -152,6 +152,7 @@ def test_prefill_takes_turns_where_contexts_are_long():
     common = SimpleNamespace(
         query_start_loc_cpu=torch.tensor(starts),
         seq_lens_cpu_upper_bound=torch.tensor(lens),
+        seq_lens=torch.tensor(lens),
         block_table_tensor=table,
     )
     (whole,) = plan_codes(common, slice(0, 4), 100, partial(FlashCodes, None))
