@@ -221,7 +221,7 @@ def test_refused_with_what_to_change(configured, changes, said):
     message = refusal(configured, **changes)
     assert "sparse.lossless cannot serve this engine: " in message
     assert said in message
-    assert "Or leave sparse.lossless out" in message
+    assert "Or leave sparse.lossless and the options of drafts out" in message
 
 
 def test_all_that_is_to_change_is_said_at_once(configured):

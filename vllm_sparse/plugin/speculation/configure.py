@@ -56,7 +56,7 @@ def add_speculation(vllm_config) -> None:
     if found:
         raise SparseConfigError(
             f"sparse.lossless cannot serve this engine: {'; '.join(found)}. Or leave "
-            "sparse.lossless out"
+            "sparse.lossless and the options of drafts out"
         )
     from vllm.config import SpeculativeConfig
 
