@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pydantic import BaseModel, field_validator  # noqa: E402
 from vllm.entrypoints.cli.serve import ServeSubcommand  # noqa: E402
 
 from vllm_sparse import __main__  # noqa: E402
+from vllm_sparse.config import SparseConfigError  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +58,22 @@ def test_a_wrong_option_ends_it_with_vllms_message(monkeypatch, served, capsys):
     assert serve(monkeypatch, "MODEL", "--no-such-option") == 2
     assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
     assert not served
+
+
+def test_a_configuration_that_is_refused_says_why_and_no_more(monkeypatch):
+    class Options(BaseModel):
+        top_k: float
+
+        @field_validator("top_k")
+        @classmethod
+        def check(cls, value):
+            raise SparseConfigError("sparse.top_k = 2.0 is not allowed")
+
+    def configured(args) -> None:
+        Options(top_k=2.0)
+
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(configured))
+    assert serve(monkeypatch, "MODEL") == "sparse.top_k = 2.0 is not allowed"
 
 
 def test_the_servers_exit_status_is_the_commands(monkeypatch):

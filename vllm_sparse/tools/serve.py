@@ -14,8 +14,9 @@ def main(arguments: list[str]) -> None:
         arguments: those of ``vllm serve``.
 
     Raises:
-        SystemExit: with status 2, after vLLM's message: an option is wrong.
+        SystemExit: with the message, and status 1 or 2: an option is wrong.
     """
+    from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -31,4 +32,11 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args([command.name, *arguments])
     configure_logging_from_args(args)
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except ValidationError as error:
+        # What is wrong stands there alone, not at the end of sixty lines.
+        problems = [
+            found["msg"].removeprefix("Value error, ") for found in error.errors()
+        ]
+        raise SystemExit("\n".join(problems)) from None
