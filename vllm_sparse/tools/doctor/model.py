@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...config import BACKEND_DEFAULTS, NAMESPACE, SparseConfig, SparseConfigError
 from ...plugin.served import LayerKind, check_layers, layer_kinds
+from ..errors import reason
 from .weights import weight_files
 
 
@@ -159,7 +160,7 @@ def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None]:
         ]
         check_layers(vllm_config)
     except (ValueError, NotImplementedError, SparseConfigError) as error:
-        return found, str(error)
+        return found, reason(error)
     except Exception as error:
         text = f"vLLM cannot make the layers of {arguments.model!r}: {error}"
         raise DoctorError(text) from error
