@@ -400,3 +400,12 @@ def test_a_step_that_outgrows_what_graphs_hold_is_an_error(drive):
     driver.blocks += 3
     with pytest.raises(RuntimeError, match="outgrown"):
         driver.step(decode(0))
+
+
+@pytest.mark.parametrize("drive", ["cpu"], indirect=True)
+def test_sinks_and_the_mean_value_term_exclude_each_other(drive):
+    shape = replace(MHA, sinks=True)
+    assert drive(MHA, SPARSE, 1).impl.config.mean_value
+    assert not drive(shape, SPARSE, 1).impl.config.mean_value
+    with pytest.raises(SparseConfigError, match="mean_value is not served for models"):
+        drive(shape, SPARSE | {"mean_value": True}, 1)

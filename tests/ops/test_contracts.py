@@ -187,3 +187,12 @@ def test_wrong_number_of_query_heads(op, name):
     assert f"{name} has size 12 in dimension 1, expected 6 (num_heads)" in refused(
         op, **{name: wide}
     )
+
+
+@pytest.mark.parametrize("op", ["sparq_attend", "attend"])
+def test_sinks_are_one_a_head_and_know_no_mean_of_values(op):
+    sinks = torch.zeros(HEADS)
+    assert "sinks cannot be had with kept_mass" in refused(op, sinks=sinks)
+    message = refused(op, sinks=sinks[:-1], kept_mass=None)
+    assert f"sinks has size {HEADS - 1} in dimension 0, expected {HEADS}" in message
+    assert "sinks must be" in refused(op, sinks=sinks.double(), kept_mass=None)
