@@ -36,6 +36,7 @@ from benchmarks.environment import save
 from benchmarks.serving.engine import CLOCKS, OURS, RANKS, Timed, engine_settings
 from benchmarks.serving.live import switches
 from benchmarks.serving.processes import exit_on_signals, running
+from benchmarks.serving.shapes import save_shape
 from benchmarks.serving.texts import LENGTHS, compare, greedy_texts, save_model
 from benchmarks.serving.texts import describe as describe_texts
 from scripts.get_model import get_model
@@ -70,6 +71,7 @@ def start(args: argparse.Namespace, name: str, options: dict | None) -> Timed:
         "max_num_seqs": max(len(LENGTHS), *(ranks * batch for batch, _ in args.cases)),
         "disable_log_stats": not args.live_figures,
     } | engine_settings(args)
+    settings |= args.engine_args
     return Timed(name, options, **settings)
 
 
@@ -220,7 +222,7 @@ def parse_args() -> argparse.Namespace:
     names = ", ".join(RANKS)
     add("--engines", nargs="+", help=f"backend or backend:ranks, ranks of {names}")
     add("--sparse", type=json.loads, nargs="+", default=[{}], help="our options, JSON")
-    add("--model", type=Path, help="default: SmolLM2-135M-Instruct")
+    add("--model", help="folder, or shape[:layers] of shapes.py; default: SmolLM2-135M")
     add("--load-format", help="default: dummy on GPUs")
     add("--layers", type=int, help="of the model, with random weights from a file")
     add("--cases", nargs="+", help="batch x context")
@@ -233,6 +235,7 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory-utilization", type=float, default=0.92)
     add("--kv-cache-gib", type=float, help="of a rank")
     add("--compilation-config", type=json.loads, help="of vLLM, JSON")
+    add("--engine-args", type=json.loads, default={}, help="others of vLLM.LLM, JSON")
     add("--live-figures", action="store_true", help="what they cost")
     add("--seconds", type=float, default=3600, help="that one engine may take")
     add("--output", type=Path)
@@ -280,8 +283,16 @@ def main() -> None:
     if args.live_figures or args.clock == "timeline":
         # The engine must be in this process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    args.model = args.model or get_model()
     exit_on_signals()
+    with tempfile.TemporaryDirectory() as folder:
+        shape = args.model
+        args.model = Path(shape) if shape else get_model()
+        if not args.model.is_dir():
+            args.model = save_shape(shape, Path(folder))
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     jobs = jobs_of(args)
     results: list[dict[str, Any]] = []
     if args.part == "weights":

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Draft models and EAGLE heads beside our layers on a GPU: vLLM's V2 runner, graphs."""
+
+import pytest
+
+pytest.importorskip("vllm")
+import torch  # noqa: E402
+
+from .drafters import SPARSE, accepted_tokens, drafting, layer_backends  # noqa: E402
+from .engines import assert_same_but_for_ties, generate, greedy, stats  # noqa: E402
+from .family_runs import FULL  # noqa: E402
+from .tiny import random_prompts  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GRAPHS = dict(
+    dtype="bfloat16",
+    enforce_eager=False,
+    compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+)
+PROMPTS = random_prompts(127, 128, 300, 450)
+PARAMS = greedy(60, logprobs=4)
+
+
+@pytest.mark.parametrize("draft_backend", [None, "sparq"])
+@pytest.mark.parametrize(
+    "method, sparse",
+    [
+        ("draft_model", FULL),
+        ("draft_model", SPARSE | {"kv_format": "k8v4"}),
+        ("eagle", FULL),
+    ],
+    ids=["draft_model", "draft_model k8v4", "eagle"],
+)
+def test_drafts_change_no_token_but_for_ties(method, sparse, draft_backend):
+    with drafting(None, sparse, **GRAPHS) as llm:
+        expected = generate(llm, PROMPTS, PARAMS)
+    with drafting(method, sparse, draft_backend=draft_backend, **GRAPHS) as llm:
+        backends = list(llm.collective_rpc(layer_backends)[0].values())
+        for _ in range(2):  # the second time from the prefix cache
+            got = generate(llm, PROMPTS, PARAMS)
+            if sparse is FULL:
+                assert_same_but_for_ties(got, expected, 0.3, most=4)
+        figures = stats(llm)
+        accepted = accepted_tokens(llm)
+    assert set(backends[:4]) == {"SPARQ"}
+    assert set(backends[4:]) == {"SPARQ" if draft_backend else "FLASH_ATTN"}
+    assert accepted > 20 or method == "eagle"
+    assert (figures["sparse_rows"] > 0) == (sparse is not FULL)
