@@ -20,15 +20,35 @@ REPETITION_CUE_TOKENS = 64
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 ANSWER_TOKENS = 16
 
-HEADER = (
-    "Some special magic numbers are hidden within the following text. Make sure to "
-    "memorize them. I will quiz you about the numbers afterwards.\n\n"
-)
-NEEDLE = " One of the special magic numbers for {key} is: {value}. "
-QUESTION = (
-    "\n\nWhat is the special magic number for {key} mentioned in the provided text? "
-    "The special magic number for {key} mentioned in the provided text is"
-)
+
+@dataclass(frozen=True)
+class Form:
+    """How values are hidden in a kind of text, and asked for."""
+
+    header: str
+    hidden: str
+    question: str
+    # How a token may end that a value is hidden after.
+    ends: tuple[str, ...]
+
+
+FORMS = {
+    "prose": Form(
+        header="Some special magic numbers are hidden within the following text. Make "
+        "sure to memorize them. I will quiz you about the numbers afterwards.\n\n",
+        hidden=" One of the special magic numbers for {key} is: {value}. ",
+        question="\n\nWhat is the special magic number for {key} mentioned in the "
+        "provided text? The special magic number for {key} mentioned in the provided "
+        "text is",
+        ends=(".", ".\n", "\n\n"),
+    ),
+    "code": Form(
+        header="",
+        hidden="\nlimit_of_{key} = {value}\n\n",
+        question="\n\ndef test_limit_of_{key}():\n    assert limit_of_{key} ==",
+        ends=("\n",),
+    ),
+}
 KEYS = ("apple", "river", "window", "guitar", "planet", "market", "forest", "bridge")
 
 
@@ -46,27 +66,36 @@ class Sample:
 
 
 def needle(
-    sources: TextSources, length: int, rng: Random, index: int, num_keys: int = 1
+    sources: TextSources,
+    length: int,
+    rng: Random,
+    index: int,
+    num_keys: int = 1,
+    kind: str = "prose",
 ) -> Sample:
-    """``num_keys`` keys with 7-digit values hidden in prose; one is asked for."""
+    """``num_keys`` keys with 7-digit values hidden in ``kind``; one is asked for."""
+    form = FORMS[kind]
     keys = rng.sample(KEYS, num_keys)
     values = [str(rng.randrange(1_000_000, 10_000_000)) for _ in keys]
     depths = [DEPTHS[index % len(DEPTHS)]]
     depths += rng.sample([d for d in DEPTHS if d != depths[0]], num_keys - 1)
-    head = sources.encode(HEADER)
-    needles = [
-        sources.encode(NEEDLE.format(key=key, value=value))
+    head = sources.encode(form.header)
+    hidden = [
+        sources.encode(form.hidden.format(key=key, value=value))
         for key, value in zip(keys, values, strict=True)
     ]
-    question = sources.encode(QUESTION.format(key=keys[0]))
-    room = length - sum(map(len, (head, *needles, question)))
-    is_long = room >= len(sources.plain_prose[0])
-    prose = sources.long_prose if is_long else sources.plain_prose
-    text = sources.window(prose, room, rng)
+    question = sources.encode(form.question.format(key=keys[0]))
+    room = length - sum(map(len, (head, *hidden, question)))
+    if kind == "code":
+        streams = sources.code
+    else:
+        is_long = room >= len(sources.plain_prose[0])
+        streams = sources.long_prose if is_long else sources.plain_prose
+    text = sources.window(streams, room, rng)
     # Deepest first, so that earlier positions stay valid.
-    for depth, sentence in sorted(zip(depths, needles, strict=True), reverse=True):
+    for depth, sentence in sorted(zip(depths, hidden, strict=True), reverse=True):
         at = sources.next_boundary(
-            text, int(depth * room), lambda t: t.endswith((".", ".\n", "\n\n"))
+            text, int(depth * room), lambda t: t.endswith(form.ends)
         )
         text = text[:at] + sentence + text[at:]
     return Sample(
@@ -107,6 +136,9 @@ TASKS: dict[str, TaskBuilder] = {
     "needle": needle,
     "needle_2keys": partial(needle, num_keys=2),
     "needle_4keys": partial(needle, num_keys=4),
+    "needle_code": partial(needle, kind="code"),
+    "needle_code_2keys": partial(needle, num_keys=2, kind="code"),
+    "needle_code_4keys": partial(needle, num_keys=4, kind="code"),
     "repetition": repetition,
     "prose": partial(tail, kind="prose"),
     "code": partial(tail, kind="code"),

@@ -98,7 +98,9 @@ def drive(model_folder, request, monkeypatch):
         )
         if shape.spec_tokens:
             vllm_config.speculative_config = SimpleNamespace(
-                num_speculative_tokens=shape.spec_tokens, parallel_drafting=False
+                method="ngram",
+                num_speculative_tokens=shape.spec_tokens,
+                parallel_drafting=False,
             )
         with set_current_vllm_config(vllm_config):
             return Driver(path, shape, vllm_config, num_requests, **layer_arguments)

@@ -110,7 +110,8 @@ def assert_same_but_for_ties(
                 continue
             step = b.logprobs[i]
             assert x in step, (number, i)
-            assert step[y].logprob - step[x].logprob < gap, (number, i)
+            apart = step[y].logprob - step[x].logprob
+            assert apart < gap, (number, i, apart)
             parted += 1
             break
     assert parted <= (len(got) // 3 + 1 if most is None else most), parted

@@ -26,7 +26,7 @@ PROMPTS = random_prompts(127, 128, 300, 450)
 PARAMS = greedy(60, logprobs=4)
 
 
-@pytest.mark.parametrize("draft_backend", [None, "sparq"])
+@pytest.mark.parametrize("draft_backend", [None, "flash_attn"])
 @pytest.mark.parametrize(
     "method, sparse",
     [
@@ -48,6 +48,9 @@ def test_drafts_change_no_token_but_for_ties(method, sparse, draft_backend):
         figures = stats(llm)
         accepted = accepted_tokens(llm)
     assert set(backends[:4]) == {"SPARQ"}
-    assert set(backends[4:]) == {"SPARQ" if draft_backend else "FLASH_ATTN"}
+    # vLLM's V2 runner gives drafts the target's backend where nothing is said.
+    assert set(backends[4:]) == {"FLASH_ATTN" if draft_backend else "SPARQ"}
+    if draft_backend:
+        assert figures["decode_rows"] == 4 * figures["decode_tokens"]
     assert accepted > 20 or method == "eagle"
     assert (figures["sparse_rows"] > 0) == (sparse is not FULL)

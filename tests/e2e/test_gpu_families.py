@@ -69,6 +69,7 @@ def test_a_full_budget_gives_stock_vllms_tokens_but_for_ties(name):
         ("Ministral", "k8v4"),
         ("Falcon-H1", "k8v4"),
         ("gpt-oss", "auto"),
+        ("gpt-oss", "k8v4"),
     ],
 )
 def test_sparse_and_quantised_blocks_beside_others(name, kv_format):

@@ -58,7 +58,9 @@ def test_quantised_weights(weights, device, tmp_path):
         additional_config={"sparse": DENSE},
         worker_extension_cls=EXTENSION,
     ) as llm:
-        assert_same_but_for_ties(generate(llm, prompts, params), expected)
+        # Where inputs are quantised, too, rounding moves whole codes.
+        gap = 0.15 if device == "cpu" or weights in ("AWQ", "GPTQ") else 0.4
+        assert_same_but_for_ties(generate(llm, prompts, params), expected, gap)
         configure(llm, SPARSE)
         generate(llm, prompts, params)
         totals = stats(llm)

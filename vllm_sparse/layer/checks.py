@@ -45,10 +45,6 @@ def check_format(impl, config: SparseConfig, vllm_config) -> None:
             f"{chosen} has no Triton kernels, and the CUDA library does not serve this "
             "GPU: leave it out"
         )
-    if impl.shape.sinks is not None and impl.ops.kernels == "cuda":
-        raise SparseConfigError(
-            f"{chosen} does not serve models with attention sinks on GPUs: leave it out"
-        )
     if not impl.owns_cache:
         raise NotImplementedError(
             f"{chosen} does not serve models whose layers share a cache: leave it out"

@@ -31,7 +31,8 @@ def names_for_target(vllm_config) -> list[str]:
 
 
 def names_for_drafts(vllm_config) -> list[str]:
-    """The same of its draft model, which does not inherit the target's backend."""
+    """The same of its draft model, as its own options say: vLLM's V2 runner gives it
+    the target's backend where they say nothing, the V1 runner one of vLLM's choice."""
     return _names([_of_drafts(vllm_config)])
 
 
