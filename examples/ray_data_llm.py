@@ -102,6 +102,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    ray.init(include_dashboard=False)  # where this starts Ray
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     prompts = ray.data.read_text(args.input).map(
         lambda row: prepare(row["text"], args.chat, args.max_tokens)

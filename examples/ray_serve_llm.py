@@ -66,7 +66,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    ray.init(_metrics_export_port=args.metrics_port)  # of a Ray that this starts
+    # Of a Ray that this starts; in a running one (RAY_ADDRESS) they have no effect.
+    ray.init(include_dashboard=False, _metrics_export_port=args.metrics_port)
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(build_openai_app({"llm_configs": [llm_config(args)]}), blocking=True)
 

@@ -47,6 +47,9 @@ ENGINE = {
 ENVIRONMENT = os.environ | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
+    # On CPUs vLLM then lets an engine of one rank do without a process for it, where
+    # Ray allows that (in batches).
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "RAY_metrics_report_interval_ms": "1000",
     # Each engine says that it answered, in its own name.
     "RAY_DEDUP_LOGS": "0",
@@ -100,7 +103,7 @@ def test_ray_serve_takes_our_arguments(example):
 def test_a_line_without_a_prompt_is_named(example):
     prepare = example("ray_data_llm", "in.jsonl", "out", *options())[0].prepare
     for line in ('{"text": "b"}', '{"prompt": 1}', "[]", '{"prompt": "b"'):
-        with pytest.raises(ValueError, match='a string "prompt", got \'' + line[:2]):
+        with pytest.raises(ValueError, match=re.escape(f"got {line!r}")):
             prepare(line, chat=False, max_tokens=8)
 
 
