@@ -13,6 +13,7 @@ Needs ``pip install 'vllm_sparse[ray]'``.
 
 import argparse
 import json
+from contextlib import suppress
 
 import ray
 from ray import serve
@@ -69,7 +70,9 @@ def main() -> None:
     # Of a Ray that this starts; in a running one (RAY_ADDRESS) they have no effect.
     ray.init(include_dashboard=False, _metrics_export_port=args.metrics_port)
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(build_openai_app({"llm_configs": [llm_config(args)]}), blocking=True)
+    app = build_openai_app({"llm_configs": [llm_config(args)]})
+    with suppress(KeyboardInterrupt):
+        serve.run(app, blocking=True)
 
 
 if __name__ == "__main__":
