@@ -62,6 +62,57 @@ def options() -> list[str]:
     return ["--model", str(get_model()), "--engine-kwargs", json.dumps(ENGINE)]
 
 
+@contextmanager
+def served(folder: Path, replicas: int, cpus: float):
+    """A server that has just been started, its log, its URL and that of metrics."""
+    log, port, metrics = folder / "serve.log", free_port(), free_port()
+    command = [sys.executable, str(EXAMPLES / "ray_serve_llm.py"), *options()]
+    command += ["--served-model-name", "tiny", "--port", str(port)]
+    command += ["--replicas", str(replicas), "--cpus", str(cpus)]
+    command += ["--metrics-port", str(metrics)]
+    with running(command, log, ENVIRONMENT) as process:
+        yield process, log, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """With one replica. The batch asks for it too, so that it starts during that and
+    what follows: either is mostly one process after another that imports vLLM."""
+    with served(tmp_path_factory.mktemp("serve"), 1, 1) as started:
+        yield started
+
+
+def answer_a_batch(folder: Path, *more: str) -> str:
+    """Checks the answers to ``PROMPTS`` and ``TOO_LONG``; what was logged."""
+    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    rows.insert(3, {"prompt": TOO_LONG, "generated_text": "of an earlier run"})
+    (folder / "in.jsonl").write_text("\n".join([*map(json.dumps, rows), ""]))
+    command = [sys.executable, EXAMPLES / "ray_data_llm.py", "in.jsonl", "out.jsonl"]
+    done = subprocess.run(
+        [*command, *options(), "--max-tokens", "8", *more],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "1 of 6 prompts were refused" in done.stderr
+    answers = [json.loads(s) for s in (folder / "out.jsonl").read_text().splitlines()]
+    refused = answers.pop(3)
+    assert refused.keys() == {"prompt", "error"} and refused["prompt"] == TOO_LONG
+    assert "maximum context length is 512 tokens" in refused["error"]
+    for number, (prompt, word) in enumerate(PROMPTS.items()):
+        row = answers[number]
+        assert (row["id"], row["prompt"]) == (number, prompt)
+        assert word in row["generated_text"] and row["num_generated_tokens"] == 8
+    return done.stdout + done.stderr
+
+
+def test_a_batch(tmp_path, server):
+    answer_a_batch(tmp_path, "--cpus", "1")
+
+
 @pytest.fixture
 def example(monkeypatch):
     """Its configuration, made by its own command line."""
@@ -105,57 +156,6 @@ def test_a_line_without_a_prompt_is_named(example):
     for line in ('{"text": "b"}', '{"prompt": 1}', "[]", '{"prompt": "b"'):
         with pytest.raises(ValueError, match=re.escape(f"got {line!r}")):
             prepare(line, chat=False, max_tokens=8)
-
-
-@contextmanager
-def served(folder: Path, replicas: int, cpus: float):
-    """A server that has just been started, its log, its URL and that of metrics."""
-    log, port, metrics = folder / "serve.log", free_port(), free_port()
-    command = [sys.executable, str(EXAMPLES / "ray_serve_llm.py"), *options()]
-    command += ["--served-model-name", "tiny", "--port", str(port)]
-    command += ["--replicas", str(replicas), "--cpus", str(cpus)]
-    command += ["--metrics-port", str(metrics)]
-    with running(command, log, ENVIRONMENT) as process:
-        yield process, log, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """With one replica. The batch below asks for it, so that it starts meanwhile:
-    either is mostly one process after another that imports vLLM."""
-    with served(tmp_path_factory.mktemp("serve"), 1, 1) as started:
-        yield started
-
-
-def answer_a_batch(folder: Path, *more: str) -> str:
-    """Checks the answers to ``PROMPTS`` and ``TOO_LONG``; what was logged."""
-    rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
-    rows.insert(3, {"prompt": TOO_LONG, "generated_text": "of an earlier run"})
-    (folder / "in.jsonl").write_text("\n".join([*map(json.dumps, rows), ""]))
-    command = [sys.executable, EXAMPLES / "ray_data_llm.py", "in.jsonl", "out.jsonl"]
-    done = subprocess.run(
-        [*command, *options(), "--max-tokens", "8", *more],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 1, done.stderr[-4000:]
-    assert "1 of 6 prompts were refused" in done.stderr
-    answers = [json.loads(s) for s in (folder / "out.jsonl").read_text().splitlines()]
-    refused = answers.pop(3)
-    assert refused.keys() == {"prompt", "error"} and refused["prompt"] == TOO_LONG
-    assert "maximum context length is 512 tokens" in refused["error"]
-    for number, (prompt, word) in enumerate(PROMPTS.items()):
-        row = answers[number]
-        assert (row["id"], row["prompt"]) == (number, prompt)
-        assert word in row["generated_text"] and row["num_generated_tokens"] == 8
-    return done.stdout + done.stderr
-
-
-def test_a_batch(tmp_path, server):
-    answer_a_batch(tmp_path, "--cpus", "1")
 
 
 @pytest.mark.slow
