@@ -13,7 +13,9 @@ Needs ``pip install 'vllm_sparse[ray]'``.
 
 import argparse
 import json
+from contextlib import suppress
 
+import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 
@@ -59,13 +61,18 @@ def parse_args() -> argparse.Namespace:
     add("--cpus", type=float, help="of a replica's engine, on machines without GPUs")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
+    add("--metrics-port", type=int, help="for Prometheus; default: Ray chooses")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    # Of a Ray that this starts; in a running one (RAY_ADDRESS) they have no effect.
+    ray.init(include_dashboard=False, _metrics_export_port=args.metrics_port)
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(build_openai_app({"llm_configs": [llm_config(args)]}), blocking=True)
+    app = build_openai_app({"llm_configs": [llm_config(args)]})
+    with suppress(KeyboardInterrupt):
+        serve.run(app, blocking=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from vllm_sparse.plugin import connectors  # noqa: E402
-
 from .engines import assert_same_but_for_ties  # noqa: E402
 from .offloading import counts, page_bytes, pages  # noqa: E402
 from .test_gpu_engine import (  # noqa: E402
@@ -34,10 +32,8 @@ LENGTHS = [1024, 1025, 1536, 1300, 1151, 768, 1026, 1700, 1280, 1100]
     [SPARSE, SPARSE | {"kv_format": "k8v4"}, LOSSLESS],
     ids=["auto", "k8v4", "lossless"],
 )
-def test_twice_the_cache_comes_back_from_host_memory(sparse, monkeypatch):
+def test_twice_the_cache_comes_back_from_host_memory(sparse):
     """With FULL graphs: pages bit for bit, texts but for ties, all hits counted."""
-    # Until this has passed, engines on GPUs are refused.
-    monkeypatch.setattr(connectors, "DEVICES", ("cpu", "cuda"))
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 4000, (n,), generator=generator) for n in LENGTHS]
     prompts = [prompt.tolist() for prompt in prompts]

@@ -20,7 +20,7 @@ OFFLOADING = "vllm_sparse.plugin.offloading"
 # Connectors that are tested with our blocks -> module with our class of the same name.
 SERVED = {"OffloadingConnector": OFFLOADING}
 # Device types where they were run with our blocks.
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 # Where offloaded blocks lie: vLLM's ``spec_name``, and the same on CPUs.
 HOST_MEMORY, FILES = "CPUOffloadingSpec", "TieringOffloadingSpec"
 ON_CPUS = {HOST_MEMORY: "HostOffloadingSpec", FILES: "HostTieringSpec"}
@@ -94,7 +94,7 @@ def _refusals(vllm_config, name: str) -> Iterator[str]:
     by_size = vllm_config.cache_config.kv_offloading_size is not None
     if _device_type() not in DEVICES:
         option = "--kv-offloading-size" if by_size else "--kv-transfer-config"
-        yield f"KV connectors were run on CPUs only, remove {option}"
+        yield f"KV connectors run on {' and '.join(DEVICES)} only, remove {option}"
         return
     if by_size and name == "SimpleCPUOffloadConnector":
         yield f"{name} is not served, unset VLLM_USE_SIMPLE_KV_OFFLOAD"

@@ -171,6 +171,12 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
 def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
     names, total = names_for_drafts(vllm_config), kinds.total()
     ours, others = sum(n for k, n in kinds.items() if k.ours), _dense(kinds)
+    asked = vllm_config.speculative_config.attention_backend
+    if ours and asked is not None and not names:
+        raise ValueError(
+            f"attention_backend {asked.name} in --speculative-config does nothing: "
+            "vLLM's V2 runner gives a draft model the target's backend. Remove it"
+        )
     if ours and not names:  # by backend_per_kind, which holds for drafts, too
         names = names_for_target(vllm_config)
     if names and not ours:
