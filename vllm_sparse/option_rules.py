@@ -69,7 +69,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "prefill": (
         lambda v: v in PREFILLS,
         f"one of {', '.join(PREFILLS)}",
-        "streaming",
+        "exact",
     ),
     "dense_layers": (
         lambda v: _is_int(v, 0, MOST_LAYERS),
