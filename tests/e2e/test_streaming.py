@@ -23,6 +23,7 @@ from .engines import (  # noqa: E402
     step_until_done,
     tokens,
 )
+from .family_runs import alone, family, poison, together  # noqa: E402
 from .masked import assert_answers, log_probabilities, sinks_and_window  # noqa: E402
 from .tiny import random_prompts, save_llama  # noqa: E402
 
@@ -192,6 +193,36 @@ def test_options_without_a_meaning_are_refused(folder, options, message):
     with (
         pytest.raises(Exception, match=message),
         streaming(folder, "exact", additional_config={"sparse": options}),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("name", ["Gemma 3", "Falcon-H1", "Gemma 3n", "Qwen3-MoE"])
+def test_beside_windows_states_and_shared_caches(name, prefill):
+    """A window as long as the context gives stock vLLM's tokens; a short one the same
+    alone, in company and from the cache."""
+    with family(name, None) as llm:
+        expected = alone(llm, name)
+    options = dict(prefill=prefill, local_window=1024)
+    backend = dict(attention_backend="streaming")
+    with family(name, options, **backend) as llm:
+        poison(llm)
+        assert together(llm, name) == expected
+    with family(name, options | {"local_window": 128}, **backend) as llm:
+        poison(llm)
+        expected = alone(llm, name)
+        assert stats(llm)["sparse_rows"] > 0
+        for _ in range(2):
+            assert together(llm, name) == expected
+
+
+def test_layers_with_chunks_are_refused():
+    message = "gives blocks of full attention back, and this layer's are Chunked"
+    with (
+        pytest.raises(Exception, match=message),
+        family("Llama 4", {"prefill": "exact"}, attention_backend="streaming"),
     ):
         pass
 
