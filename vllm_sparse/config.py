@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .cache.formats import FORMATS, KvFormat, resolve_format
+from .cache.layout import BLOCK_SIZE
 from .option_rules import RULES
 
 NAMESPACE = "sparse"
@@ -33,6 +34,8 @@ DENSE_BELOW_BY_CHANNEL = {"cpu": 512, "cuda": 49_152}
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
     "TWILIGHT": {"top_p": 0.9},
+    # Whole blocks: the first is held anyway.
+    "STREAMING": {"selector": "streaming", "sink_tokens": 128, "local_window": 1024},
 }
 
 
@@ -77,6 +80,10 @@ class SparseConfig:
     local_window: int = 32
     # The first tokens of the context, always attended.
     sink_tokens: int = 4
+    # What selector "streaming" does with prompts: "exact" attends to all of a prompt
+    # and gives its blocks back when it is through, "streaming" attends to sinks and
+    # window and gives them back all along, so that memory is flat from the start.
+    prefill: str = "exact"
     # The first layers of the model, kept dense.
     dense_layers: int = 0
     # Contexts shorter than this many tokens are attended densely. "auto": what was
@@ -160,6 +167,30 @@ class SparseConfig:
             )
         return config
 
+    def _validate_streaming(self) -> None:
+        """What sinks and a window that give blocks back need, and what has no meaning
+        beside them."""
+        for name, least in (("sink_tokens", 0), ("local_window", BLOCK_SIZE)):
+            tokens = getattr(self, name)
+            if tokens % BLOCK_SIZE or tokens < least:
+                example = max(least, -(-tokens // BLOCK_SIZE) * BLOCK_SIZE)
+                raise SparseConfigError(
+                    f"{NAMESPACE}.{name} = {tokens} must be a multiple of {BLOCK_SIZE}"
+                    f"{' above 0' if least else ''}, as whole blocks are given back. "
+                    f"Example: --additional-config.{NAMESPACE}.{name} {example}"
+                )
+        defaults, kept = SparseConfig(), ("selector", "sink_tokens", "local_window")
+        for field in fields(self):
+            name = field.name
+            if name in (*kept, "prefill", "kernels", "top_k"):
+                continue
+            if getattr(self, name) != getattr(defaults, name):
+                raise SparseConfigError(
+                    f"{NAMESPACE}.{name} = {getattr(self, name)!r} does nothing where "
+                    "only sinks and a window are kept (streaming), or is not served "
+                    "there: leave it out"
+                )
+
     def _validate(self) -> None:
         for name, (is_valid, allowed, example) in RULES.items():
             value = getattr(self, name)
@@ -169,6 +200,13 @@ class SparseConfig:
                     f"{allowed}. Example: --additional-config.{NAMESPACE}.{name} "
                     f"{example}"
                 )
+        if self.selector == "streaming":
+            return self._validate_streaming()
+        if self.prefill != "exact":
+            raise SparseConfigError(
+                f"{NAMESPACE}.prefill is for sinks and a window alone: leave it out, "
+                "or choose --attention-backend streaming"
+            )
         name = "top_k" if self.top_p is None else "max_tokens"
         most = getattr(self, name)
         forced = self.local_window + self.sink_tokens

@@ -9,6 +9,7 @@ from .cache.formats import FORMATS
 from .selectors import SELECTORS
 
 DRAFT_SAMPLE_METHODS = ("probabilistic", "greedy")
+PREFILLS = ("exact", "streaming")
 DRAFT_WEIGHTS = ("target", "fp8")
 KERNEL_NAMES = ("auto", "cuda", "triton", "cpu")
 # More than any context has: budgets are tables of 32-bit integers.
@@ -65,6 +66,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "32",
     ),
     "sink_tokens": (lambda v: _is_int(v, 0), f"an integer {_TOKENS}", "4"),
+    "prefill": (
+        lambda v: v in PREFILLS,
+        f"one of {', '.join(PREFILLS)}",
+        "exact",
+    ),
     "dense_layers": (
         lambda v: _is_int(v, 0, MOST_LAYERS),
         f"an integer from 0 to {MOST_LAYERS}",

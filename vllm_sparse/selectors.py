@@ -9,5 +9,6 @@ SELECTORS = {
     "exact": "vllm_sparse.methods.compare.exact:Exact",
     "quest": "vllm_sparse.methods.compare.quest:Quest",
     "window": "vllm_sparse.methods.compare.window:Window",
+    "streaming": "vllm_sparse.methods.streaming:Streaming",
     "dense": "vllm_sparse.methods.dense:Dense",
 }

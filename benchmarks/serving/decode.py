@@ -36,7 +36,7 @@ from benchmarks.environment import save
 from benchmarks.serving.engine import CLOCKS, OURS, RANKS, Timed, engine_settings
 from benchmarks.serving.live import switches
 from benchmarks.serving.processes import exit_on_signals, running
-from benchmarks.serving.shapes import save_shape
+from benchmarks.serving.shapes import SHAPES, save_shape
 from benchmarks.serving.texts import LENGTHS, compare, greedy_texts, save_model
 from benchmarks.serving.texts import describe as describe_texts
 from scripts.get_model import get_model
@@ -285,10 +285,12 @@ def main() -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     exit_on_signals()
     with tempfile.TemporaryDirectory() as folder:
-        shape = args.model
-        args.model = Path(shape) if shape else get_model()
-        if not args.model.is_dir():
-            args.model = save_shape(shape, Path(folder))
+        if not args.model:
+            args.model = get_model()
+        elif args.model.partition(":")[0] in SHAPES:
+            args.model = save_shape(args.model, Path(folder))
+        else:
+            args.model = Path(args.model)
         run(args)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-OURS = ("sparq", "twilight")  # backends that take options of ours
+OURS = ("sparq", "twilight", "streaming")  # backends that take options of ours
 # Name on the command line -> arguments of vllm.LLM; other names are backends.
 ENGINES = {
     "flash_attn_fp8": {"attention_backend": "flash_attn", "kv_cache_dtype": "fp8"}

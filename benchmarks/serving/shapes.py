@@ -73,13 +73,11 @@ def save_shape(name: str, folder: Path) -> Path:
         name: one of ``SHAPES``; after a colon, how many of its layers.
 
     Raises:
-        ValueError: no such name, or no such number of layers.
+        ValueError: it has no such number of layers.
     """
     from transformers import AutoConfig
 
     shape, _, layers = name.partition(":")
-    if shape not in SHAPES:
-        raise ValueError(f"no folder and no shape {name!r}: {', '.join(SHAPES)}")
     architecture, model_type, values = SHAPES[shape]
     values = {"max_position_embeddings": 131072} | values
     if layers:

@@ -21,7 +21,9 @@ NAN = float("nan")
 INF = float("inf")
 
 ACCEPTED = {
-    "selector": [*SELECTORS],
+    "prefill": ["exact"],
+    # Streaming needs other sinks and another window than these defaults.
+    "selector": [name for name in SELECTORS if name != "streaming"],
     "rank": [None, 1, 16, 256],
     "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
     "top_p": [None, 0.5, 0.95, 0.999],
@@ -43,6 +45,7 @@ ACCEPTED = {
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
+    "prefill": ["", None, "Exact", 1],
     "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
     "rank": [0, -1, 16.0, "16", True, False, [16]],
     "top_k": [
@@ -82,6 +85,7 @@ COUNT_OR_SHARE = (
     "an integer from 1 to 16777216 (tokens) or a fraction of the context in (0, 1]"
 )
 ALLOWED = {
+    "prefill": "one of exact, streaming",
     "selector": f"one of {', '.join(SELECTORS)}",
     "rank": "an integer from 1 to the head size",
     "top_k": COUNT_OR_SHARE,
@@ -374,3 +378,21 @@ def test_k_by_channel_alone_is_dense_up_to_longer_contexts_on_gpus():
     for name, below in (("int4", 49152), ("int8", 49152), ("k8v4", 6144)):
         assert parse(kv_format=name).resolve(64, 1, "cuda").dense_below == below
         assert parse(kv_format=name).resolve(64, 1, "cpu").dense_below == 512
+
+
+def test_streaming_has_options_of_its_own():
+    defaults = BACKEND_DEFAULTS["STREAMING"]
+    parsed = SparseConfig.from_additional_config(
+        {"sparse": {"prefill": "streaming", "local_window": 256}}, defaults
+    )
+    assert (parsed.sink_tokens, parsed.local_window) == (128, 256)
+    with pytest.raises(SparseConfigError, match="choose --attention-backend streaming"):
+        parse(prefill="streaming")
+    for options, message in (
+        ({"sink_tokens": 4}, "sink_tokens = 4 must be a multiple of 128, as"),
+        ({"local_window": 0 + 64}, "must be a multiple of 128 above 0, as"),
+        ({"dense_below": 0}, "dense_below = 0 does nothing where"),
+        ({"lossless": True}, "lossless = True does nothing where"),
+    ):
+        with pytest.raises(SparseConfigError, match=message):
+            SparseConfig.from_additional_config({"sparse": options}, defaults)

@@ -81,3 +81,15 @@ def _check_drafter(chosen: str, speculation) -> None:
             f"{chosen} does not serve the speculative method {method!r}: choose ngram, "
             "draft_model, eagle, eagle3 or mtp, or leave kv_format out"
         )
+
+
+def check_eviction(impl, vllm_config) -> None:
+    """Raise where blocks that are given back would be missed."""
+    if impl.eviction is None or vllm_config.speculative_config is None:
+        return
+    method = vllm_config.speculative_config.method
+    if method not in ("ngram", "suffix"):
+        raise SparseConfigError(
+            f"--attention-backend {impl.backend} gives blocks back, which drafts by "
+            f"{method!r} may still need: choose ngram, or remove --speculative-config"
+        )

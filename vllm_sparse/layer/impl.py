@@ -21,7 +21,7 @@ from ..methods import METHODS, LayerShape, Method
 from ..methods.dense import Dense
 from ..plugin.versions import init_logger
 from ..step.metadata import SparseMetadata
-from .checks import check_format, check_sinks, refuse_unsupported
+from .checks import check_eviction, check_format, check_sinks, refuse_unsupported
 
 logger = init_logger(__name__)
 
@@ -88,6 +88,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             + vllm_config.scheduler_config.max_num_batched_tokens
         )
         self.configure(options)
+        check_eviction(self, vllm_config)
         prefill = "vLLM's CPU kernel"
         if self.shape.flash_attention is not None:
             prefill = f"FlashAttention {self.shape.flash_attention}"
@@ -104,6 +105,10 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     @property
     def fmt(self):
         return self.shape.fmt
+
+    @property
+    def eviction(self):
+        return self._chosen.eviction(self.config)
 
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation.
@@ -127,8 +132,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         if device not in METHODS[config.selector].devices:
             serving = [name for name, m in METHODS.items() if device in m.devices]
             raise SparseConfigError(
-                f"sparse.selector = {config.selector!r} has no GPU kernels; it must be "
-                f"one of {', '.join(serving)} there. Example: "
+                f"sparse.selector = {config.selector!r} is not served on GPUs; it "
+                f"must be one of {', '.join(serving)} there. Example: "
                 "--additional-config.sparse.selector sparq"
             )
         if self.shape.sinks is not None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from ..cache.eviction import Eviction
 from ..cache.formats import ROWS, KvFormat
 from ..cache.layout import BlockLayout
 from ..config import SparseConfig
@@ -93,6 +94,9 @@ class DecodeRows:
     counts: torch.Tensor
     kept_mass: torch.Tensor
     workspace: torch.Tensor | None = None
+    # (block table, context lengths) of what is kept of each context, made by the first
+    # layer that evicts (cache/eviction.py).
+    compact: tuple[torch.Tensor, torch.Tensor] | None = None
     kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -119,6 +123,11 @@ class Method(ABC):
             # MagicDec (arXiv 2408.11049): drafts are sparse, what verifies them and
             # all that is answered is not.
             self.dense_phases = frozenset(Phase) - {Phase.DRAFT} | self.dense_phases
+
+    @classmethod
+    def eviction(cls, config: SparseConfig) -> Eviction | None:
+        """Which blocks a request gives back; None: none."""
+        return None
 
     def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
         """Tokens to keep by context length, 0 to ``longest``: int32; -1: all."""

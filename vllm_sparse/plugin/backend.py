@@ -141,3 +141,13 @@ class TwilightBackend(SparqBackend):
     @staticmethod
     def get_name() -> str:
         return "TWILIGHT"
+
+
+class StreamingBackend(SparqBackend):
+    """``--attention-backend streaming``: sinks and a window, the rest given back."""
+
+    defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["STREAMING"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "STREAMING"

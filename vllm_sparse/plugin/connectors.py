@@ -125,6 +125,8 @@ def _refusals(vllm_config, name: str) -> Iterator[str]:
                 "canonical_layout takes blocks apart, remove it from "
                 "kv_connector_extra_config"
             )
+    if "streaming" in chosen_names(vllm_config):
+        yield "blocks that are given back are not offloaded, choose one of them"
     if not vllm_config.cache_config.enable_prefix_caching:
         yield "blocks are offloaded by prefix, remove --no-enable-prefix-caching"
     parallel = vllm_config.parallel_config

@@ -6,6 +6,7 @@
 BACKENDS = {
     "SPARQ": "vllm_sparse.plugin.backend.SparqBackend",
     "TWILIGHT": "vllm_sparse.plugin.backend.TwilightBackend",
+    "STREAMING": "vllm_sparse.plugin.backend.StreamingBackend",
 }
 
 

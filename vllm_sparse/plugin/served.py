@@ -106,11 +106,30 @@ def check_layers(vllm_config: VllmConfig) -> None:
         if isinstance(impl, SparseAttentionImpl):
             layer.attn_backend = keeping(layer.attn_backend, impl.fmt)
             _check_spec(name, layer, vllm_config)
+            if impl.eviction is not None:
+                _give_back(name, layer, vllm_config)
     _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
+
+
+def _give_back(name: str, layer, vllm_config: VllmConfig) -> None:
+    """Let the layer's requests give blocks back."""
+    from .evicting import EvictingSpec
+
+    kind = type(layer.get_kv_cache_spec(vllm_config))
+    if kind is not FullAttentionSpec:
+        raise ValueError(
+            f"{name}: --attention-backend {layer.impl.backend} gives blocks of full "
+            f"attention back, and this layer's are {kind.__name__}: leave "
+            "--attention-backend out"
+        )
+    # Asked again later: vLLM has not settled the size of blocks yet.
+    layer.get_kv_cache_spec = partial(
+        EvictingSpec.asked_of, layer.get_kv_cache_spec, layer.impl.eviction
+    )
 
 
 def _look_equally_far(layers, vllm_config: VllmConfig) -> None:

@@ -33,6 +33,7 @@ from ..plugin.versions import init_logger
 from ..stats.counters import KeptHistograms, StepCounter
 from ..stats.recorder import recorder
 from .buffers import Buffers
+from .compact import compacted
 from .layers import layer_kinds, resolved
 from .metadata import SparseMetadata
 from .options import check_options
@@ -261,6 +262,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
 
     def _dense(self, common: CommonAttentionMetadata, requests: slice):
         shape, ops, blocks = self.shape, self.ops, self.scratch_blocks
+        if Phase.PREFILL not in self.method.dense_phases:
+            common, requests = compacted(common, requests, self.method.kept)
         return plan_dense(common, requests, shape, ops, blocks)
 
     def _decode(
@@ -291,7 +294,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 self.buffers = held
         buffers = held
         dense = last = None
-        if self.phase is not Phase.DRAFT:
+        if self.phase is not Phase.DRAFT and Phase.PREFILL in self.method.dense_phases:
             flags = prefilling(common, self)
             dense = rows_of_prompts(flags, num_decodes, self.device)
         seq_lens = common.seq_lens[:num_rows]

@@ -195,6 +195,9 @@ def _print_memory(memory: dict[str, int], other_layers: bool) -> None:
     if other_layers:
         print("  in the layers that are ours; vLLM gives all kinds of layers blocks of")
         print("  one size, so that the engine's start says how many tokens fit")
+    if memory["most_bytes"]:
+        most = memory["most_bytes"] / 2**20
+        print(f"  A request that decodes holds {most:.1f} MiB at most, however long.")
     if memory["held_bytes"]:
         held = memory["held_bytes"] / 2**20
         print(f"  and {held:.1f} MiB for every running request's newest tokens")

@@ -8,8 +8,12 @@ gain; what was measured beside it is in docs/performance.md.
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from ...cache.eviction import LAG_BLOCKS
 from ...cache.layout import BLOCK_SIZE, BlockLayout
 from ...config import SparseConfig
+from ...methods import METHODS
 from ...methods.budgets import budget
 from ...methods.drafting import drafts_from, tokens_per_verification
 from .model import Layers, Model
@@ -79,11 +83,14 @@ class Memory:
 
     Attributes:
         held_bytes: of a request beside its tokens (quantised formats).
+        most_bytes: that a request holds while it decodes, however long it is; None:
+            it holds all of its context.
     """
 
     bytes_per_token: int
     bytes_per_token_dense: int
     held_bytes: int
+    most_bytes: int | None
 
 
 def _layout(layers: Layers, model: Model, config: SparseConfig) -> BlockLayout:
@@ -99,7 +106,10 @@ def memory(model: Model, config: SparseConfig) -> Memory:
         ours += heads * layout.content_bytes
         dense += heads * layout.row_bytes
         held += heads * BLOCK_SIZE * layout.content_bytes * layout.lookahead_blocks
-    return Memory(ours, dense, held)
+    kept, most = METHODS[config.selector].eviction(config), None
+    if kept is not None:
+        most = (kept.kept_blocks + LAG_BLOCKS) * BLOCK_SIZE * ours
+    return Memory(ours, dense, held, most)
 
 
 def expected_gain(
@@ -176,6 +186,10 @@ def lossless_gain(
 
 
 def _most(config: SparseConfig, layout: BlockLayout, context: int) -> int:
+    evicting = METHODS[config.selector].eviction(config)
+    if evicting is not None:
+        skipped = evicting.skipped_blocks(torch.tensor(context))
+        return context - int(skipped) * BLOCK_SIZE
     kept = budget(context, config, layout.fmt)
     return context if kept < 0 else kept
 
@@ -193,6 +207,8 @@ def _row_bytes(
 ) -> int:
     """Of one query position and KV head."""
     sealed = layout.fmt.sealed_blocks(context)
+    if METHODS[config.selector].eviction(config) is not None:
+        return layout.attended_bytes(kept)
     if kept >= context:
         return layout.attended_bytes(context, sealed * BLOCK_SIZE, sealed)
     listed = max(0, kept - layout.fmt.tail_tokens(context))

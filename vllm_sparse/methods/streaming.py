@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Sinks and a window, all between them given back (StreamingLLM, arXiv 2309.17453)."""
+
+import torch
+
+from ..cache.eviction import Eviction
+from ..cache.layout import BLOCK_SIZE
+from ..config import SparseConfig
+from ..ops import Ops
+from .base import DecodeRows, LayerShape, Method, Phase
+
+
+class Streaming(Method):
+    """Attends to a compact context (:mod:`vllm_sparse.cache.eviction`)."""
+
+    def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
+        super().__init__(config, shape, ops)
+        self.kept = self.eviction(config)
+        if self.kept.prompts:
+            self.dense_phases = frozenset()
+
+    @classmethod
+    def eviction(cls, config: SparseConfig) -> Eviction:
+        return Eviction(
+            sink_blocks=config.sink_tokens // BLOCK_SIZE,
+            window_blocks=config.local_window // BLOCK_SIZE,
+            prompts=config.prefill == "streaming",
+        )
+
+    def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
+        lens = torch.arange(longest + 1)
+        skipped = self.kept.skipped_blocks(lens)
+        kept = lens - skipped * BLOCK_SIZE
+        return kept.masked_fill(skipped == 0, -1).int()
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> None:
+        raise NotImplementedError("all heads attend to the same tokens")
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        layer_name: str,
+    ) -> None:
+        if rows.compact is None:  # of the step's first layer, for all
+            kept = torch.where(rows.budgets < 0, rows.seq_lens, rows.budgets)
+            skipped = (rows.seq_lens - kept) // BLOCK_SIZE
+            rows.compact = self.kept.compact_table(rows.block_table, skipped), kept
+        table, seq_lens = rows.compact
+        self.ops.attend(
+            query,
+            kv_cache,
+            table,
+            seq_lens,
+            scale=self.shape.scale,
+            soft_cap=self.shape.soft_cap,
+            out=out,
+            workspace=rows.workspace,
+            sinks=self.shape.sinks,
+        )
