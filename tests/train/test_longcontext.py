@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scripts import get_model
 from vllm_sparse.train import checkpoint, longcontext, lora
 from vllm_sparse.train.__main__ import COMMANDS
 from vllm_sparse.train.forward import hidden_states, load_model
@@ -91,6 +92,28 @@ def test_merged_model_computes_what_was_trained(trained, model_folder, tmp_path)
     )
     with pytest.raises(ValueError, match="merged exists: give another --out"):
         merge(trained / "checkpoint", model_folder, out)
+
+
+def test_get_model_merges_a_shipped_checkpoint(
+    trained, model_folder, tmp_path, monkeypatch
+):
+    """The newest one; and says so where none is shipped."""
+    name = "smollm2-135m-32k"
+    monkeypatch.setattr(get_model, "CHECKPOINTS", tmp_path)
+    monkeypatch.setenv("VLLM_SPARSE_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match="is not shipped yet: .*docs/training.md"):
+        get_model.get_model(name)
+    shutil.copytree(model_folder, tmp_path / "SmolLM2-135M-Instruct")
+    shutil.copytree(trained / "checkpoint", tmp_path / name)
+    made = get_model.get_model(name)
+    config = json.loads((made / "config.json").read_text())
+    assert config["max_position_embeddings"] == 2560 and made.parent == tmp_path
+    stamp = (made / "config.json").stat().st_mtime_ns
+    assert get_model.get_model(name) == made
+    assert (made / "config.json").stat().st_mtime_ns == stamp
+    edit(tmp_path / name, tensors_sha256="1" * 64)
+    with pytest.raises(ValueError, match="is damaged"):
+        get_model.get_model(name)
 
 
 @pytest.fixture
