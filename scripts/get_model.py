@@ -108,7 +108,7 @@ def _get_tuned(name: str) -> Path:
 
 
 def _made_once(target: Path, make: Callable[[Path, Path], object]) -> Path:
-    """``target``, made by ``make(empty folder, checkpoint folder)`` if it is missing."""
+    """``target``; if missing, made by ``make(empty folder, checkpoint folder)``."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

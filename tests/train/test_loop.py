@@ -175,3 +175,33 @@ def test_chunked_loss_and_checkpointing_change_nothing(model_folder, ids):
 def test_lora_without_layers_is_an_error(model):
     with pytest.raises(ValueError, match="none of the layers qkv_proj"):
         lora.add_lora(model, 4, 8.0, ["qkv_proj"])
+
+
+@pytest.mark.gpu
+def test_gpus_train_by_fused_attention(model_folder):
+    """In bf16, with grouped heads: loss and gradients near those of fp32."""
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 512, (2, 1024), generator=generator)
+    drawn: dict[str, torch.Tensor] = {}
+
+    def losses(device):
+        model = load_model(model_folder, torch.device(device))
+        lora.add_lora(model, 4, 8.0)
+        parameters = lora.factors(model)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                values = torch.randn(p.shape, generator=generator) * 0.05
+                p.copy_(drawn.setdefault(name, values))
+        here = ids.to(device)
+        positions = torch.arange(1024, device=device).expand(2, -1)
+        hidden = hidden_states(model, here, positions)[:, :-1].flatten(0, 1)
+        targets = here[:, 1:].flatten()
+        loss = token_losses(hidden, model.lm_head.weight, targets).mean()
+        loss.backward()
+        gradients = [p.grad.flatten().cpu() for p in parameters.values()]
+        return loss.item(), torch.cat(gradients)
+
+    expected, found = losses("cpu"), losses("cuda")
+    assert found[0] == pytest.approx(expected[0], rel=0.02)
+    assert F.cosine_similarity(found[1], expected[1], dim=0) > 0.98

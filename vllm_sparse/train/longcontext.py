@@ -3,12 +3,14 @@
 """``longcontext``: teach a Llama-like model a context several times its own.
 
 RoPE's base is raised and low-rank changes of attention are trained: most steps on short
-windows with skipped positions, the last ones on windows of full length. Written to OUT:
-``checkpoint/`` (some megabytes), ``run.json``, and ``state.pt`` to go on from: give the
-same command again, after --minutes or an interruption.
+windows with skipped positions, the last ones on windows of full length. OUT gets
+``checkpoint/`` (some megabytes), ``run.json`` (losses, evaluations), ``base.json`` (the
+untrained model's evaluation), and ``state.pt`` to go on from: give the same command
+again, after --minutes or an interruption.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +147,13 @@ def main(argv: list[str]) -> None:
         args.checkpointing,
         lambda: evaluate(model, corpus, synthetic, lengths, samples, samples),
     )
+    baseline = args.out / "base.json"
+    if not baseline.exists():
+        base = load_model(args.model, device)
+        found = evaluate(base, corpus, synthetic, lengths, samples, samples)
+        args.out.mkdir(parents=True, exist_ok=True)
+        baseline.write_text(json.dumps(found) + "\n")
+        del base
     recipe = {name: getattr(args, name) for name in RECIPE}
     recipe |= {"rope_theta": theta, "data_sha256": corpus.digest}
     recipe["base_sha256"] = checkpoint.base_hash(args.model)
