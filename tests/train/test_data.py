@@ -98,10 +98,10 @@ def test_level(sizes, budget, expected):
     assert sum(min(size, expected) for size in sizes) <= budget
 
 
-def test_take_keeps_whole_documents():
+def test_take_cuts_the_last_document():
     ids = [np.arange(n) for n in (3, 4, 5)]
-    assert [len(i) for i in take(ids, 8)] == [3, 4]
-    assert take(ids, 2) == []
+    assert [len(i) for i in take(ids, 8)] == [3, 4, 1]
+    assert [len(i) for i in take(ids, 7)] == [3, 4] and take(ids, 0) == []
 
 
 @pytest.fixture
@@ -152,6 +152,8 @@ def test_other_text_is_refused(packed, model_folder, tmp_path):
     (folder / "train-code-001.bin").write_bytes(b"changed")
     with pytest.raises(ValueError, match="train-code-001.bin differs"):
         Corpus(folder)
+    with pytest.raises(FileNotFoundError, match="give a model's folder"):
+        Corpus(folder, tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="vllm_sparse.train data --out"):
         Corpus(folder / "none")
 

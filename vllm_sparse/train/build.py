@@ -90,9 +90,14 @@ def level(sizes: list[int], budget: int) -> int:
 
 
 def take(documents: list[np.ndarray], limit: int) -> list[np.ndarray]:
-    """Whole documents, the first ones, of ``limit`` tokens at most."""
-    ends = np.cumsum([len(ids) for ids in documents])
-    return documents[: int(np.searchsorted(ends, limit, side="right"))]
+    """The first documents, ``limit`` tokens at most, for which the last one is cut."""
+    taken = []
+    for ids in documents:
+        if limit <= 0:
+            break
+        taken.append(ids[:limit])
+        limit -= len(ids)
+    return taken
 
 
 def write_stream(folder: Path, name: str, documents: list[np.ndarray]) -> dict:
@@ -169,6 +174,7 @@ def main(arguments: list[str]) -> None:
 
     from transformers import AutoTokenizer
 
+    hashed = tokenizer_hash(args.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if len(tokenizer) > 2**16:
         raise ValueError("token ids are stored in 16 bits; this vocabulary has more")
@@ -200,7 +206,7 @@ def main(arguments: list[str]) -> None:
         args.out,
         gathered,
         int(args.million_tokens * 1e6),
-        tokenizer=tokenizer_hash(args.tokenizer),
+        tokenizer=hashed,
         end_of_document=end,
         held_out_texts=sorted(evaluated),
         held_out_packages=[s.name for s in chosen if s.held_out == ("*",)],

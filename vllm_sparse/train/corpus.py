@@ -23,7 +23,12 @@ PART_TOKENS = 16_000_000
 
 def tokenizer_hash(folder: str | Path) -> str:
     """Of what turns text into ids: ``tokenizer.json``."""
-    return sha256(Path(folder) / "tokenizer.json")
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}: give a model's folder (transformers' format)"
+        )
+    return sha256(path)
 
 
 class Corpus:

@@ -12,6 +12,7 @@ again, after --minutes or an interruption.
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .mixture import Mixture
 from .positions import default_theta
 from .synthetic import Synthetic
 
-NEEDS = """needs, for SmolLM2-135M and the defaults (98 million tokens): a GPU of 80 GB
+NEEDS = """needs, for SmolLM2-135M and the defaults (98 million tokens): a GPU of 40 GB
 (24 GB with --checkpointing), 4 GB of host memory, and by estimate 10 to 25 minutes of
 an H200. On a CPU toy sizes only: some hundred tokens a second."""
 
@@ -69,36 +70,42 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         prog="python -m vllm_sparse.train longcontext",
         description=__doc__,
         epilog=NEEDS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", type=Path, help="folder of a llama model in transformers' format")
     add("--data", type=Path, required=True, help="made by the command data")
-    add("--out", type=Path, required=True)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, required=True, help="folder of this run")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of torch",
+    )
     add("--minutes", type=float, default=math.inf, help="then save and end")
     add("--context", type=int, default=32768, help="tokens to be learnt")
     add("--window", type=int, default=8192, help="tokens of most windows")
-    add("--rope-theta", type=float, help="default: from how much longer it gets")
-    add("--steps", type=int, default=1500)
-    add("--batch-tokens", type=int, default=65536)
+    add("--rope-theta", type=float, help="RoPE's base; None: from how much longer")
+    add("--steps", type=int, default=1500, help="in all, over all runs in OUT")
+    add("--batch-tokens", type=int, default=65536, help="of a step")
     add("--micro-tokens", type=int, default=32768, help="computed at a time")
-    add("--full-share", type=float, default=0.15, help="steps at full length")
-    add("--synthetic", type=float, default=0.15, help="share of windows")
-    add("--code", type=float, default=0.5, help="share of windows")
-    add("--replay", type=float, default=0.2, help="windows with plain positions")
+    add("--full-share", type=float, default=0.15, help="of steps: at full length")
+    add("--synthetic", type=float, default=0.15, help="of windows: made on the spot")
+    add("--code", type=float, default=0.5, help="of windows: code, not prose")
+    add("--replay", type=float, default=0.2, help="of windows: plain positions")
     add("--answer-weight", type=float, default=20.0, help="of synthetic answers")
-    add("--rank", type=int, default=32)
-    add("--alpha", type=float, default=64.0)
-    add("--modules", nargs="+", default=list(lora.ATTENTION))
-    add("--learning-rate", type=float, default=4e-4)
-    add("--warmup", type=int, default=50)
-    add("--seed", type=int, default=0)
+    add("--rank", type=int, default=32, help="of the changes")
+    add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
+    add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
+    add("--learning-rate", type=float, default=4e-4, help="its peak")
+    add("--warmup", type=int, default=50, help="steps up to the peak")
+    add("--seed", type=int, default=0, help="of factors and batches")
     add("--checkpointing", action="store_true", help="less memory, 4/3 of the time")
     add("--compile", action="store_true", help="layers by torch.compile")
-    add("--save-every", type=int, default=100)
-    add("--evaluate-every", type=int, default=500)
-    add("--evaluate-lengths", type=int, nargs="+", default=[2048, 8192, 32768])
-    add("--evaluate-samples", type=int, default=10)
+    add("--save-every", type=int, default=100, help="steps")
+    add("--evaluate-every", type=int, default=500, help="steps; 0: first and last")
+    lengths = [2048, 8192, 32768]
+    add("--evaluate-lengths", type=int, nargs="+", default=lengths, help="tokens")
+    add("--evaluate-samples", type=int, default=10, help="of each kind and length")
     args = parser.parse_args(argv)
     if args.window > args.context:
         parser.error("--window is longer than --context")
@@ -114,13 +121,14 @@ RECIPE = [*MIXTURE.split(), "answer_weight", "rank", "alpha", "modules"]
 
 def main(argv: list[str]) -> None:
     """The command."""
+    started = time.monotonic()
     args = arguments_of(argv)
     from transformers import AutoConfig, AutoTokenizer
 
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     corpus = Corpus(args.data, args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     config = AutoConfig.from_pretrained(args.model)
     theta = args.rope_theta or default_theta(
         config.rope_parameters["rope_theta"],
@@ -162,7 +170,7 @@ def main(argv: list[str]) -> None:
         Optimisation(args.steps, args.learning_rate, args.warmup),
         args.out,
         recipe,
-        args.minutes,
+        args.minutes - (time.monotonic() - started) / 60,
         args.save_every,
         args.evaluate_every,
     )

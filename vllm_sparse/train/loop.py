@@ -66,7 +66,7 @@ def train(
         out: folder of ``state.pt`` and ``run.json``; one that holds a state is gone on
             from, and gives the losses of a run without the interruption.
         recipe: everything that decides on the outcome, JSON; kept in both files.
-        minutes: after which it saves and returns, start and evaluations included.
+        minutes: after which it saves and returns, without a last evaluation.
         save_every, evaluate_every: steps; 0: at the end only. Evaluations come also
             before the first step.
 
