@@ -18,6 +18,7 @@ from vllm_sparse.train.loop import STATE
 from vllm_sparse.train.merge import KIND, merge
 
 STEPS = 12
+CPU = torch.device("cpu")
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -68,9 +69,10 @@ def test_merged_model_computes_what_was_trained(trained, model_folder, tmp_path)
 
     merged = AutoModelForCausalLM.from_pretrained(out)
     assert merged.config.max_position_embeddings == 2560
-    tuned = load_model(
-        model_folder, torch.device("cpu"), report_of(trained)["recipe"]["rope_theta"]
-    )
+    theta = report_of(trained)["recipe"]["rope_theta"]
+    rope = merged.config.rope_parameters
+    assert rope == {"rope_type": "default", "rope_theta": theta} and theta > 10_000
+    tuned = load_model(model_folder, CPU, theta)
     lora.add_lora(tuned, 4, 8.0)
     saved = load_file(trained / "checkpoint" / checkpoint.TENSORS)
     with torch.no_grad():
@@ -83,15 +85,41 @@ def test_merged_model_computes_what_was_trained(trained, model_folder, tmp_path)
         hidden_states(m, ids, positions) @ m.lm_head.weight.T for m in (merged, tuned)
     ]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-    base = load_model(model_folder, torch.device("cpu"))
+    base = load_model(model_folder, CPU)
     untrained = hidden_states(base, ids, positions) @ base.lm_head.weight.T
     assert (untrained - logits[0]).abs().max() > 0.1
-    assert (
-        json.loads((out / "tokenizer_config.json").read_text())["model_max_length"]
-        == 2560
-    )
+    described = json.loads((out / "tokenizer_config.json").read_text())
+    assert described["model_max_length"] == 2560
     with pytest.raises(ValueError, match="merged exists: give another --out"):
         merge(trained / "checkpoint", model_folder, out)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_configs_of_older_transformers_are_edited_where_they_say_it(
+    trained, model_folder, tmp_path
+):
+    old = Path(shutil.copytree(model_folder, tmp_path / "old"))
+    edit_config(old, rope_parameters=None, rope_theta=10_000.0)
+    out = merge(trained / "checkpoint", old, tmp_path / "merged")
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_theta"] == report_of(trained)["recipe"]["rope_theta"]
+    assert "rope_parameters" not in config
+
+
+def test_scaled_rope_and_other_architectures_are_refused(model_folder, tmp_path):
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    edit_config(other, rope_parameters=scaled)
+    with pytest.raises(ValueError, match="has linear RoPE; only plain RoPE"):
+        load_model(other, CPU, 1e5)
+    edit_config(other, model_type="qwen2")
+    with pytest.raises(ValueError, match="is a qwen2; only llama is trained"):
+        load_model(other, CPU)
 
 
 def test_get_model_merges_a_shipped_checkpoint(

@@ -66,6 +66,7 @@ def test_every_fact_is_stated_and_asked_for(made, corpus, tokenizer, kind):
         window = lambda n: corpus.window("train-code", n, rng)
         sample = made.facts(form, window, 1900, rng, number=4)
         assert len(sample.ids) == len(sample.weights) == 1900
+        assert sample.weights[-sample.answer :].min() == made.answer_weight
         values = [a.strip(" .") for a in answers(sample, made, tokenizer)]
         text = tokenizer.decode(sample.ids)
         assert len(values) == 4 and all(text.count(v) == 2 for v in values)

@@ -63,8 +63,7 @@ def _needles(model, synthetic: Synthetic, window, length: int, count: int, rng) 
     for i in range(count):
         depth = 0.1 + 0.8 * i / max(1, count - 1)
         sample = synthetic.facts(HELD_OUT_FACT, window, length, rng, depth=depth)
-        answer = int((sample.weights == synthetic.answer_weight).sum())
-        losses, right = _last(model, sample.ids, answer)
+        losses, right = _last(model, sample.ids, sample.answer)
         hits += bool(right.all())
         nats.append(losses.sum().item())
     return {"hits": hits, "samples": count, "nats": round(float(np.mean(nats)), 4)}

@@ -2,20 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """A Llama-like model of transformers, run for training."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-
-# On a GPU never the backend that writes all scores to memory: 32K tokens would need
-# gigabytes a layer.
-FUSED = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
 
 
 def load_model(folder, device: torch.device, theta: float | None = None):
@@ -25,7 +14,8 @@ def load_model(folder, device: torch.device, theta: float | None = None):
         theta: base of RoPE instead of the model's own.
 
     Raises:
-        ValueError: an architecture that ``hidden_states`` does not know.
+        ValueError: an architecture that ``hidden_states`` does not know; RoPE that
+            scales positions, whose base alone says little.
     """
     from transformers import AutoConfig, LlamaForCausalLM
 
@@ -33,11 +23,19 @@ def load_model(folder, device: torch.device, theta: float | None = None):
     if config.model_type != "llama":
         raise ValueError(f"{folder} is a {config.model_type}; only llama is trained")
     if theta is not None:
+        if (scaled := config.rope_parameters["rope_type"]) != "default":
+            raise ValueError(
+                f"{folder} has {scaled} RoPE; only plain RoPE is stretched"
+            )
         config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = LlamaForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation="sdpa"
     )
+    if device.type == "cuda":
+        # Never, in silence, the one that writes all scores to memory: 32K tokens would
+        # need gigabytes a layer.
+        torch.backends.cuda.enable_math_sdp(False)
     return model.to(device).requires_grad_(False)
 
 
@@ -63,12 +61,11 @@ def hidden_states(
     def run(layer, hidden):
         return layer(hidden, position_ids=positions, position_embeddings=rope)
 
-    with sdpa_kernel(FUSED) if ids.is_cuda else nullcontext():
-        for layer in inner.layers:
-            if checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(run, layer, hidden, use_reentrant=False)
-            else:
-                hidden = run(layer, hidden)
+    for layer in inner.layers:
+        if checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(run, layer, hidden, use_reentrant=False)
+        else:
+            hidden = run(layer, hidden)
     return inner.norm(hidden)
 
 

@@ -194,9 +194,9 @@ def _environment(device: torch.device) -> dict:
 
     from .. import __version__
 
-    is_gpu = device.type == "cuda"
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else name,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

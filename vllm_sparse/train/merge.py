@@ -8,6 +8,7 @@ Needs memory for the model twice, and no GPU.
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -50,26 +51,25 @@ def merge(folder: Path, base: Path, out: Path) -> Path:
             )
             weights[key] = (weight.float() + scale * low).to(weight.dtype)
         save_file(weights, out / path.name, metadata={"format": "pt"})
-    _edit(out / "config.json", _longer(config))
+    _edit(out / "config.json", lambda content: _longer(content, config))
     if (out / "tokenizer_config.json").exists():
         length = config["max_position_embeddings"]
-        _edit(out / "tokenizer_config.json", {"model_max_length": length})
+        edit = lambda content: content | {"model_max_length": length}
+        _edit(out / "tokenizer_config.json", edit)
     return out
 
 
-def _longer(config: dict) -> dict:
-    theta = config["rope_theta"]
-    return {
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "max_position_embeddings": config["max_position_embeddings"],
-    }
+def _longer(content: dict, trained: dict) -> dict:
+    theta = {"rope_theta": trained["rope_theta"]}
+    length = trained["max_position_embeddings"]
+    if "rope_parameters" in content:
+        theta = {"rope_parameters": content["rope_parameters"] | theta}
+    # Before 5, transformers wrote it among the other fields.
+    return content | theta | {"max_position_embeddings": length}
 
 
-def _edit(path: Path, changes: dict) -> None:
-    content = json.loads(path.read_text()) | changes
-    # Where transformers before 5 looks.
-    if "rope_theta" in content:
-        content["rope_theta"] = changes["rope_parameters"]["rope_theta"]
+def _edit(path: Path, edit: Callable[[dict], dict]) -> None:
+    content = edit(json.loads(path.read_text()))
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -75,10 +75,12 @@ class Sample:
     Attributes:
         ids: [length] int64.
         weights: [length] float32, how much the prediction of each token counts.
+        answer: how many tokens at the end are the last answer.
     """
 
     ids: np.ndarray
     weights: np.ndarray
+    answer: int = 0
 
 
 class Synthetic:
@@ -175,7 +177,7 @@ class Synthetic:
 def _join(pieces) -> Sample:
     ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
     weights = np.repeat([w for _, w in pieces], [len(ids) for ids, _ in pieces])
-    return Sample(ids, weights.astype(np.float32))
+    return Sample(ids, weights.astype(np.float32), len(pieces[-1][0]))
 
 
 def _keys(rng, number: int) -> list[dict[str, str]]:
