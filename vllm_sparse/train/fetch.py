@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .sources import Source
 
@@ -80,14 +81,12 @@ def _members(source: Source, archive: Path) -> Iterator[tuple[str, bytes]]:
             for path in filter(wanted, sorted(wheel.namelist())):
                 yield path, wheel.read(path)
         return
-    unpacked = archive.parent / "unpacked"
-    if not unpacked.is_dir():
-        subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
-    files = (file for file in unpacked.rglob("*") if file.is_file())
-    paths = {str(file.relative_to(unpacked)): file for file in files}
-    for path in filter(wanted, sorted(paths)):
-        if not paths[path].is_symlink():
-            yield path, paths[path].read_bytes()
+    with TemporaryDirectory() as folder:
+        subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
+        for file in sorted(Path(folder).rglob("*")):
+            path = str(file.relative_to(folder))
+            if wanted(path) and file.is_file() and not file.is_symlink():
+                yield path, file.read_bytes()
 
 
 def clean(text: str) -> str:
