@@ -77,8 +77,9 @@ def gather(
         elif (room := room - len(text)) > 0:
             kept[is_held_out].append(text)
         seen.seen |= shingles
-    for texts, ids in ((kept[False], gathered.train), (kept[True], gathered.held_out)):
-        ids += [np.array([*i, end], dtype=np.uint16) for i in encode(texts)]
+    for is_held_out, ids in ((False, gathered.train), (True, gathered.held_out)):
+        encoded = encode(kept[is_held_out])
+        ids += [np.array([*i, end], dtype=np.uint16) for i in encoded]
     return gathered
 
 

@@ -43,7 +43,7 @@ def weight_files(model: Path) -> list[Path]:
 
 
 def weight_shapes(model: Path) -> dict[str, torch.Size]:
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for path in weight_files(model):
         with safe_open(path, "pt") as file:
             names = file.keys()
@@ -54,7 +54,7 @@ def weight_shapes(model: Path) -> dict[str, torch.Size]:
 def base_hash(model: Path) -> str:
     """Of names, types, shapes and values of a model's tensors; how they are spread over
     files does not count."""
-    places = {}
+    places: dict[str, Path] = {}
     for path in weight_files(model):
         with safe_open(path, "pt") as file:
             places |= dict.fromkeys(file.keys(), path)

@@ -36,7 +36,8 @@ def load_model(folder, device: torch.device, theta: float | None = None):
         # Never, in silence, the one that writes all scores to memory: 32K tokens would
         # need gigabytes a layer.
         torch.backends.cuda.enable_math_sdp(False)
-    return model.to(device).requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    return model.requires_grad_(False)
 
 
 def hidden_states(

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
             layer.compile()
     synthetic = Synthetic(
         lambda text: tokenizer.encode(text, add_special_tokens=False),
-        lambda token: tokenizer.decode([token]),
+        lambda token: str(tokenizer.decode([token])),
         len(tokenizer),
         args.answer_weight,
     )

@@ -116,11 +116,12 @@ def train(
             break
         began = clock()
         optimiser.zero_grad(set_to_none=True)
-        loss, tokens = 0.0, 0
+        parts, tokens = [], 0
         for part, size in trainee.losses(step):
             part.backward()
-            loss, tokens = loss + part.detach(), tokens + size
-        loss = float(loss)
+            parts.append(part.detach())
+            tokens += size
+        loss = float(sum(parts))
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"the loss of step {step} is {loss}: lower --learning-rate"

@@ -15,9 +15,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, scale: float):
         super().__init__()
         self.base, self.scale = base, scale
-        like = dict(device=base.weight.device, dtype=torch.float32)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        device, dtype = base.weight.device, torch.float32
+        a = torch.empty(rank, base.in_features, device=device, dtype=dtype)
+        b = torch.zeros(base.out_features, rank, device=device, dtype=dtype)
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ manifest; Debian serves one version at a time, PyPI's are pinned here.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 KINDS = ("prose", "code")
@@ -147,6 +147,7 @@ def evaluated_texts() -> dict[str, str]:
     """Name and text of what benchmarks use: pydoc's topics, library modules."""
     from pydoc_data.topics import topics
 
-    paths = [find_spec(name).origin for name in EVALUATED_MODULES]
-    texts = {Path(path).name: Path(path).read_text("utf-8") for path in paths}
+    modules = [import_module(name).__file__ for name in EVALUATED_MODULES]
+    paths = [Path(file) for file in modules if file]
+    texts = {path.name: path.read_text("utf-8") for path in paths}
     return {"pydoc_data.topics": "\n\n".join(topics.values()), **texts}
