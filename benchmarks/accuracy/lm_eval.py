@@ -91,29 +91,37 @@ def evaluate(url: str, args: argparse.Namespace, folder: Path) -> None:
 
 
 def rows_of(folder: Path, engine: str) -> list[dict[str, Any]]:
-    """A row per task from lm-eval's files of samples."""
+    """A row per task and metric from lm-eval's files of samples.
+
+    RULER's metrics are lengths; a sample has -1 for those that it is not of.
+    """
     rows = []
     for file in sorted(folder.rglob("samples_*.jsonl")):
+        task = file.name.removeprefix("samples_").rpartition("_")[0]
         samples = [json.loads(line) for line in file.read_text().splitlines()]
         samples.sort(key=lambda sample: sample["doc_id"])
-        # RULER names its metrics by length; those of other lengths are -1.
-        metric = next(m for m in samples[0]["metrics"] if samples[0][m] >= 0)
-        prompts = "".join(sample["prompt_hash"] for sample in samples)
-        rows.append(
-            {
-                "engine": engine,
-                "task": file.name.removeprefix("samples_").rpartition("_")[0],
-                "metric": metric,
-                "score": fmean(sample[metric] for sample in samples),
-                "scores": [sample[metric] for sample in samples],
-                "prompts": zlib.crc32(prompts.encode()),
-                "answers": [
-                    zlib.crc32(json.dumps(sample["resps"]).encode())
-                    for sample in samples
-                ],
-            }
-        )
+        for metric in samples[0]["metrics"]:
+            own = [sample for sample in samples if sample[metric] >= 0]
+            if own:
+                row = {"engine": engine, "task": task, "metric": metric}
+                rows.append(row | scored(own, metric))
     return rows
+
+
+def scored(samples: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    prompts = "".join(sample["prompt_hash"] for sample in samples)
+    answers = [json.dumps(sample["resps"]) for sample in samples]
+    scores = [sample[metric] for sample in samples]
+    return {
+        "score": fmean(scores),
+        "scores": scores,
+        "prompts": zlib.crc32(prompts.encode()),
+        "answers": [zlib.crc32(answer.encode()) for answer in answers],
+    }
+
+
+def key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["task"], row["metric"]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -123,18 +131,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     Raises:
         ValueError: engines were asked different questions.
     """
-    rows = [row for row in rows if "task" in row]
     engines = list(dict.fromkeys(row["engine"] for row in rows))
-    found = {(row["task"], row["engine"]): row for row in rows}
-    head = ["task", "n", *engines]
+    found = {(row["engine"], *key(row)): row for row in rows}
+    head = ["task", "metric", "n", *engines]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        base = found.get((task, engines[0]))
+    for task in dict.fromkeys(map(key, rows)):
+        base = found.get((engines[0], *task))
         if base is None:
             continue  # of a run that goes on
-        cells = [task, str(len(base["scores"])), f"{base['score']:.3f}"]
+        cells = [*task, str(len(base["scores"])), f"{base['score']:.3f}"]
         for engine in engines[1:]:
-            row = found.get((task, engine))
+            row = found.get((engine, *task))
             cells.append(compared(row, base) if row else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -201,8 +208,8 @@ def main() -> None:
     for engine in args.engines:
         with tempfile.TemporaryDirectory() as folder:
             new = measure(engine, args, Path(folder))
-        done = {(row["engine"], row["task"]) for row in new}
-        rows = [row for row in rows if (row["engine"], row["task"]) not in done] + new
+        done = {(row["engine"], *key(row)) for row in new}
+        rows = [row for row in rows if (row["engine"], *key(row)) not in done] + new
         save(args, rows, hidden=("output", "environment", "engines", "tasks"))
         print(markdown(rows), flush=True)
 

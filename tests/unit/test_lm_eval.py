@@ -39,9 +39,9 @@ def test_scores_are_compared_in_pairs(tmp_path):
     assert dense[0]["scores"] == [1.0, 0.5, 0.0, 0.5]
     assert (dense[0]["metric"], dense[0]["score"]) == ("4096", 0.5)
     table = markdown(dense + sparse).splitlines()
-    assert table[0] == "| task | n | cpu_attn | sparq |"
+    assert table[0] == "| task | metric | n | cpu_attn | sparq |"
     assert table[2:] == [
-        "| ruler_vt | 4 | 0.500 | −0.125 ± 0.315 (+1 −1; 2 the same) |"
+        "| ruler_vt | 4096 | 4 | 0.500 | −0.125 ± 0.315 (+1 −1; 2 the same) |"
     ]
 
 
