@@ -35,6 +35,8 @@ VERSION = "0.4.13"
 # transformers: RULER measures its prompts in the model's tokens.
 REQUIREMENTS = [f"lm_eval[api,ruler]=={VERSION}", "transformers==5.19.0"]
 TASKS = ["niah_single_1", "niah_multikey_2", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+# Options that differ between the runs whose rows a file holds.
+OF_ONE_RUN = ("output", "environment", "engines", "tasks", "samples", "lm_eval_args")
 SHOWN = ["lm_eval", "transformers", "datasets", "nltk", "wonderwords"]
 
 
@@ -162,7 +164,12 @@ def compared(row: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def measure(engine: str, args: argparse.Namespace, folder: Path) -> list[dict]:
-    """Start a server of ``engine``, run the tasks; rows of tasks and of the server."""
+    """Start a server of ``engine`` and run the tasks.
+
+    Returns:
+        :func:`rows_of` it, with the server's own figure of the KV bytes that decoding
+        read, as a share of what dense decoding reads.
+    """
     name, _, sparse = engine.partition(" ")
     own = argparse.Namespace(**vars(args) | {"sparse": sparse or "{}"})
     port, log = free_port(), folder / "server.log"
@@ -183,12 +190,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     cache = Path(os.environ.get("VLLM_SPARSE_CACHE") or "~/.cache/vllm-sparse")
-    add("--engines", nargs="+", default=["cpu_attn", 'sparq {"top_k": 0.075}'])
+    add(
+        "--engines",
+        nargs="+",
+        default=["cpu_attn", 'sparq {"top_k": 0.075}', "twilight"],
+        help="backends, ours with options as JSON; the first is compared with",
+    )
     add("--model", type=Path, required=True)
     add("--tasks", nargs="+", default=TASKS)
     add("--samples", type=int, default=16, help="per task: lm-eval's --limit")
     add("--concurrent", type=int, default=4, help="requests at a time")
-    add("--lm-eval-args", default="", help="more for lm-eval, as one word")
+    add(
+        "--lm-eval-args",
+        default="",
+        help="more for lm-eval, as one word: --lm-eval-args='--num_fewshot 3'",
+    )
     add(
         "--environment",
         type=Path,
@@ -210,7 +226,7 @@ def main() -> None:
             new = measure(engine, args, Path(folder))
         done = {(row["engine"], *key(row)) for row in new}
         rows = [row for row in rows if (row["engine"], *key(row)) not in done] + new
-        save(args, rows, hidden=("output", "environment", "engines", "tasks"))
+        save(args, rows, hidden=OF_ONE_RUN)
         print(markdown(rows), flush=True)
 
 
