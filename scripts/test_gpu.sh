@@ -5,10 +5,10 @@
 # Everything that needs a GPU: op, layer and engine tests, then the memory and race checkers.
 # Wants vLLM for CUDA, pytest and this project (with its CUDA ops) in the environment.
 #   scripts/test_gpu.sh            all of it
-#   scripts/test_gpu.sh ops|backend|engine|sanitize ...
+#   scripts/test_gpu.sh ops|backend|engine|train|sanitize ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ $# -eq 0 ]; then set -- ops backend engine sanitize; fi
+if [ $# -eq 0 ]; then set -- ops backend engine train sanitize; fi
 run() { python3 -m pytest -m gpu -q -p no:cacheprovider --tb=short "$@"; }
 
 for part in "$@"; do
@@ -18,6 +18,7 @@ for part in "$@"; do
     backend) run tests/backend ;;
     engine) run tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_quantised.py tests/e2e/test_gpu_families.py \
       tests/e2e/test_gpu_offloading.py ;;
+    train) run tests/train ;;
     sanitize)
       # Small inputs: the tools slow a kernel down by up to a hundred times.
       # PyTorch's cached blocks would hide accesses to freed or neighbouring memory.

@@ -27,8 +27,13 @@ def paired(record: dict, dense: dict, metric: str) -> tuple[float, float, int]:
     """Mean over samples of method minus dense, its standard error, and n."""
     base = {s["index"]: s[metric] for s in dense["samples"]}
     diffs = [s[metric] - base[s["index"]] for s in record["samples"]]
+    return *difference(diffs), len(diffs)
+
+
+def difference(diffs: Sequence[float]) -> tuple[float, float]:
+    """Mean of paired differences and its standard error."""
     error = stdev(diffs) / math.sqrt(len(diffs)) if len(diffs) > 1 else math.nan
-    return fmean(diffs), error, len(diffs)
+    return fmean(diffs), error
 
 
 def mean(record: dict, metric: str) -> float:

@@ -44,8 +44,8 @@ FORMS = {
     ),
     "code": Form(
         header="",
-        hidden="\nlimit_of_{key} = {value}\n\n",
-        question="\n\ndef test_limit_of_{key}():\n    assert limit_of_{key} ==",
+        hidden='\nregister("{key}", port={value})\n\n',
+        question='\n\n# The port that "{key}" has been registered with is',
         ends=("\n",),
     ),
 }

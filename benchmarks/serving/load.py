@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Servers under load: ``vllm bench serve`` against one server per backend.
 
+The prompts are drawn once by vLLM's own random datasets; each run reads its part from
+a file, by ``--dataset-name custom``.
+
     python -m benchmarks.serving.load --engines flash_attn sparq --model FOLDER \\
         --cases cold:30000:24 shared:30000:96 --output load.json \\
         --server-args --renderer-num-workers 8
@@ -20,7 +23,6 @@ the memory: ``--server-args --gpu-memory-utilization 0.47 --kv-cache-memory-byte
 
 import argparse
 import asyncio
-import dataclasses
 import io
 import json
 import os
@@ -30,7 +32,7 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
@@ -45,7 +47,8 @@ QUESTION = 64  # tokens after a shared document
 TIMES = [
     f"{of}_{what}_ms" for what in ("ttft", "tpot", "itl") for of in ("median", "p99")
 ]
-KEPT = ["completed", "duration", "request_throughput", "output_throughput", *TIMES]
+COUNTS = ["completed", "total_input_tokens"]  # tokens as the server counts them
+KEPT = [*COUNTS, "duration", "request_throughput", "output_throughput", *TIMES]
 
 
 class Case:
@@ -80,6 +83,16 @@ def arguments(options: dict[str, Any]) -> list[str]:
     return [word for k, v in options.items() for word in (f"--{k}", str(v))]
 
 
+def write_prompts(path: Path, prompts: Iterable[str]) -> None:
+    """A file for vLLM's dataset ``custom``: prompts are sent as they are, in order.
+
+    Args:
+        path: ends in ``.jsonl``.
+    """
+    # json.dumps escapes what else would end a line.
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+
+
 class Load:
     """``vllm bench serve`` in this process.
 
@@ -87,29 +100,31 @@ class Load:
     name.)
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         """Draw the prompts of all cases once, in a thread: drawing long ones takes
-        longer than serving them, and servers start meanwhile."""
+        longer than serving them, and servers start meanwhile.
+
+        Args:
+            folder: for the file of prompts.
+        """
         from vllm.benchmarks import serve
+        from vllm.benchmarks.datasets import get_samples
         from vllm.tokenizers import get_tokenizer
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        self.args, self.serve = args, serve
+        self.args, self.serve, self.folder = args, serve, folder
         self.parser = FlexibleArgumentParser()
         serve.add_cli_args(self.parser)
         self.cases = [Case(text, args) for text in args.cases]
-        tokenizer, get_samples = str(args.tokenizer or args.model), serve.get_samples
+        tokenizer = str(args.tokenizer or args.model)
 
-        def draw(case: Case) -> list:
-            parsed = self._parse(case, {"num-prompts": case.total, "seed": 0})
-            return get_samples(parsed, get_tokenizer(tokenizer))
+        def draw(case: Case) -> list[str]:
+            options = arguments({"num-prompts": case.total, "seed": 0})
+            parsed = self.parser.parse_args(case.dataset + options)
+            return [s.prompt for s in get_samples(parsed, get_tokenizer(tokenizer))]
 
         pool = ThreadPoolExecutor(1)
         self.drawn = {case.text: pool.submit(draw, case) for case in self.cases}
-
-    def _parse(self, case: Case, options: dict[str, Any]) -> argparse.Namespace:
-        options |= {"tokenizer": self.args.tokenizer or self.args.model}
-        return self.parser.parse_args(case.dataset + arguments(options))
 
     def bench(
         self, url: str, case: Case, first: int, count: int, rate: float, tokens: int
@@ -119,14 +134,17 @@ class Load:
         Raises:
             RuntimeError: with the end of the output, when not all requests succeed.
         """
-        samples = self.drawn[case.text].result()[first : first + count]
-        samples = [dataclasses.replace(s, expected_output_len=tokens) for s in samples]
-        self.serve.get_samples = lambda *_: samples
+        file = self.folder / "prompts.jsonl"
+        write_prompts(file, self.drawn[case.text].result()[first : first + count])
         options = {
+            "dataset-name": "custom",
+            "dataset-path": file,
+            "custom-output-len": tokens,
             "backend": "openai",
             "endpoint": "/v1/completions",
             "base-url": url,
             "model": self.args.model,
+            "tokenizer": self.args.tokenizer or self.args.model,
             "num-prompts": count,
             "temperature": 0,
             # Requests of one case and rate arrive at the same times at all engines.
@@ -134,12 +152,14 @@ class Load:
             "request-rate": rate,
             "percentile-metrics": "ttft,tpot,itl",
         }
-        parsed, limit = self._parse(case, options), self.args.run_seconds
-        parsed.ignore_eos = parsed.disable_tqdm = True
+        flags = ["skip-chat-template", "disable-shuffle", "no-oversample"]
+        flags = [f"--{flag}" for flag in (*flags, "ignore-eos", "disable-tqdm")]
+        parsed = self.parser.parse_args(arguments(options) + flags)
         error, result = "", {}
         with redirect_stdout(io.StringIO()) as shown:
             try:
                 # A server that hangs would be waited for, for hours.
+                limit = self.args.run_seconds
                 run = asyncio.wait_for(self.serve.main_async(parsed), limit)
                 result = asyncio.run(run)
             except TimeoutError:
@@ -294,10 +314,10 @@ def main() -> None:
         "| ITL ms |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    load = Load(args)
     results: list[dict[str, Any]] = []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
+        load = Load(args, Path(folder))
         groups = [args.engines] if args.together else [[e] for e in args.engines]
         for engines in groups:
             try:

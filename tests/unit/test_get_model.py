@@ -51,5 +51,7 @@ def test_wheel_without_model_is_an_error(tmp_path):
 
 
 def test_unknown_model_is_an_error():
-    with pytest.raises(ValueError, match="unknown model 'gemma'; one of smollm2-135m"):
+    with pytest.raises(
+        ValueError, match="unknown model 'gemma'; one of smollm2-135m, "
+    ):
         get_model("gemma")

@@ -22,6 +22,7 @@ ORDER = [
     "step layer",
     "plugin worker",
     "tools",
+    "train",
 ]
 PLACE = {part: i for i, parts in enumerate(ORDER) for part in parts.split()}
 
@@ -69,3 +70,17 @@ def test_arrows_point_one_way():
         if place(name) < place(other)
     ]
     assert not wrong
+
+
+def test_training_stands_alone():
+    """Nothing needs it, and it needs no other part, so it runs without vLLM."""
+    is_train = lambda name: name.split(".")[0] == "train"
+    crossing = [
+        (name, other)
+        for name in FILES
+        for other in imports(name)
+        if is_train(name) != is_train(other)
+    ]
+    assert not crossing
+    train = [file.read_text() for name, file in FILES.items() if is_train(name)]
+    assert len(train) > 10 and not any("import vllm" in text for text in train)

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -16,6 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from vllm.benchmarks import serve  # noqa: E402
+from vllm.benchmarks.datasets import get_samples  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from benchmarks import plot  # noqa: E402
@@ -24,12 +24,6 @@ from benchmarks.serving import decode, load  # noqa: E402
 from benchmarks.serving.engine import Timed, make_prompts  # noqa: E402
 from benchmarks.serving.processes import running  # noqa: E402
 from benchmarks.serving.texts import compare  # noqa: E402
-
-
-@dataclass
-class Sample:
-    number: int
-    expected_output_len: int = 0
 
 
 def step(token: str, **best: float) -> dict:
@@ -155,8 +149,12 @@ vllm_sparse:sparse_row_share{engine="0"} 1.0
     assert load.our_metrics("") == {"vllm_sparse:rows_dense_total prefill": 7.0}
 
 
+# Texts that a reader of lines, numbers or JSON could take for something else.
+PROMPTS = ["a", "b", "c\u2028d\x85\x0b\n e ", '\x00\U0001f600\ufffd"<|im_end|>', "f"]
+
+
 @pytest.fixture
-def bench():
+def bench(tmp_path):
     """Runs a load with something in place of vLLM's."""
 
     async def none(args):
@@ -167,8 +165,8 @@ def bench():
         options = {"run_seconds": 0.2, "model": "m", "tokenizer": None}
         loader.args = SimpleNamespace(**options, rates=[], documents=1)
         case = load.Case("cold:9:2", loader.args)
-        samples = [Sample(i) for i in range(5)]
-        loader.drawn = {case.text: SimpleNamespace(result=lambda: samples)}
+        loader.folder = tmp_path
+        loader.drawn = {case.text: SimpleNamespace(result=lambda: PROMPTS)}
         loader.serve = SimpleNamespace(main_async=main_async)
         loader.parser = FlexibleArgumentParser()
         serve.add_cli_args(loader.parser)
@@ -178,14 +176,18 @@ def bench():
 
 
 def test_a_load_sends_its_part_of_the_prompts(bench):
+    sent: list[tuple] = []
+
     async def main_async(args):
         assert args.base_url == "http://host" and args.request_rate == 1.0
         assert args.ignore_eos
+        samples = get_samples(args, lambda text: SimpleNamespace(input_ids=text))
+        sent.extend((s.prompt, s.prompt_len, s.expected_output_len) for s in samples)
         return {"completed": 2, "median_itl_ms": 3.0, "input_lens": [9, 9]}
 
-    loader, result = bench(main_async)
+    _, result = bench(main_async)
     assert result == {"completed": 2, "median_itl_ms": 3.0}
-    assert loader.serve.get_samples() == [Sample(2, 4), Sample(3, 4)]
+    assert sent == [(text, len(text), 4) for text in PROMPTS[2:4]]
 
 
 def test_a_load_that_hangs_or_fails_is_given_up(bench):

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Packed text: streams of 16-bit token ids in parts, mapped into memory.
+
+A folder holds ``manifest.json`` and for each stream (``train-prose``, ``train-code``,
+``heldout-prose``, ``heldout-code``) parts ``NAME-000.bin`` (uint16, documents end to
+end, each with its end-of-document token) and ``NAME-offsets.npy`` (uint32, where
+documents begin, and the stream's end). Parts have at most 32 MB, to be moved singly.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .fetch import sha256
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PART_TOKENS = 16_000_000
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """Of what turns text into ids: ``tokenizer.json``."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}: give a model's folder (transformers' format)"
+        )
+    return sha256(path)
+
+
+class Corpus:
+    """The streams of a folder, checked against their hashes.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: another format, a damaged part, ids of another tokenizer.
+    """
+
+    def __init__(self, folder: Path, tokenizer: str | Path | None = None):
+        if not (folder / MANIFEST).is_file():
+            make = f"python -m vllm_sparse.train data --out {folder} --tokenizer MODEL"
+            raise FileNotFoundError(f"no {MANIFEST} in {folder}; make it with {make}")
+        self.manifest = json.loads((folder / MANIFEST).read_text())
+        if self.manifest["format"] != FORMAT:
+            raise ValueError(f"{folder} has another format; build it again")
+        if tokenizer and tokenizer_hash(tokenizer) != self.manifest["tokenizer"]:
+            raise ValueError(
+                f"{folder} was tokenised for another model than {tokenizer}; build it "
+                "again with --tokenizer of this one"
+            )
+        self.end = self.manifest["end_of_document"]
+        self.parts: dict[str, list[np.ndarray]] = {}
+        for name, stream in self.manifest["streams"].items():
+            for entry in stream["parts"]:
+                if sha256(folder / entry["file"]) != entry["sha256"]:
+                    raise ValueError(f"{entry['file']} differs from {MANIFEST}")
+            self.parts[name] = [
+                np.memmap(folder / entry["file"], dtype=np.uint16, mode="r")
+                for entry in stream["parts"]
+            ]
+
+    @property
+    def digest(self) -> str:
+        """One hash for all of the text, for checkpoints and reports."""
+        streams = json.dumps(self.manifest["streams"], sort_keys=True)
+        return hashlib.sha256(streams.encode()).hexdigest()
+
+    def tokens(self, name: str) -> int:
+        return sum(map(len, self.parts[name]))
+
+    def window(self, name: str, length: int, rng: np.random.Generator) -> np.ndarray:
+        """``length`` consecutive tokens from anywhere in a stream: [length] int64.
+
+        Raises:
+            ValueError: no part is that long.
+        """
+        room = np.array([max(0, len(part) - length + 1) for part in self.parts[name]])
+        if not room.sum():
+            raise ValueError(f"no {length} tokens in {name}: use shorter windows")
+        at = int(rng.integers(room.sum()))
+        index = int(np.searchsorted(np.cumsum(room), at, side="right"))
+        start = at - int(room[:index].sum())
+        return self.parts[name][index][start : start + length].astype(np.int64)

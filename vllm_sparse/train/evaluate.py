@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What a model makes of held-out text at several context lengths."""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from .corpus import Corpus
+from .forward import hidden_states, token_losses
+from .synthetic import HELD_OUT_FACT, Synthetic
+
+SCORED_TOKENS = 1024
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    corpus: Corpus,
+    synthetic: Synthetic,
+    lengths: list[int],
+    windows: int = 4,
+    needles: int = 10,
+) -> dict[str, dict]:
+    """Perplexities and needle hits, the same samples at every call.
+
+    Args:
+        lengths: tokens of context.
+        windows, needles: samples of each kind and length.
+
+    Returns:
+        perplexity: {"code": {2048: ...}, "prose": {...}}, of the last tokens of windows
+        (1,024, or half of the shortest context): those are the same tokens at every
+        length, so a model that uses far context gets better with length.
+        needle: {2048: {"hits", "samples", "nats"}}: one fact in held-out prose, asked
+        for in a form that is not trained on. A hit: each token of the answer is the
+        likeliest one after those before it, hence greedy completion gives the answer.
+    """
+    rng = np.random.default_rng(0)
+    scored = min(SCORED_TOKENS, min(lengths) // 2)
+    perplexity: dict[str, dict[int, float]] = {}
+    for kind in ("code", "prose"):
+        drawn = [
+            corpus.window(f"heldout-{kind}", max(lengths), rng) for _ in range(windows)
+        ]
+        perplexity[kind] = {}
+        for length in lengths:
+            nats = [
+                _last(model, ids[-length:], scored)[0].mean().item() for ids in drawn
+            ]
+            perplexity[kind][length] = round(float(np.exp(np.mean(nats))), 4)
+    prose = partial(corpus.window, "heldout-prose", rng=rng)
+    needle = {
+        length: _needles(model, synthetic, prose, length, needles, rng)
+        for length in lengths
+    }
+    return {"perplexity": perplexity, "needle": needle}
+
+
+def _needles(model, synthetic: Synthetic, window, length: int, count: int, rng) -> dict:
+    hits, nats = 0, []
+    for i in range(count):
+        depth = 0.1 + 0.8 * i / max(1, count - 1)
+        sample = synthetic.facts(HELD_OUT_FACT, window, length, rng, depth=depth)
+        losses, right = _last(model, sample.ids, sample.answer)
+        hits += bool(right.all())
+        nats.append(losses.sum().item())
+    return {"hits": hits, "samples": count, "nats": round(float(np.mean(nats)), 4)}
+
+
+def _last(model, ids: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of the last ``count`` tokens, and whether each was the likeliest."""
+    tokens = torch.from_numpy(ids)[None].to(model.device)
+    positions = torch.arange(len(ids), device=model.device)[None]
+    hidden = hidden_states(model, tokens, positions)[0, -count - 1 : -1]
+    head, targets = model.lm_head.weight, tokens[0, -count:]
+    likeliest = torch.cat([(h @ head.T).argmax(-1) for h in hidden.split(4096)])
+    return token_losses(hidden, head, targets), likeliest == targets

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""``longcontext``: teach a Llama-like model a context several times its own.
+
+RoPE's base is raised and low-rank changes of attention are trained: most steps on short
+windows with skipped positions, the last ones on windows of full length. OUT gets
+``checkpoint/`` (some megabytes), ``run.json`` (losses, evaluations), ``base.json`` (the
+untrained model's evaluation), and ``state.pt`` to go on from: give the same command
+again, after --minutes or an interruption.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, lora
+from .corpus import Corpus
+from .evaluate import evaluate
+from .forward import hidden_states, load_model, token_losses
+from .loop import Optimisation, train
+from .merge import KIND
+from .mixture import Mixture
+from .positions import default_theta
+from .synthetic import Synthetic
+
+NEEDS = """needs, for SmolLM2-135M and the defaults (98 million tokens): a GPU of 40 GB
+(24 GB with --checkpointing), 4 GB of host memory, and by estimate 10 to 25 minutes of
+an H200. On a CPU toy sizes only: some hundred tokens a second."""
+
+
+class LongContext:
+    """The trainee: factors of a model, batches of a mixture."""
+
+    def __init__(
+        self, model, mixture: Mixture, micro_tokens: int, checkpointing: bool, tests
+    ):
+        self.model, self.mixture = model, mixture
+        self.micro_tokens, self.checkpointing = micro_tokens, checkpointing
+        self.evaluate = tests
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return lora.factors(self.model)
+
+    def losses(self, step: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Weighted mean of the step's cross-entropy, in micro-batches."""
+        batch = self.mixture.batch(step)
+        total = batch.weights[:, 1:].sum().item()
+        windows = max(1, self.micro_tokens // batch.ids.shape[1])
+        for part in batch.split(windows):
+            part = part.to(self.model.device)
+            hidden = hidden_states(
+                self.model, part.ids, part.positions, self.checkpointing
+            )
+            losses = token_losses(
+                hidden[:, :-1].flatten(0, 1),
+                self.model.lm_head.weight,
+                part.ids[:, 1:].flatten(),
+            )
+            weighted = losses * part.weights[:, 1:].flatten()
+            yield weighted.sum() / total, part.ids.numel()
+
+
+def arguments_of(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_sparse.train longcontext",
+        description=__doc__,
+        epilog=NEEDS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="folder of a llama model in transformers' format")
+    add("--data", type=Path, required=True, help="made by the command data")
+    add("--out", type=Path, required=True, help="folder of this run")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of torch",
+    )
+    add("--minutes", type=float, default=math.inf, help="then save and end")
+    add("--context", type=int, default=32768, help="tokens to be learnt")
+    add("--window", type=int, default=8192, help="tokens of most windows")
+    add("--rope-theta", type=float, help="RoPE's base; None: from how much longer")
+    add("--steps", type=int, default=1500, help="in all, over all runs in OUT")
+    add("--batch-tokens", type=int, default=65536, help="of a step")
+    add("--micro-tokens", type=int, default=32768, help="computed at a time")
+    add("--full-share", type=float, default=0.15, help="of steps: at full length")
+    add("--synthetic", type=float, default=0.15, help="of windows: made on the spot")
+    add("--code", type=float, default=0.5, help="of windows: code, not prose")
+    add("--replay", type=float, default=0.2, help="of windows: plain positions")
+    add("--answer-weight", type=float, default=20.0, help="of synthetic answers")
+    add("--rank", type=int, default=32, help="of the changes")
+    add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
+    add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
+    add("--learning-rate", type=float, default=4e-4, help="its peak")
+    add("--warmup", type=int, default=50, help="steps up to the peak")
+    add("--seed", type=int, default=0, help="of factors and batches")
+    add("--checkpointing", action="store_true", help="less memory, 4/3 of the time")
+    add("--compile", action="store_true", help="layers by torch.compile")
+    add("--save-every", type=int, default=100, help="steps")
+    add("--evaluate-every", type=int, default=500, help="steps; 0: first and last")
+    lengths = [2048, 8192, 32768]
+    add("--evaluate-lengths", type=int, nargs="+", default=lengths, help="tokens")
+    add("--evaluate-samples", type=int, default=10, help="of each kind and length")
+    args = parser.parse_args(argv)
+    if args.window > args.context:
+        parser.error("--window is longer than --context")
+    if max(args.evaluate_lengths) > args.context:
+        parser.error("--evaluate-lengths beyond --context")
+    return args
+
+
+# What decides on the outcome; the rest is where and how fast.
+MIXTURE = "context window batch_tokens steps full_share synthetic code replay seed"
+RECIPE = [*MIXTURE.split(), "answer_weight", "rank", "alpha", "modules"]
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    started = time.monotonic()
+    args = arguments_of(argv)
+    from transformers import AutoConfig, AutoTokenizer
+
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    corpus = Corpus(args.data, args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    config = AutoConfig.from_pretrained(args.model)
+    theta = args.rope_theta or default_theta(
+        config.rope_parameters["rope_theta"],
+        args.context / config.max_position_embeddings,
+        config.head_dim,
+    )
+    model = load_model(args.model, device, theta)
+    lora.add_lora(model, args.rank, args.alpha, args.modules)
+    if args.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    synthetic = Synthetic(
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        lambda token: str(tokenizer.decode([token])),
+        len(tokenizer),
+        args.answer_weight,
+    )
+    chosen = {name: getattr(args, name) for name in MIXTURE.split()}
+    lengths, samples = sorted(args.evaluate_lengths), args.evaluate_samples
+    trainee = LongContext(
+        model,
+        Mixture(corpus, synthetic, **chosen),
+        args.micro_tokens,
+        args.checkpointing,
+        lambda: evaluate(model, corpus, synthetic, lengths, samples, samples),
+    )
+    baseline = args.out / "base.json"
+    if not baseline.exists():
+        base = load_model(args.model, device)
+        found = evaluate(base, corpus, synthetic, lengths, samples, samples)
+        args.out.mkdir(parents=True, exist_ok=True)
+        baseline.write_text(json.dumps(found) + "\n")
+        del base
+    recipe = {name: getattr(args, name) for name in RECIPE}
+    recipe |= {"rope_theta": theta, "data_sha256": corpus.digest}
+    recipe["base_sha256"] = checkpoint.base_hash(args.model)
+    report = train(
+        trainee,
+        Optimisation(args.steps, args.learning_rate, args.warmup),
+        args.out,
+        recipe,
+        args.minutes - (time.monotonic() - started) / 60,
+        args.save_every,
+        args.evaluate_every,
+    )
+    tensors = {name: p.to(torch.bfloat16) for name, p in trainee.parameters().items()}
+    described = {
+        "rope_theta": theta,
+        "max_position_embeddings": args.context,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "modules": args.modules,
+    }
+    how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
+    folder = args.out / "checkpoint"
+    checkpoint.save(folder, KIND, tensors, args.model, described, how, corpus.digest)
+    state = "finished" if report["finished"] else "not finished: run it again to go on"
+    print(f"{folder}: step {report['step']} of {args.steps}, {state}")

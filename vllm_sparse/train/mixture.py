@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Batches of the long-context recipe, each a function of the seed and the step."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from .corpus import Corpus
+from .positions import skipped
+from .synthetic import Sample, Synthetic
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one length: ids, positions [n, length] int64, weights fp32."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+
+    def split(self, windows: int) -> "list[Batch]":
+        parts = (self.ids, self.positions, self.weights)
+        return [Batch(*p) for p in zip(*(t.split(windows) for t in parts), strict=True)]
+
+    def to(self, device: torch.device) -> "Batch":
+        parts = (self.ids, self.positions, self.weights)
+        return Batch(*(tensor.to(device) for tensor in parts))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a step trains on.
+
+    Attributes:
+        context: tokens that the model shall handle.
+        window: tokens of a window with skipped positions.
+        batch_tokens: of a step.
+        steps: in all; the last ``full_share`` of them have windows of ``context``.
+        synthetic, code, replay: shares of windows: made on the spot; of code rather
+            than prose; with plain positions, among those shorter than ``context``.
+    """
+
+    corpus: Corpus
+    synthetic_samples: Synthetic
+    context: int
+    window: int
+    batch_tokens: int
+    steps: int
+    full_share: float
+    synthetic: float
+    code: float
+    replay: float
+    seed: int
+
+    def is_full(self, step: int) -> bool:
+        return step >= round(self.steps * (1 - self.full_share))
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.seed, step])
+        length = self.context if self.is_full(step) else self.window
+        samples, positions = [], []
+        for _ in range(max(1, self.batch_tokens // length)):
+            samples.append(self._sample(length, rng))
+            plain = self.is_full(step) or rng.random() < self.replay
+            place = np.arange(length) if plain else skipped(length, self.context, rng)
+            positions.append(place)
+        return Batch(
+            torch.from_numpy(np.stack([sample.ids for sample in samples])),
+            torch.from_numpy(np.stack(positions)),
+            torch.from_numpy(np.stack([sample.weights for sample in samples])),
+        )
+
+    def _sample(self, length: int, rng) -> Sample:
+        kind = "code" if rng.random() < self.code else "prose"
+        window = partial(self.corpus.window, f"train-{kind}", rng=rng)
+        if rng.random() < self.synthetic:
+            return self.synthetic_samples.sample(kind, window, length, rng)
+        return Sample(window(length), np.ones(length, dtype=np.float32))
