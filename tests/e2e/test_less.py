@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("vllm")
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 from vllm_sparse.cache.layout import STATE_RANK  # noqa: E402
+from vllm_sparse.checkpoint import save  # noqa: E402
+from vllm_sparse.methods.less import KIND, described  # noqa: E402
 
 from .engines import (  # noqa: E402
     COLD,
@@ -41,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, folder):
     """Random kernels: of what left, some tenths of the mass."""
     generator = torch.Generator().manual_seed(2)
 
@@ -60,9 +62,10 @@ def checkpoint(tmp_path_factory):
             s2=torch.randn(KV_HEADS, STATE_RANK, generator=generator),
         )
         tensors |= {f"layers.{layer}.{name}": t for name, t in of_layer.items()}
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_file(tensors, folder / "checkpoint.safetensors")
-    return str(folder)
+    config = described(AutoConfig.from_pretrained(folder), HIDDEN, SINKS, WINDOW)
+    out = tmp_path_factory.mktemp("checkpoint")
+    save(out, KIND, tensors, folder, config, {}, "")
+    return str(out)
 
 
 def less(folder, checkpoint, prefill: str, **options):
@@ -141,10 +144,28 @@ def test_preempted_requests_and_long_prompts(folder, checkpoint, state):
     check(long, outputs, state=state)
 
 
-def test_a_checkpoint_is_needed(folder):
-    options = {"additional_config": {"sparse": {}}}
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": None}, "checkpoint is what --attention-backend less"),
+        ({"checkpoint": "/nowhere"}, "no checkpoint in /nowhere"),
+        ({"local_window": 256}, "was made for local_window 128, not 256"),
+        ({"sink_tokens": 0}, "was made for sink_tokens 128, not 0"),
+    ],
+)
+def test_other_checkpoints_are_refused(folder, checkpoint, changes, message):
+    sparse = dict(local_window=WINDOW, checkpoint=checkpoint) | changes
     with (
-        pytest.raises(Exception, match="checkpoint is what --attention-backend less"),
-        less(folder, None, "exact", **options),
+        pytest.raises(Exception, match=message),
+        less(folder, None, "exact", additional_config={"sparse": sparse}),
+    ):
+        pass
+
+
+def test_other_weights_are_refused(checkpoint, tmp_path):
+    other = save_llama(tmp_path, vocabulary=600)
+    with (
+        pytest.raises(Exception, match="has other weights"),
+        less(other, checkpoint, "exact"),
     ):
         pass

@@ -78,11 +78,13 @@ class Compact:
         block_table: [num_rows, blocks] int32.
         seq_lens: [num_rows] int32.
         skipped: [num_rows] int32 blocks between sinks and window; 0: all is kept.
+        counts: [num_rows] int32 tokens that are kept; -1: all.
     """
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     skipped: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass

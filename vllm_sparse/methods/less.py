@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ..cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
-from .base import DecodeRows
+from ..checkpoint import TENSORS
+from .base import DecodeRows, ScoreBytes
 from .streaming import Streaming
 
+KIND = "less"  # of its checkpoints
 LEAST = 1e-6  # of phi(q) . z, before its logarithm
 
 
@@ -89,6 +91,26 @@ def add_state(
     return exact + sums[..., :-1] * (-total).exp()
 
 
+def described(model, hidden: int, sinks: int, window: int) -> dict:
+    """What a checkpoint says of the model and the options that it is for, JSON.
+
+    Args:
+        model: the text model's configuration, as transformers has it.
+        hidden: numbers between a feature's two layers.
+    """
+    return {
+        "rank": STATE_RANK,
+        "hidden": hidden,
+        "sink_tokens": sinks,
+        "local_window": window,
+        "num_layers": model.num_hidden_layers,
+        "num_heads": model.num_attention_heads,
+        "num_kv_heads": model.num_key_value_heads,
+        "head_size": model.head_dim,
+        "rope": dict(model.rope_parameters),
+    }
+
+
 @cache
 def load_kernels(folder: str) -> list[Kernels]:
     """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
@@ -96,7 +118,7 @@ def load_kernels(folder: str) -> list[Kernels]:
     Raises:
         FileNotFoundError: there is none.
     """
-    tensors = load_file(Path(folder) / "checkpoint.safetensors")
+    tensors = load_file(Path(folder) / TENSORS)
     names = [field.name for field in fields(Kernels)]
     count = len(tensors) // len(names)
     return [
@@ -109,6 +131,11 @@ class Less(Streaming):
     """Streaming, with a state for what has left."""
 
     prompts_as_rows = True
+
+    @property
+    def score_bytes(self) -> ScoreBytes:
+        """A row's state."""
+        return ScoreBytes(per_row=state_bytes(self.shape.head_size))
 
     def kernels_of(self, layer_name: str) -> Kernels:
         """What was learnt for a layer of the model."""
@@ -148,7 +175,7 @@ class Less(Streaming):
         layer_name: str,
     ) -> None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        self.attend_kept(query, kv_cache, rows, out, lse)
+        self.attend_kept(query, kv_cache, rows, out, layer_name, lse)
         skipped = rows.compact.skipped
         left = skipped.nonzero().squeeze(1)
         if not len(left):

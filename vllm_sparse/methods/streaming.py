@@ -8,6 +8,7 @@ from ..cache.eviction import Eviction
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfig
 from ..ops import Ops
+from ..ops.kept import add_counts
 from .base import Compact, DecodeRows, LayerShape, Method, Phase
 
 
@@ -47,7 +48,7 @@ class Streaming(Method):
         out: torch.Tensor,
         layer_name: str,
     ) -> None:
-        self.attend_kept(query, kv_cache, rows, out)
+        self.attend_kept(query, kv_cache, rows, out, layer_name)
 
     def attend_kept(
         self,
@@ -55,6 +56,7 @@ class Streaming(Method):
         kv_cache: torch.Tensor,
         rows: DecodeRows,
         out: torch.Tensor,
+        layer_name: str,
         lse: torch.Tensor | None = None,
     ) -> None:
         """Exact attention to the compact contexts.
@@ -77,9 +79,13 @@ class Streaming(Method):
             sinks=self.shape.sinks,
             lse=lse,
         )
+        histogram = rows.kept_histograms.get(layer_name)
+        if histogram is not None:
+            heads = kv_cache.shape[1]
+            add_counts(rows.compact.counts[:, None].expand(-1, heads), histogram)
 
     def _compact(self, rows: DecodeRows) -> Compact:
         kept = torch.where(rows.budgets < 0, rows.seq_lens, rows.budgets)
         skipped = (rows.seq_lens - kept) // BLOCK_SIZE
         table = self.kept.compact_table(rows.block_table, skipped)
-        return Compact(table, kept, skipped)
+        return Compact(table, kept, skipped, kept.masked_fill(skipped == 0, -1))
