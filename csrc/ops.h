@@ -185,6 +185,7 @@ inline void sparq_attend(const Tensor& query,
   SelectParams p;
   set_query(query, kv_cache, block_table, seq_lens, kv_format, p);
   p.budgets = packed<int32_t>(budgets, "budgets", p.cache, {{p.num_rows, "rows"}});
+  STD_TORCH_CHECK(!p.cache.bare, "blocks without codes have nothing to choose tokens by");
   set_sparq_options(sizes, numbers, p.cache.head_size, p);
   set_lists(indices, counts, kept_mass, p);
   set_sinks(sinks, p.kept_mass, p);
@@ -210,7 +211,8 @@ inline void attend(const Tensor& query,
                    Tensor& out,
                    std::optional<Tensor> workspace,
                    int64_t kv_format,
-                   std::optional<Tensor> sinks) {
+                   std::optional<Tensor> sinks,
+                   std::optional<Tensor> lse) {
   AttendParams p;
   set_query(query, kv_cache, block_table, seq_lens, kv_format, p);
   p.scale = static_cast<float>(scale);
@@ -220,6 +222,11 @@ inline void attend(const Tensor& query,
   set_lists(indices, counts, kept_mass, p);
   set_sinks(sinks, p.kept_mass, p);
   set_out(out, p);
+  const int64_t num_heads = int64_t{p.cache.num_kv_heads} * p.group;
+  p.lse = packed<float>(lse, "lse", p.cache, {{p.num_rows, "rows"}, {num_heads, "num_heads"}});
+#ifdef VLLM_SPARSE_DEVICE_CUDA
+  STD_TORCH_CHECK(p.lse == nullptr, "lse is written on CPUs only");
+#endif
   if (p.num_rows > 0) run_attend(p, workspace, kv_cache);
 }
 
@@ -242,7 +249,8 @@ inline constexpr Op kOps[] = {
      TORCH_BOX(&sparq_attend)},
     {"attend(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
      "Tensor? indices, Tensor? counts, Tensor? kept_mass, float scale, float soft_cap, "
-     "Tensor(a!) out, Tensor(b!)? workspace=None, int kv_format=0, Tensor? sinks=None) -> ()",
+     "Tensor(a!) out, Tensor(b!)? workspace=None, int kv_format=0, Tensor? sinks=None, "
+     "Tensor(c!)? lse=None) -> ()",
      TORCH_BOX(&attend)},
     {"workspace_bytes(int num_rows, int num_kv_heads, int group, int max_blocks, "
      "int head_size, bool adapts, int device_index) -> int",

@@ -51,10 +51,18 @@ struct KvCache {
   int key_bits = 0, value_bits = 0, value_group = 0, key_groups = 1;
   bool has_mean = true;
   bool key_rows = false;  // K also by token, 8 bits
+  bool bare = false;      // rows, then bytes that no op reads or writes
+  int64_t state_bytes = 0;
   int device_index;
 
   // Takes KvFormat.code of vllm_sparse/cache/formats.py; false: it is none for the head size.
   bool set_format(int64_t format) {
+    bare = (format >> 50 & 1) != 0;
+    if (bare) {
+      has_mean = false;
+      state_bytes = format & 0xffffffff;
+      return true;
+    }
     const int key_group = static_cast<int>(format >> 32 & 0xffff);
     key_bits = static_cast<int>(format & 0xff);
     value_bits = static_cast<int>(format >> 8 & 0xff);
@@ -94,7 +102,8 @@ struct KvCache {
     return key_row_params_offset() + (key_rows ? kBlockSize * 4 : 0);
   }
   int64_t content_bytes() const {
-    const int64_t used = prefix_mean_offset() + (has_mean ? int64_t{head_size} * 2 : 0);
+    const int64_t used = bare ? kBlockSize * row_bytes() + state_bytes
+                              : prefix_mean_offset() + (has_mean ? int64_t{head_size} * 2 : 0);
     const int64_t per_token = (used + kBlockSize - 1) / kBlockSize;
     return (per_token + element_size - 1) / element_size * element_size;
   }
@@ -212,6 +221,7 @@ struct AttendParams : QueryParams {
   int64_t max_kept;
   const int32_t* counts;   // [num_rows, num_kv_heads]; -1: everything
   const float* kept_mass;  // [num_rows, num_kv_heads * group] or null: no mean term
+  float* lse = nullptr;    // [num_rows, num_kv_heads * group] or null
   void* out;               // [num_rows, num_kv_heads * group, head_size]
   int64_t out_stride;      // bytes between rows
 };

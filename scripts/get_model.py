@@ -89,7 +89,7 @@ def get_model(name: str = DEFAULT) -> Path:
 
 
 def _get_tuned(name: str) -> Path:
-    from vllm_sparse.train.checkpoint import DESCRIPTION
+    from vllm_sparse.checkpoint import DESCRIPTION
     from vllm_sparse.train.merge import merge
 
     base, folder = TUNED[name]

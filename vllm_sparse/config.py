@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
-from .cache.formats import FORMATS, KvFormat, resolve_format
-from .cache.layout import BLOCK_SIZE
+from .cache.formats import BARE, FORMATS, KvFormat, resolve_format
+from .cache.layout import BLOCK_SIZE, state_bytes
 from .option_rules import RULES
 
 NAMESPACE = "sparse"
@@ -35,12 +35,17 @@ BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
     "TWILIGHT": {"top_p": 0.9},
     # Whole blocks: the first is held anyway.
+    "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 1024},
     "STREAMING": {"selector": "streaming", "sink_tokens": 128, "local_window": 1024},
 }
 
 
 class SparseConfigError(ValueError):
     """An option of the ``sparse`` namespace is unknown or impossible."""
+
+
+# Selectors that give blocks back.
+EVICTING = ("streaming", "less")
 
 
 def default_rank(head_size: int) -> int:
@@ -84,6 +89,8 @@ class SparseConfig:
     # and gives its blocks back when it is through, "streaming" attends to sinks and
     # window and gives them back all along, so that memory is flat from the start.
     prefill: str = "exact"
+    # Folder of what selector "less" has learnt (docs/streaming.md).
+    checkpoint: str | None = None
     # The first layers of the model, kept dense.
     dense_layers: int = 0
     # Contexts shorter than this many tokens are attended densely. "auto": what was
@@ -179,10 +186,17 @@ class SparseConfig:
                     f"{' above 0' if least else ''}, as whole blocks are given back. "
                     f"Example: --additional-config.{NAMESPACE}.{name} {example}"
                 )
+        if (self.checkpoint is None) == (self.selector == "less"):
+            raise SparseConfigError(
+                f"{NAMESPACE}.checkpoint is what --attention-backend less has learnt: "
+                "give a folder that `python -m vllm_sparse.train less` has made, or "
+                "choose --attention-backend streaming without one. Example: "
+                f"--additional-config.{NAMESPACE}.checkpoint FOLDER"
+            )
         defaults, kept = SparseConfig(), ("selector", "sink_tokens", "local_window")
         for field in fields(self):
             name = field.name
-            if name in (*kept, "prefill", "kernels", "top_k"):
+            if name in (*kept, "prefill", "checkpoint", "kernels", "top_k"):
                 continue
             if getattr(self, name) != getattr(defaults, name):
                 raise SparseConfigError(
@@ -200,8 +214,13 @@ class SparseConfig:
                     f"{allowed}. Example: --additional-config.{NAMESPACE}.{name} "
                     f"{example}"
                 )
-        if self.selector == "streaming":
+        if self.selector in EVICTING:
             return self._validate_streaming()
+        if self.checkpoint is not None:
+            raise SparseConfigError(
+                f"{NAMESPACE}.checkpoint is for states of what has left (less): leave "
+                "it out, or choose --attention-backend less"
+            )
         if self.prefill != "exact":
             raise SparseConfigError(
                 f"{NAMESPACE}.prefill is for sinks and a window alone: leave it out, "
@@ -303,6 +322,10 @@ class SparseConfig:
         Raises:
             SparseConfigError: when ``kv_group_size`` does not divide the head size.
         """
+        if self.selector == "streaming":
+            return BARE
+        if self.selector == "less":
+            return replace(BARE, state_bytes=state_bytes(head_size))
         try:
             return resolve_format(
                 self.kv_format,

@@ -71,6 +71,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         f"one of {', '.join(PREFILLS)}",
         "exact",
     ),
+    "checkpoint": (
+        lambda v: v is None or (isinstance(v, str) and bool(v)),
+        "a folder",
+        "FOLDER",
+    ),
     "dense_layers": (
         lambda v: _is_int(v, 0, MOST_LAYERS),
         f"an integer from 0 to {MOST_LAYERS}",

@@ -10,5 +10,6 @@ SELECTORS = {
     "quest": "vllm_sparse.methods.compare.quest:Quest",
     "window": "vllm_sparse.methods.compare.window:Window",
     "streaming": "vllm_sparse.methods.streaming:Streaming",
+    "less": "vllm_sparse.methods.less:Less",
     "dense": "vllm_sparse.methods.dense:Dense",
 }

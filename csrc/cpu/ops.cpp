@@ -188,7 +188,7 @@ void run_store(StoreParams& p, const Tensor&) {
   if (p.num_rows == 0) return;
   p.num_tokens = p.query_start_loc[p.num_rows];  // the others are padding
   p.filled = filled.data();
-  p.num_filled = static_cast<int64_t>(filled.size());
+  p.num_filled = p.cache.bare ? 0 : static_cast<int64_t>(filled.size());
   kernels().store(p);
 }
 

@@ -8,7 +8,8 @@ pytest.importorskip("vllm")
 
 import torch  # noqa: E402
 
-from vllm_sparse.train import checkpoint, lora  # noqa: E402
+from vllm_sparse import checkpoint  # noqa: E402
+from vllm_sparse.train import lora  # noqa: E402
 from vllm_sparse.train.forward import hidden_states, load_model  # noqa: E402
 from vllm_sparse.train.merge import KIND, merge  # noqa: E402
 

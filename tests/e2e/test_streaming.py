@@ -80,6 +80,13 @@ def test_answers_are_those_of_a_masked_forward(engine):
     check(PROMPTS, generate(llm, PROMPTS, PARAMS))
     figures = stats(llm)
     assert 0 < figures["sparse_rows"] < figures["decode_rows"]
+    if "exact" in str(check.keywords["mask_of"].args):
+        # Every position that decodes, in every layer and KV head: K and V in fp32.
+        read = sum(
+            int(mask("exact", n, n + count)[n:-1].sum())
+            for n, count in zip(LENGTHS, ANSWERS, strict=True)
+        )
+        assert figures["kv_bytes_read"] == 3 * 2 * read * 2 * 64 * 4
     assert figures["kv_bytes_read"] < figures["kv_bytes_dense"]
     hits = generate(llm, PROMPTS, PARAMS)
     check(PROMPTS, hits)

@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from vllm_sparse import ops
 from vllm_sparse.cache.formats import resolve_format
 from vllm_sparse.ops import reference
 
@@ -276,3 +277,21 @@ def test_values_out_of_range_harm_nothing(kernels):
     (indices, out), (broken_indices, broken_out) = results
     assert torch.equal(indices, broken_indices) and torch.equal(out[0], broken_out[0])
     assert (broken_out[2] == 0).all()
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_logarithm_of_the_denominator(listed, with_sinks):
+    """Of whole contexts and lists, rows of no tokens left out (nothing to merge)."""
+    ctx = filled([1, 127, 300, 1500], 3, 64, F32)
+    query = random_query(ctx, 9, F32)
+    given = dict(NOTHING)
+    if listed:
+        given |= random_lists(ctx, 9, [1, -1, 40, 700], with_mass=False)
+    given["sinks"] = random_sinks(9) if with_sinks else None
+    rows = dict(query=query, kv_cache=ctx.kv_cache, block_table=ctx.block_table)
+    rows |= dict(seq_lens=ctx.seq_lens, scale=0.125) | given
+    found, expected = torch.empty(4, 9), torch.empty(4, 9)
+    ops.attend(**rows, out=torch.empty_like(query), lse=found)
+    reference.attend(**rows, out=torch.empty_like(query), lse=expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts import get_model
-from vllm_sparse.train import checkpoint, longcontext, lora
+from vllm_sparse import checkpoint
+from vllm_sparse.train import longcontext, lora
 from vllm_sparse.train.__main__ import COMMANDS
 from vllm_sparse.train.forward import hidden_states, load_model
 from vllm_sparse.train.loop import STATE

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_sparse.cache.formats import ROWS
-from vllm_sparse.config import SparseConfig
+from vllm_sparse.config import EVICTING, SparseConfig
 from vllm_sparse.methods import METHODS, LayerShape, Phase
 from vllm_sparse.methods.budgets import budget, budgets
 from vllm_sparse.ops.reference import forced_ranges
@@ -93,7 +93,7 @@ def test_budget(options, length, kept):
     assert budget(length, resolved(**options)) == kept
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "streaming"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in EVICTING])
 def test_prompts_attend_to_everything(name):
     config = resolved(selector=name, top_k=100)
     method = METHODS[name](config, LayerShape(6, 2, 64, torch.float32), None)

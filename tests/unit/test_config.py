@@ -11,6 +11,7 @@ import pytest
 from vllm_sparse.config import (
     BACKEND_DEFAULTS,
     DENSE_BELOW,
+    EVICTING,
     SparseConfig,
     SparseConfigError,
 )
@@ -22,8 +23,9 @@ INF = float("inf")
 
 ACCEPTED = {
     "prefill": ["exact"],
-    # Streaming needs other sinks and another window than these defaults.
-    "selector": [name for name in SELECTORS if name != "streaming"],
+    "checkpoint": ["some/folder"],
+    # What evicts needs other sinks and another window than these defaults.
+    "selector": [name for name in SELECTORS if name not in EVICTING],
     "rank": [None, 1, 16, 256],
     "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
     "top_p": [None, 0.5, 0.95, 0.999],
@@ -45,6 +47,7 @@ ACCEPTED = {
     "kernels": ["auto", "cuda", "triton", "cpu"],
 }
 REFUSED = {
+    "checkpoint": ["", 1, ["a"]],
     "prefill": ["", None, "Exact", 1],
     "selector": ["", "Sparq", "spark", None, 1, ["sparq"]],
     "rank": [0, -1, 16.0, "16", True, False, [16]],
@@ -86,6 +89,7 @@ COUNT_OR_SHARE = (
 )
 ALLOWED = {
     "prefill": "one of exact, streaming",
+    "checkpoint": "a folder",
     "selector": f"one of {', '.join(SELECTORS)}",
     "rank": "an integer from 1 to the head size",
     "top_k": COUNT_OR_SHARE,
@@ -125,6 +129,8 @@ def needed_by(name: str) -> dict:
     """Without these, the option is refused for having no meaning."""
     if name == "kv_group_size":
         return {"kv_format": "int4"}
+    if name == "checkpoint":
+        return {"selector": "less", "sink_tokens": 128, "local_window": 128}
     if name.startswith("draft_"):
         return {"lossless": True}
     return {"top_p": 0.9} if name in ("min_tokens", "max_tokens") else {}

@@ -209,14 +209,14 @@ def test_offloading_that_is_not_tested_is_refused(asked, said):
         ("HostOffloadingSpec", "offloading with HostOffloadingSpec is not served"),
     ],
 )
-def test_gpus_have_vllms_own_copies_once_they_were_run(spec, said, monkeypatch):
-    monkeypatch.setattr(connectors, "_device_type", lambda: "cuda")
-    with pytest.raises(SparseConfigError, match="CPUs only, remove --kv-offloading-"):
+def test_gpus_have_vllms_own_copies_and_other_devices_none(spec, said, monkeypatch):
+    monkeypatch.setattr(connectors, "_device_type", lambda: "xpu")
+    with pytest.raises(SparseConfigError, match="cuda only, remove --kv-offloading-"):
         connectors.configure(config(size=1.0))
     chosen = dict(kv_connector="OffloadingConnector")
-    with pytest.raises(SparseConfigError, match="CPUs only, remove --kv-transfer-conf"):
+    with pytest.raises(SparseConfigError, match="cuda only, remove --kv-transfer-conf"):
         connectors.configure(config(chosen))
-    monkeypatch.setattr(connectors, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(connectors, "_device_type", lambda: "cuda")
     vllm_config = config(size=1.0)
     connectors.configure(vllm_config)
     transfer = vllm_config.kv_transfer_config

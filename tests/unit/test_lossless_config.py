@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_sparse.config import DRAFT_OPTIONS, SparseConfig, SparseConfigError
+from vllm_sparse.config import DRAFT_OPTIONS, EVICTING, SparseConfig, SparseConfigError
 from vllm_sparse.methods import METHODS, LayerShape, Phase
 
 pytest.importorskip("vllm")
@@ -349,7 +349,7 @@ def test_vllms_own_names_of_such_models(configured, tmp_path, name, architecture
     assert "sparse.lossless cannot serve this engine: " in message and said in message
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "dense"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("dense", *EVICTING)])
 def test_all_but_drafts_is_dense(name):
     """Whatever chooses the drafts' tokens."""
     options = SparseConfig(selector=name, lossless=True, dense_below=0, top_k=40)

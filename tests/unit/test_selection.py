@@ -12,7 +12,7 @@ import torch
 
 from tests.ops.generate import paged_context
 from vllm_sparse import ops
-from vllm_sparse.config import SparseConfig
+from vllm_sparse.config import EVICTING, SparseConfig
 from vllm_sparse.methods import METHODS, DecodeRows, LayerShape
 from vllm_sparse.methods.base import ScoreBytes
 from vllm_sparse.ops.reference import forced_ranges
@@ -21,7 +21,7 @@ from vllm_sparse.selectors import SELECTORS
 SEQ_LENS = [100, 128, 165, 300, 512, 1111]
 BUDGETS = [64, 64, 60, 100, -1, 200]
 UNTOUCHED = -7
-CHOOSING = [name for name in METHODS if name not in ("dense", "streaming")]
+CHOOSING = [name for name in METHODS if name not in ("dense", *EVICTING)]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ class KvFormat:
         key_rows: K is kept a second time, 8 bits by token with a scale for each token.
             Selection reads the first, attention the second.
         has_mean: the block also holds the mean of V up to its end.
+        bare: rows alone, without codes: nothing to choose tokens by.
+        state_bytes: of a bare block, behind its rows: a method's own (LESS).
     """
 
     name: str
@@ -34,6 +36,8 @@ class KvFormat:
     key_group: int = 128
     key_rows: bool = False
     has_mean: bool = True
+    bare: bool = False
+    state_bytes: int = 0
 
     @property
     def quantised(self) -> bool:
@@ -42,6 +46,8 @@ class KvFormat:
     @property
     def code(self) -> int:
         """The format as the compiled ops take it."""
+        if self.bare:
+            return self.state_bytes | 1 << 50
         if not self.quantised:
             return 0
         groups = self.value_group << 16 | self.key_group << 32
@@ -58,6 +64,7 @@ class KvFormat:
 
 
 ROWS = KvFormat("auto")
+BARE = KvFormat("auto", bare=True, has_mean=False)
 FORMATS = {
     fmt.name: fmt
     for fmt in (

@@ -18,7 +18,8 @@ consecutive tokens with one shift. A code c of channel d stands for
 ``minimum[d] + c * scale[d]``. Everything after the rows is the *sidecar*; it is written
 when the block's last token is stored (the block is then *sealed*).
 
-Quantised formats (formats.py) have no rows; their chunk holds::
+Bare blocks have rows alone, and behind them a state that a method keeps there
+(methods/less.py). Quantised formats (formats.py) have no rows; their chunk holds::
 
     codes         [D][BLOCK_SIZE/2]         the upper 4 bits of K's codes, as above
     low codes     [D][BLOCK_SIZE/2]         8-bit K only: the lower 4 bits, likewise
@@ -53,6 +54,15 @@ CODE_BITS = 4
 CODE_MAX = 2**CODE_BITS - 1
 LANES = 16  # 32-bit words per channel; see the nibble order above
 PARAM_BYTES = 2
+
+
+# Numbers of a state's features (R of LESS, arXiv 2402.09398).
+STATE_RANK = 8
+
+
+def state_bytes(head_size: int) -> int:
+    """One KV head's state of LESS: fp32 sums of features times V, and of features."""
+    return 4 * STATE_RANK * (head_size + 1)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -153,6 +163,8 @@ class BlockLayout:
     def content_bytes(self) -> int:
         """C in bytes: one token's share of the chunk, as vLLM's spec counts it."""
         used = self.prefix_mean_offset
+        if self.fmt.bare:
+            used = BLOCK_SIZE * self.row_bytes + self.fmt.state_bytes
         if self.fmt.has_mean:
             used += self.head_size * PARAM_BYTES
         per_token = -(-used // BLOCK_SIZE)

@@ -211,6 +211,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             )
         dense = list(zip(meta.prefill, saved))
         method = self.method_of(layer)
+        if self.owns_cache:
+            method.seal(layer.layer_name, kv_cache, meta)
         if meta.phase in method.dense_phases:
             method = self._dense
         if meta.together is not None and method is self._dense:

@@ -92,7 +92,7 @@ class PackedRows(DenseRows):
         if self.has_context or key is None:
             key, value = row_buffers(len(self.slots), shape)
             where = (self.block_table, self.seq_lens, self.out_start)
-            self.ops.gather_kv(kv_cache, *where, key, value)
+            self.ops.gather_kv(kv_cache, *where, key, value, shape.fmt)
         attend_packed(query, key, value, self, shape, out)
 
 

@@ -71,6 +71,23 @@ class ScoreBytes:
 
 
 @dataclass
+class Compact:
+    """What rows keep of their contexts (cache/eviction.py).
+
+    Attributes:
+        block_table: [num_rows, blocks] int32.
+        seq_lens: [num_rows] int32.
+        skipped: [num_rows] int32 blocks between sinks and window; 0: all is kept.
+        counts: [num_rows] int32 tokens that are kept; -1: all.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    skipped: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass
 class DecodeRows:
     """Query positions, one row each, and the room for their token lists.
 
@@ -94,9 +111,8 @@ class DecodeRows:
     counts: torch.Tensor
     kept_mass: torch.Tensor
     workspace: torch.Tensor | None = None
-    # (block table, context lengths) of what is kept of each context, made by the first
-    # layer that evicts (cache/eviction.py).
-    compact: tuple[torch.Tensor, torch.Tensor] | None = None
+    # Made by the first layer that evicts.
+    compact: "Compact | None" = None
     kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -123,6 +139,16 @@ class Method(ABC):
             # MagicDec (arXiv 2408.11049): drafts are sparse, what verifies them and
             # all that is answered is not.
             self.dense_phases = frozenset(Phase) - {Phase.DRAFT} | self.dense_phases
+
+    # Whether a prompt's positions are rows as those that decode are.
+    prompts_as_rows: ClassVar[bool] = False
+
+    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:  # noqa: B027
+        """Write what the blocks keep that a step's new tokens have filled.
+
+        Args:
+            meta: the step's (:class:`vllm_sparse.step.metadata.SparseMetadata`).
+        """
 
     @classmethod
     def eviction(cls, config: SparseConfig) -> Eviction | None:

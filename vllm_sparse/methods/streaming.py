@@ -8,7 +8,8 @@ from ..cache.eviction import Eviction
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfig
 from ..ops import Ops
-from .base import DecodeRows, LayerShape, Method, Phase
+from ..ops.kept import add_counts
+from .base import Compact, DecodeRows, LayerShape, Method, Phase
 
 
 class Streaming(Method):
@@ -47,19 +48,44 @@ class Streaming(Method):
         out: torch.Tensor,
         layer_name: str,
     ) -> None:
+        self.attend_kept(query, kv_cache, rows, out, layer_name)
+
+    def attend_kept(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        layer_name: str,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Exact attention to the compact contexts.
+
+        Args:
+            lse: as of :meth:`vllm_sparse.ops.Ops.attend`.
+        """
         if rows.compact is None:  # of the step's first layer, for all
-            kept = torch.where(rows.budgets < 0, rows.seq_lens, rows.budgets)
-            skipped = (rows.seq_lens - kept) // BLOCK_SIZE
-            rows.compact = self.kept.compact_table(rows.block_table, skipped), kept
-        table, seq_lens = rows.compact
+            rows.compact = self._compact(rows)
         self.ops.attend(
             query,
             kv_cache,
-            table,
-            seq_lens,
+            rows.compact.block_table,
+            rows.compact.seq_lens,
             scale=self.shape.scale,
             soft_cap=self.shape.soft_cap,
             out=out,
             workspace=rows.workspace,
+            fmt=self.shape.fmt,
             sinks=self.shape.sinks,
+            lse=lse,
         )
+        histogram = rows.kept_histograms.get(layer_name)
+        if histogram is not None:
+            heads = kv_cache.shape[1]
+            add_counts(rows.compact.counts[:, None].expand(-1, heads), histogram)
+
+    def _compact(self, rows: DecodeRows) -> Compact:
+        kept = torch.where(rows.budgets < 0, rows.seq_lens, rows.budgets)
+        skipped = (rows.seq_lens - kept) // BLOCK_SIZE
+        table = self.kept.compact_table(rows.block_table, skipped)
+        return Compact(table, kept, skipped, kept.masked_fill(skipped == 0, -1))

@@ -187,6 +187,7 @@ class Ops:
         workspace: torch.Tensor | None = None,
         fmt: KvFormat = ROWS,
         sinks: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Exact attention over the listed tokens; without lists, the whole context.
 
@@ -196,6 +197,8 @@ class Ops:
             out: [num_rows, num_heads, head_size], written.
             sinks: [num_heads] fp32 logits that join each head's softmax and have no
                 value (attention sinks, as gpt-oss learns them); not with ``kept_mass``.
+            lse: [num_rows, num_heads] fp32, written on CPUs: the logarithm of each
+                head's sum of exponentials, to merge the result with another part's.
         """
         self._functions(kv_cache).attend(
             query,
@@ -211,6 +214,7 @@ class Ops:
             workspace,
             fmt.code,
             sinks,
+            lse,
         )
 
     def workspace_bytes(

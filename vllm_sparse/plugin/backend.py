@@ -151,3 +151,13 @@ class StreamingBackend(SparqBackend):
     @staticmethod
     def get_name() -> str:
         return "STREAMING"
+
+
+class LessBackend(SparqBackend):
+    """``--attention-backend less``: streaming, with a learned state for what left."""
+
+    defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["LESS"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "LESS"

@@ -14,6 +14,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..config import BACKEND_DEFAULTS, SparseConfig, SparseConfigError
 from . import connectors, cpu_sampler, hooks
+from .learned import check_checkpoint
 from .registry import chosen_names, is_ours, names_for_drafts
 from .speculation.configure import add_speculation, choose_classes
 from .versions import init_logger, require_supported
@@ -72,6 +73,7 @@ class HonourOurBackends:
                 vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
             )
             _check_dense_layers(config, vllm_config)
+            check_checkpoint(config, vllm_config)
         if names:
             _check_drafts(vllm_config)
             if cls._enum == PlatformEnum.CPU:

@@ -225,6 +225,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
+        if (
+            self.method.prompts_as_rows
+            and Phase.PREFILL not in self.method.dense_phases
+        ):
+            num_decodes, num_prefills = common.num_reqs, 0
+            num_rows = common.num_actual_tokens
         together, prefill = None, []
         if num_rows and self.verifies_together:
             requests = slice(0, num_decodes)

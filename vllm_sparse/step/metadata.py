@@ -3,10 +3,12 @@
 """What the layers of one group share of a step."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
+from ..cache.layout import BLOCK_SIZE
 from ..layer.dense_rows import DenseRows
 from ..methods import DecodeRows, Phase
 
@@ -37,3 +39,19 @@ class SparseMetadata(AttentionMetadata):
     decode: list[DecodeRows]
     together: DenseRows | None
     prefill: list[DenseRows]
+
+    @cached_property
+    def filled(self) -> list[tuple[int, int, int]]:
+        """Blocks whose last token this step stores: (place in the context, block id, id
+        of the one before it, or of the null block), by their places. On the host."""
+        starts, lens = self.query_start_loc.tolist(), self.seq_lens.tolist()
+        found = []
+        for row, length in enumerate(lens):
+            done = length - (starts[row + 1] - starts[row])
+            for place in range(done // BLOCK_SIZE, length // BLOCK_SIZE):
+                token = starts[row] + (place + 1) * BLOCK_SIZE - 1 - done
+                block = int(self.slot_mapping[token]) // BLOCK_SIZE
+                if block > 0:  # else it has no slot: padding, or an idle step
+                    before = int(self.block_table[row, place - 1]) if place else 0
+                    found.append((place, block, before))
+        return sorted(found)

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..checkpoint import sha256
 from .corpus import FORMAT, MANIFEST, PART_TOKENS, tokenizer_hash
-from .fetch import documents, fetch, matches, sha256
+from .fetch import documents, fetch, matches
 from .shingles import Shingles
 from .sources import KINDS, SOURCES, Source, evaluated_texts
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .fetch import sha256
+from ..checkpoint import sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -3,7 +3,6 @@
 """Packages through their ordinary clients, and the texts in them."""
 
 import gzip
-import hashlib
 import re
 import shutil
 import subprocess
@@ -50,11 +49,6 @@ def fetch(source: Source, folder: Path) -> Path:
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(path, pattern) for pattern in patterns)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def documents(source: Source, archive: Path) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, lora
+from .. import checkpoint
+from . import lora
 from .corpus import Corpus
 from .evaluate import evaluate
 from .forward import hidden_states, load_model, token_losses

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from . import checkpoint
+from .. import checkpoint
 from .lora import factor_shapes
 
 KIND = "longcontext"

@@ -127,6 +127,7 @@ def attend(
     workspace: torch.Tensor | None = None,
     kv_format: int = 0,
     sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """See :meth:`vllm_sparse.ops.Ops.attend`; ``workspace`` is not used."""
     rows_only(kv_format)
@@ -134,6 +135,8 @@ def attend(
     check_lists(query, kv_cache, indices, counts, kept_mass)
     check_heads(out, "out", kv_cache, query.shape)
     check_sinks(sinks, query, kept_mass)
+    if lse is not None:
+        raise RuntimeError("lse is written on CPUs only")
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     if num_rows == 0 or max_blocks == 0:

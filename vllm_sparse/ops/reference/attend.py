@@ -25,6 +25,7 @@ def attend(
     workspace=None,
     fmt=ROWS,
     sinks=None,
+    lse=None,
 ) -> None:
     """Exact softmax attention over the listed tokens (SparQ's steps 2 and 3).
 
@@ -32,6 +33,7 @@ def attend(
     (alpha), the result is ``alpha * y + (1 - alpha) * mean(V)``, the mean taken over
     the whole context from the last sealed block's prefix mean and the tail's rows.
     ``sinks`` are a logit of every query head that joins the softmax and has no value.
+    ``lse`` gets the logarithm of the softmax's denominator, sinks included.
     """
     num_kv_heads, head_size = kv_cache.shape[1], query.shape[-1]
     group = query.shape[1] // num_kv_heads
@@ -48,6 +50,8 @@ def attend(
                 logits = soft_cap * (logits / soft_cap).tanh()
             if sinks is not None:
                 logits = torch.cat([logits, sinks[heads, None].float()], 1)
+            if lse is not None:
+                lse[row, heads] = logits.logsumexp(-1)
             y = logits.softmax(-1)[:, : len(kept)] @ v[kept]
             if kept_mass is not None:
                 sealed = fmt.sealed_blocks(length)

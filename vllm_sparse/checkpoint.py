@@ -15,8 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .fetch import sha256
-
 FORMAT = 1
 TENSORS = "checkpoint.safetensors"
 DESCRIPTION = "checkpoint.json"
@@ -28,6 +26,12 @@ class Checkpoint:
 
     tensors: dict[str, torch.Tensor]
     description: dict
+
+
+def sha256(path: Path) -> str:
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weight_files(model: Path) -> list[Path]:
@@ -79,7 +83,7 @@ def save(
     """Write a checkpoint.
 
     Args:
-        kind: what was trained: "longcontext".
+        kind: what was trained: "longcontext", "less".
         base: folder of the model that it was trained with.
         config: what whoever applies it has to know, JSON.
         recipe: how it was trained, JSON.
@@ -100,12 +104,12 @@ def save(
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
-def load(folder: Path, kind: str, base: Path) -> Checkpoint:
-    """Read a checkpoint for the model in ``base``.
+def describe(folder: Path, kind: str) -> dict:
+    """What ``checkpoint.json`` says.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, of another format, kind or base model.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is of another format or kind.
     """
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {DESCRIPTION} is missing")
@@ -120,6 +124,17 @@ def load(folder: Path, kind: str, base: Path) -> Checkpoint:
             f"{folder} holds a {description['kind']} checkpoint, not {kind}: give the "
             f"folder of one made by `python -m vllm_sparse.train {kind}`"
         )
+    return description
+
+
+def load(folder: Path, kind: str, base: Path) -> Checkpoint:
+    """Read a checkpoint for the model in ``base``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, of another format, kind or base model.
+    """
+    description = describe(folder, kind)
     if sha256(folder / TENSORS) != description["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is damaged: copy the folder again")
     trained = description["base"]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""LESS: what has left the window stays in a small learned state (arXiv 2402.09398,
+section 3).
+
+A token that left is answered for by psi(k)^T v and psi(k), summed over all that left: a
+query adds phi(q) times these sums to its exact attention. Here the sums are prefix sums
+over blocks, kept behind each block's rows: the state of block i is that of block i - 1
+plus what block i's tokens give, so it is a function of the prefix as the rows are, and
+prefix caching, preemption and tensor layouts need know nothing of it. Sinks give
+nothing. The state of the last block that left is that of all that left.
+"""
+
+import re
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from ..cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
+from ..checkpoint import TENSORS
+from .base import DecodeRows, ScoreBytes
+from .streaming import Streaming
+
+KIND = "less"  # of its checkpoints
+LEAST = 1e-6  # of phi(q) . z, before its logarithm
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """phi of every query head and psi of every KV head of a layer, fp32.
+
+    Attributes:
+        q1, q2: [num_heads, D, hidden], [num_heads, hidden, STATE_RANK].
+        k1, k2: [num_kv_heads, D, hidden], [num_kv_heads, hidden, STATE_RANK].
+        k3: [num_kv_heads, STATE_RANK, STATE_RANK].
+        s1, s2: [num_kv_heads, STATE_RANK].
+    """
+
+    q1: torch.Tensor
+    q2: torch.Tensor
+    k1: torch.Tensor
+    k2: torch.Tensor
+    k3: torch.Tensor
+    s1: torch.Tensor
+    s2: torch.Tensor
+
+    def phi(self, query: torch.Tensor) -> torch.Tensor:
+        """[num_heads, n, D] queries after RoPE -> [num_heads, n, STATE_RANK]."""
+        return F.gelu(F.gelu(query.float() @ self.q1) @ self.q2).abs()
+
+    def psi(self, key: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, n, D] keys after RoPE -> [num_kv_heads, n, STATE_RANK]."""
+        u = F.gelu(F.gelu(key.float() @ self.k1) @ self.k2) * self.s1.abs()[:, None]
+        return (u + u @ self.k3 * self.s2[:, None]).abs()
+
+
+def state_of_blocks(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """The states behind the rows of all blocks, a view: [num_blocks, num_kv_heads,
+    STATE_RANK, head_size + 1] fp32, the last column psi alone."""
+    chunks = kv_cache.flatten(2)
+    first, size = BLOCK_SIZE * 2 * head_size, state_bytes(head_size)
+    part = chunks[..., first : first + size // kv_cache.element_size()]
+    return part.view(torch.float32).unflatten(-1, (STATE_RANK, head_size + 1))
+
+
+def add_state(
+    kernels: Kernels,
+    query: torch.Tensor,
+    state: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Exact attention, merged with what the state says: [n, num_heads, D] fp32.
+
+    Args:
+        query, out: [n, num_heads, D]; ``out`` is the exact part's result.
+        state: [n, num_kv_heads, STATE_RANK, D + 1].
+        lse: [n, num_heads] fp32, the exact part's.
+    """
+    phi = kernels.phi(query.transpose(0, 1)).transpose(
+        0, 1
+    )  # [n, num_heads, STATE_RANK]
+    grouped = phi.unflatten(1, (state.shape[1], -1))
+    sums = (grouped @ state).flatten(1, 2)  # [n, num_heads, D + 1]
+    total = torch.logaddexp(lse, sums[..., -1].clamp(min=LEAST).log())[..., None]
+    exact = out.float() * (lse[..., None] - total).exp()
+    return exact + sums[..., :-1] * (-total).exp()
+
+
+def described(model, hidden: int, sinks: int, window: int) -> dict:
+    """What a checkpoint says of the model and the options that it is for, JSON.
+
+    Args:
+        model: the text model's configuration, as transformers has it.
+        hidden: numbers between a feature's two layers.
+    """
+    return {
+        "rank": STATE_RANK,
+        "hidden": hidden,
+        "sink_tokens": sinks,
+        "local_window": window,
+        "num_layers": model.num_hidden_layers,
+        "num_heads": model.num_attention_heads,
+        "num_kv_heads": model.num_key_value_heads,
+        "head_size": model.head_dim,
+        "rope": dict(model.rope_parameters),
+    }
+
+
+@cache
+def load_kernels(folder: str) -> list[Kernels]:
+    """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    tensors = load_file(Path(folder) / TENSORS)
+    names = [field.name for field in fields(Kernels)]
+    count = len(tensors) // len(names)
+    return [
+        Kernels(*(tensors[f"layers.{i}.{name}"].float() for name in names))
+        for i in range(count)
+    ]
+
+
+class Less(Streaming):
+    """Streaming, with a state for what has left."""
+
+    prompts_as_rows = True
+
+    @property
+    def score_bytes(self) -> ScoreBytes:
+        """A row's state."""
+        return ScoreBytes(per_row=state_bytes(self.shape.head_size))
+
+    def kernels_of(self, layer_name: str) -> Kernels:
+        """What was learnt for a layer of the model."""
+        (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
+        return load_kernels(self.config.checkpoint)[int(number)]
+
+    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:
+        """Write the states of the blocks that this step has filled."""
+        filled = meta.filled
+        if not filled:
+            return
+        size = self.shape.head_size
+        kernels, states = self.kernels_of(layer_name), state_of_blocks(kv_cache, size)
+        index, block, before = torch.tensor(filled).unbind(1)
+        rows = kv_cache[block].flatten(2)[..., : BLOCK_SIZE * 2 * size]
+        key, value = rows.unflatten(-1, (BLOCK_SIZE, 2 * size)).split(size, dim=-1)
+        # A batch of KV heads for the weights, of blocks and tokens for the rest.
+        psi = kernels.psi(key.transpose(0, 1).flatten(1, 2))
+        psi = psi.unflatten(1, (len(filled), BLOCK_SIZE)).transpose(0, 1)
+        ones = torch.ones_like(value[..., :1])
+        given = psi.mT @ torch.cat([value, ones], -1).float()
+        given[index < self.kept.sink_blocks] = 0
+        # Also of blocks that this very call fills, for requests with one prefix.
+        for place in index.unique().tolist():
+            these = index == place
+            state = given[these]
+            if place > 0:
+                state = state + states[before[these]]
+            states[block[these]] = state
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        layer_name: str,
+    ) -> None:
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        self.attend_kept(query, kv_cache, rows, out, layer_name, lse)
+        skipped = rows.compact.skipped
+        left = skipped.nonzero().squeeze(1)
+        if not len(left):
+            return
+        last = self.kept.sink_blocks + skipped[left] - 1
+        blocks = rows.block_table[left].gather(1, last[:, None].long()).squeeze(1)
+        state = state_of_blocks(kv_cache, self.shape.head_size)[blocks]
+        kernels = self.kernels_of(layer_name)
+        merged = add_state(kernels, query[left], state, lse[left], out[left])
+        out[left] = merged.to(out.dtype)
