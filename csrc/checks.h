@@ -143,7 +143,6 @@ inline KvCache kv_cache_view(const Tensor& t, int64_t head_size, int64_t format)
   cache.device_index = t.get_device_index();
 #ifdef VLLM_SPARSE_DEVICE_CUDA
   STD_TORCH_CHECK(cache.dtype != Dtype::kFloat, "kv_cache must be float16 or bfloat16 on GPUs");
-  STD_TORCH_CHECK(!cache.bare, "blocks without codes are served on CPUs only");
 #endif
   STD_TORCH_CHECK(head_size >= 16 && head_size <= kMaxHeadSize && head_size % 16 == 0,
                   "head_size must be a multiple of 16 from 16 to ",

@@ -225,7 +225,8 @@ inline void attend(const Tensor& query,
   const int64_t num_heads = int64_t{p.cache.num_kv_heads} * p.group;
   p.lse = packed<float>(lse, "lse", p.cache, {{p.num_rows, "rows"}, {num_heads, "num_heads"}});
 #ifdef VLLM_SPARSE_DEVICE_CUDA
-  STD_TORCH_CHECK(p.lse == nullptr, "lse is written on CPUs only");
+  STD_TORCH_CHECK(p.lse == nullptr || !p.cache.quantised(),
+                  "lse is written for rows only, not for quantised blocks");
 #endif
   if (p.num_rows > 0) run_attend(p, workspace, kv_cache);
 }

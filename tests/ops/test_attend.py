@@ -2,11 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Attention and gathering, against the reference; both steps of SparQ in one op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vllm_sparse import ops
-from vllm_sparse.cache.formats import resolve_format
+from vllm_sparse.cache.formats import BARE, resolve_format
+from vllm_sparse.cache.layout import BlockLayout, state_bytes
 from vllm_sparse.ops import reference
 
 from .compare import assert_close
@@ -279,19 +281,54 @@ def test_values_out_of_range_harm_nothing(kernels):
     assert (broken_out[2] == 0).all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels do not write it")
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("listed", [False, True])
-def test_the_logarithm_of_the_denominator(listed, with_sinks):
-    """Of whole contexts and lists, rows of no tokens left out (nothing to merge)."""
-    ctx = filled([1, 127, 300, 1500], 3, 64, F32)
-    query = random_query(ctx, 9, F32)
-    given = dict(NOTHING)
-    if listed:
-        given |= random_lists(ctx, 9, [1, -1, 40, 700], with_mass=False)
-    given["sinks"] = random_sinks(9) if with_sinks else None
-    rows = dict(query=query, kv_cache=ctx.kv_cache, block_table=ctx.block_table)
-    rows |= dict(seq_lens=ctx.seq_lens, scale=0.125) | given
-    found, expected = torch.empty(4, 9), torch.empty(4, 9)
-    ops.attend(**rows, out=torch.empty_like(query), lse=found)
-    reference.attend(**rows, out=torch.empty_like(query), lse=expected)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+def test_the_logarithm_of_the_denominator(kernels, shape, dtype, listed, with_sinks):
+    if kernels.name == "triton":
+        pytest.skip("Triton's kernels do not write it")
+    kernels.skip_unless_served(dtype)
+    num_heads, num_kv_heads, head_size = shape
+    ctx = filled([1, 127, 300, 1500], num_kv_heads, head_size, dtype)
+    query = random_query(ctx, num_heads, dtype)
+    counts, given = [1, -1, 40, 700], {"scale": head_size**-0.5}
+    lists = random_lists(ctx, num_heads, counts, False) if listed else NOTHING
+    given["sinks"] = random_sinks(num_heads) if with_sinks else None
+    found, expected = (torch.zeros(4, num_heads) for _ in range(2))
+    attend_as_reference(kernels, ctx, query, lists, **given)
+    attend(kernels, ctx, query, lists, **given, lse=found)
+    attend(reference, ctx, query, lists, **given, lse=expected)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels have no such format")
+@pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
+def test_blocks_without_codes(kernels, shape, dtype):
+    """Stored, attended to and gathered; what lies behind the rows is left alone."""
+    if kernels.name == "triton":
+        pytest.skip("Triton's kernels have no such format")
+    kernels.skip_unless_served(dtype)
+    num_heads, num_kv_heads, head_size = shape
+    fmt = replace(BARE, state_bytes=state_bytes(head_size))
+    lens = [1, 128, 300]
+    ctx = filled(lens, num_kv_heads, head_size, dtype)
+    room = BlockLayout(head_size, dtype.itemsize, fmt).content_bytes // dtype.itemsize
+    size = (*ctx.kv_cache.shape[:3], room)
+    bare = torch.zeros(size, dtype=dtype)
+    bare.flatten(2)[..., 2 * 128 * head_size :] = 7
+    new = ctx.new_tokens()
+    kernels.store(kv_cache=bare, **new, fmt=fmt)
+    assert (bare.flatten(2)[..., 2 * 128 * head_size :] == 7).all()
+    query = random_query(ctx, num_heads, dtype)
+    scale = head_size**-0.5
+    expected = attend(reference, ctx, query, NOTHING, scale=scale)
+    out = torch.empty_like(query)
+    where = (query, bare, ctx.block_table, ctx.seq_lens)
+    kernels.attend(*where, **NOTHING, scale=scale, out=out, fmt=fmt)
+    assert_close(out, expected)
+    with pytest.raises(RuntimeError, match="nothing to choose tokens by"):
+        lists = list_buffers(ctx, num_heads, 64, False)
+        budgets = torch.full((3,), 60, dtype=torch.int32)
+        options = sparq_options(16, scale)
+        kernels.sparq_attend(*where, budgets, options, **lists, out=out, fmt=fmt)

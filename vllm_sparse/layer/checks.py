@@ -85,6 +85,12 @@ def _check_drafter(chosen: str, speculation) -> None:
 
 def check_eviction(impl, vllm_config) -> None:
     """Raise where blocks that are given back would be missed."""
+    if impl.shape.fmt.state_bytes and not impl.owns_cache:
+        raise NotImplementedError(
+            f"--attention-backend {impl.backend} does not serve models whose layers "
+            "share a cache: each has learnt a state of its own. Choose "
+            "--attention-backend streaming"
+        )
     if impl.eviction is None or vllm_config.speculative_config is None:
         return
     method = vllm_config.speculative_config.method

@@ -197,8 +197,9 @@ class Ops:
             out: [num_rows, num_heads, head_size], written.
             sinks: [num_heads] fp32 logits that join each head's softmax and have no
                 value (attention sinks, as gpt-oss learns them); not with ``kept_mass``.
-            lse: [num_rows, num_heads] fp32, written on CPUs: the logarithm of each
-                head's sum of exponentials, to merge the result with another part's.
+            lse: [num_rows, num_heads] fp32, written: the logarithm of each head's sum
+                of exponentials, to merge the result with another part's. Not by
+                Triton's kernels, and on GPUs not over quantised blocks.
         """
         self._functions(kv_cache).attend(
             query,

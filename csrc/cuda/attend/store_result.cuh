@@ -77,6 +77,10 @@ __device__ void store_four(const AttendArgs& p,
                            Merged merged,
                            float4 sum) {
   if (p.sinks != nullptr) merged.add_sink(p.sinks[query_head], sum);
+  if (p.lse != nullptr && d == 0) {
+    p.lse[row * p.cache.num_kv_heads * p.group + query_head] =
+        (merged.top + log2f(merged.total)) / kLog2e;
+  }
   const float inverse = 1 / merged.total;
   const float x[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll

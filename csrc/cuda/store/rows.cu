@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(2 * kMaxHeadSize) store_and_seal_rows_kernel(S
 void launch_store_rows(const Device& device, const StoreArgs& p) {
   const int heads = p.cache.num_kv_heads, threads = 2 * p.cache.head_size;
   const bool half = p.cache.dtype == Dtype::kHalf;
-  if (p.num_tokens == p.num_rows) {
+  if (p.num_tokens == p.num_rows && !p.cache.bare) {
     const auto kernel =
         half ? store_and_seal_rows_kernel<__half> : store_and_seal_rows_kernel<__nv_bfloat16>;
     return launch(device, kernel, 1, dim3(p.num_rows, heads), threads, 0, p, true);
@@ -169,6 +169,7 @@ void launch_store_rows(const Device& device, const StoreArgs& p) {
   const auto store = bits % 16 == 0 ? store_rows_kernel<uint4> : store_rows_kernel<uint16_t>;
   const int each = bits % 16 == 0 && words < 256 ? (words + 31) / 32 * 32 : 256;
   launch(device, store, 1, dim3(p.num_tokens), each, 0, p, true);
+  if (p.cache.bare) return;
   const auto seal = half ? seal_rows_kernel<__half> : seal_rows_kernel<__nv_bfloat16>;
   launch(device, seal, 1, dim3(p.num_rows + p.max_jobs, heads), threads, 0, p, true);
   launch_prefix_means(device, p);

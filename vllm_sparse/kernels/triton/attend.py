@@ -136,7 +136,7 @@ def attend(
     check_heads(out, "out", kv_cache, query.shape)
     check_sinks(sinks, query, kept_mass)
     if lse is not None:
-        raise RuntimeError("lse is written on CPUs only")
+        raise RuntimeError("lse is not written by the Triton kernels")
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, max_blocks = kv_cache.shape[1], block_table.shape[1]
     if num_rows == 0 or max_blocks == 0:
