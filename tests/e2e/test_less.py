@@ -18,6 +18,7 @@ from vllm_sparse.methods.less import KIND, described  # noqa: E402
 from .engines import (  # noqa: E402
     COLD,
     EXTENSION,
+    NGRAM,
     add,
     few_free_blocks,
     generate,
@@ -169,3 +170,14 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         less(other, checkpoint, "exact"),
     ):
         pass
+
+
+def test_drafts_change_nothing(folder, checkpoint, state):
+    """States are sealed over rejected drafts, and again. Last: vLLM starts no engine in
+    a process that has drafted by ngram."""
+    prompts = [PROMPTS[3][:150] * 3, PROMPTS[0]]
+    params = greedy(150, logprobs=1, detokenize=False)
+    with less(folder, checkpoint, "streaming", speculative_config=NGRAM) as llm:
+        outputs = [generate(llm, prompts, params) for _ in range(2)]
+    for found in outputs:
+        assert_answers(folder, prompts, found, partial(mask, "streaming"), state=state)

@@ -204,6 +204,42 @@ def test_options_without_a_meaning_are_refused(folder, options, message):
         pass
 
 
+def test_follow_up_turns_beside_windows():
+    """vLLM cuts what the prefix cache has of a turn to what all kinds of layers have:
+    no block that is needed is missing of it. Poisoned, so that one would be NaN."""
+    options = dict(prefill="streaming", local_window=128)
+    params = greedy(300, detokenize=False)
+    with family("Gemma 3", options, attention_backend="streaming") as llm:
+        poison(llm)
+        (answer,) = tokens(generate(llm, PROMPTS[:1], params))
+        turn = [(PROMPTS[0] + answer + PROMPTS[6])[:1000]]
+        short = greedy(20, detokenize=False, **COLD)
+        expected = tokens(generate(llm, turn, short))
+        found = generate(llm, turn, greedy(20, detokenize=False))
+    assert tokens(found) == expected
+
+
+def test_prompts_are_whole_whatever_the_cache_retains(folder):
+    with streaming(
+        folder,
+        "exact",
+        prefix_cache_retention_interval=None,
+        max_num_batched_tokens=256,
+    ) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.max_num_scheduled_tokens = 100
+        outputs = generate(llm, PROMPTS[:3], PARAMS[:3])
+    assert_answers(folder, PROMPTS[:3], outputs, partial(mask, "exact"))
+
+
+def test_a_running_engine_keeps_what_it_keeps(engine):
+    llm, _ = engine
+    for changes in ({"local_window": 512}, {"prefill": "none"}, {"selector": "sparq"}):
+        options = {"local_window": WINDOW} | changes
+        with pytest.raises(Exception, match="cannot replace|not allowed|multiple"):
+            llm.collective_rpc("reconfigure_sparse", args=(options,))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("name", ["Gemma 3", "Falcon-H1", "Gemma 3n", "Qwen3-MoE"])

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 
 from ..cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
 from ..checkpoint import TENSORS
-from .base import DecodeRows, ScoreBytes
+from ..config import SparseConfig
+from ..ops import Ops
+from .base import DecodeRows, LayerShape, ScoreBytes
 from .streaming import Streaming
 
 KIND = "less"  # of its checkpoints
-LEAST = 1e-6  # of phi(q) . z, before its logarithm
+LEAST = 1e-30  # of phi(q) . z, before its logarithm
 
 
 @dataclass(frozen=True)
@@ -133,27 +135,36 @@ def described(model, hidden: int, sinks: int, window: int) -> dict:
         model: the text model's configuration, as transformers has it.
         hidden: numbers between a feature's two layers.
     """
+    heads = model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    rope = getattr(model, "rope_parameters", None) or {}
     return {
         "rank": STATE_RANK,
         "hidden": hidden,
         "sink_tokens": sinks,
         "local_window": window,
         "num_layers": model.num_hidden_layers,
-        "num_heads": model.num_attention_heads,
-        "num_kv_heads": model.num_key_value_heads,
-        "head_size": model.head_dim,
-        "rope": dict(model.rope_parameters),
+        "num_heads": heads,
+        "num_kv_heads": getattr(model, "num_key_value_heads", None) or heads,
+        "head_size": size,
+        "rope": dict(rope),
     }
 
 
-@cache
 def load_kernels(folder: str, device: torch.device | str = "cpu") -> list[Kernels]:
     """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    tensors = load_file(Path(folder) / TENSORS)
+    file = Path(folder) / TENSORS
+    # Another engine of this process may have read what has been trained anew since.
+    return _load_kernels(file, file.stat().st_mtime_ns, device)
+
+
+@cache
+def _load_kernels(file: Path, written: int, device) -> list[Kernels]:
+    tensors = load_file(file)
     names = [field.name for field in fields(Kernels)]
     count = len(tensors) // len(names)
     return [
@@ -167,6 +178,10 @@ class Less(Streaming):
 
     prompts_as_rows = True
 
+    def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
+        super().__init__(config, shape, ops)
+        self._kernels: dict[str, Kernels] = {}
+
     @property
     def score_bytes(self) -> ScoreBytes:
         """A row's state."""
@@ -174,8 +189,11 @@ class Less(Streaming):
 
     def kernels_of(self, layer_name: str, device: torch.device) -> Kernels:
         """What was learnt for a layer of the model."""
-        (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
-        return load_kernels(self.config.checkpoint, device)[int(number)]
+        if layer_name not in self._kernels:
+            (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
+            layers = load_kernels(self.config.checkpoint, device)
+            self._kernels[layer_name] = layers[int(number)]
+        return self._kernels[layer_name]
 
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:
         """Write the states of the blocks that this step has filled."""

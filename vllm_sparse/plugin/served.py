@@ -20,7 +20,7 @@ from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
 from .backend import keeping
-from .registry import names_for_drafts, names_for_target
+from .registry import is_ours, names_for_drafts, names_for_target
 from .versions import init_logger
 
 logger = init_logger(__name__)
@@ -126,9 +126,26 @@ def _give_back(name: str, layer, vllm_config: VllmConfig) -> None:
             f"attention back, and this layer's are {kind.__name__}: leave "
             "--attention-backend out"
         )
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    others = [
+        other
+        for other in layers
+        if isinstance(other, AttentionLayerBase)
+        and not isinstance(getattr(other, "impl", None), SparseAttentionImpl)
+        and other.get_kv_cache_spec(vllm_config) is not None
+    ]
+    if others and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            f"--attention-backend {layer.impl.backend} gives blocks back, and other "
+            "layers of this model would lose theirs: remove "
+            "--disable-hybrid-kv-cache-manager"
+        )
     # Asked again later: vLLM has not settled the size of blocks yet.
     layer.get_kv_cache_spec = partial(
-        EvictingSpec.asked_of, layer.get_kv_cache_spec, layer.impl.eviction
+        EvictingSpec.asked_of,
+        layer.get_kv_cache_spec,
+        layer.impl.eviction,
+        not others,
     )
 
 
@@ -172,7 +189,10 @@ def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
     names, total = names_for_drafts(vllm_config), kinds.total()
     ours, others = sum(n for k, n in kinds.items() if k.ours), _dense(kinds)
     asked = vllm_config.speculative_config.attention_backend
-    if ours and asked is not None and not names:
+    inherits = vllm_config.use_v2_model_runner and is_ours(
+        vllm_config.attention_config.backend
+    )
+    if ours and asked is not None and not names and inherits:
         raise ValueError(
             f"attention_backend {asked.name} in --speculative-config does nothing: "
             "vLLM's V2 runner gives a draft model the target's backend. Remove it"
