@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``python -m vllm_sparse.train data|longcontext|merge ...``; each has a ``--help``."""
+"""``python -m vllm_sparse.train COMMAND``; each command has a ``--help``."""
 
 import argparse
 import sys
 from importlib import import_module
 
 # Command: its module, which has main(arguments).
-COMMANDS = {"data": "build", "longcontext": "longcontext", "merge": "merge"}
+COMMANDS = {
+    "data": "build",
+    "longcontext": "longcontext",
+    "merge": "merge",
+    "pretrain": "pretrain",
+}
 
 
 def main() -> None:
