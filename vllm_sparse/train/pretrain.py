@@ -12,6 +12,7 @@ interruption.
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from .corpus import Corpus
 from .evaluate import evaluate
 from .forward import chunk_losses, hidden_states, placed, token_losses
 from .loop import Optimisation, train
+from .merge import edit_json
 from .mixture import Batch, Curriculum
 from .wordings import Wordings
 
@@ -221,18 +223,25 @@ def main(argv: list[str]) -> None:
         args.save_every,
         args.evaluate_every,
     )
-    write(model, tokenizer, args.out)
+    write(model, args.tokenizer, args.out)
     state = "finished" if report["finished"] else "not finished: run it again to go on"
     print(f"{args.out / 'model'}: step {report['step']} of {args.steps}, {state}")
 
 
-def write(model, tokenizer, out: Path) -> None:
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")
+
+
+def write(model, tokenizer: Path, out: Path) -> None:
     """The model as stock vLLM serves it, and its hash in ``run.json``."""
     folder = out / "model"
     served = type(model)(model.config)
     served.load_state_dict(model.state_dict())
     served.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for file in tokenizer.iterdir():  # as they are: packed text knows their hash
+        if file.name.startswith(TOKENIZER_FILES):
+            shutil.copy(file, folder)
+    length = {"model_max_length": model.config.max_position_embeddings}
+    edit_json(folder / "tokenizer_config.json", lambda content: content | length)
     report = json.loads((out / "run.json").read_text())
     report["parameters"] = sum(p.numel() for p in model.parameters())
     report["model_sha256"] = checkpoint.base_hash(folder)
