@@ -73,7 +73,7 @@ class Wordings(Synthetic):
         super().__init__(encode, decode, vocabulary, answer_weight)
         texts = [decode(i) for i in range(vocabulary)]
         words = [t[1:] for t in texts if t[:1] == " " and t[1:].isalpha()]
-        plain = (w for w in words if len(w) > 3 and w.isascii() and w.islower())
+        plain = (w for w in words if len(w) > 2 and w.isascii() and w.islower())
         self.words = sorted(set(plain) - set(NOT_KEYS.split()))
         self.tokens = (reserved, vocabulary)
         if len(self.words) < 32:
