@@ -144,13 +144,13 @@ class Synthetic:
             start = place
         return join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
 
-    def copies(self, kind: str, text: np.ndarray, rng) -> Sample:
-        """Passages of the text begun again at its end and continued."""
+    def copies(self, kind: str, text: np.ndarray, rng, most: int = 3) -> Sample:
+        """One to ``most`` passages of the text begun again at its end and continued."""
         length, again = len(text), self.encode("\n\n" + AGAIN[kind])
         # Tokens of the cue, and of what follows it, of each copy.
         sizes = [
             (int(rng.integers(8, 49)), int(rng.integers(24, 161)))
-            for _ in range(int(rng.integers(1, 4)))
+            for _ in range(int(rng.integers(1, most + 1)))
         ]
         while sizes and self._copied(sizes, again) > length // 2:
             sizes.pop()

@@ -84,15 +84,17 @@ class Wordings(Synthetic):
     def sample(self, kind: str, window, length: int, rng) -> Sample:
         """Random tokens again and again (15 %), copies (25 %), facts in fixed forms
         (20 %) or random wordings (40 %); as ``Synthetic.sample``."""
+        # More to look up in longer windows, or it would count less and less.
+        times = max(1, length // 2048)
         which = rng.random()
         if which < 0.15:
             return self.repeats(length, rng)
         if which < 0.4:
-            return self.copies(kind, window(length), rng)
+            return self.copies(kind, window(length), rng, 3 * times)
         if which < 0.6:
             return super().sample(kind, window, length, rng)
-        most = max(1, length // 256)
-        number = min(int(rng.choice([1, 2, 4, 8, 16])), most)
+        number = int(rng.choice([1, 2, 4, 8, 16])) * times
+        number = min(number, max(1, length // 256))
         return self.facts(self.wording(kind, rng), window, length, rng, number)
 
     def wording(self, kind: str, rng) -> Fact:
