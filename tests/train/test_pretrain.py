@@ -13,7 +13,7 @@ from benchmarks.accuracy import tasks
 from vllm_sparse.train import checkpoint, pretrain, wordings
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import hidden_states, load_model
-from vllm_sparse.train.mixture import Curriculum
+from vllm_sparse.train.mixture import Batch, Curriculum
 from vllm_sparse.train.wordings import Wordings
 
 STEPS = 24
@@ -136,3 +136,38 @@ def test_shares_that_do_not_fit_are_refused(model_folder, data_folder, tmp_path)
     for more in (["--shares", "0.5"], ["--shares", "0.5", "0.6"]):
         with pytest.raises(SystemExit):
             pretrain.arguments_of(command(model_folder, data_folder, tmp_path, *more))
+
+
+class Fixed:
+    """One step of random tokens; every other one counts more."""
+
+    steps = 1
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 512, (4, 256), generator=generator)
+        weights = 1.0 + 9 * (torch.arange(256) % 2).float()
+        return Batch(ids, torch.arange(256).expand(4, -1), weights.expand(4, -1))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_in_bf16_give_the_gradients_of_fp32(
+    device, model_folder, data_folder, tmp_path, tokenizer, monkeypatch
+):
+    """At head size 128 with grouped heads; on GPUs by fused attention."""
+    arguments = command(model_folder, data_folder, tmp_path, "--head-size", "128")
+    args = pretrain.arguments_of(arguments)
+    gradients = []
+    for place, in_bf16 in (("cpu", False), (device, True)):
+        torch.manual_seed(0)
+        model = pretrain.build(args, tokenizer, torch.device("cpu")).to(place)
+        trainee = pretrain.Pretraining(model, Fixed(), 512, 0, None)
+        autocast = torch.autocast(place, torch.bfloat16, enabled=in_bf16)
+        monkeypatch.setattr(trainee, "bf16", lambda: autocast)
+        parts = list(trainee.losses(0))
+        assert sum(tokens for _, tokens in parts) == 1024
+        sum(loss for loss, _ in parts).backward()
+        flat = [p.grad.float().cpu().flatten() for p in model.parameters()]
+        gradients.append(torch.cat(flat))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert not torch.equal(*gradients)
