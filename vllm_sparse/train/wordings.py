@@ -117,11 +117,15 @@ class Wordings(Synthetic):
         return stated, f"{ask} {noun} {link}{one(MEANWHILE)} {again}", " {value}"
 
     def repeats(self, length: int, rng) -> Sample:
-        """A run of random tokens over and over; only repetitions count."""
-        period = int(rng.integers(min(32, length // 4), length // 2 + 1))
+        """A run of random tokens over and over; only repetitions count, as answers do.
+
+        Once they are learnt they add next to nothing to the loss. Short periods are as
+        frequent as long ones.
+        """
+        period = int(np.exp(rng.uniform(np.log(8), np.log(length // 2))))
         run = rng.integers(*self.tokens, period)
         whole = np.tile(run, -(-length // period))[:length]
-        return join([(whole[:period], 0.0), (whole[period:], 1.0)])
+        return join([(whole[:period], 0.0), (whole[period:], self.answer_weight / 2)])
 
     def keys(self, rng, number: int) -> list[dict[str, str]]:
         """One or two words of the vocabulary each, all different."""
