@@ -26,7 +26,7 @@ def remember_holders() -> None:
 
 def _remember(holder: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     impl = getattr(module, "impl", None)
-    if hasattr(impl, "holder"):
+    if impl is not None and hasattr(impl, "holder"):
         impl.holder = weakref.ref(holder)
 
 
