@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfigError
+from ..layer.holders import norms_queries
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
 from .backend import keeping
@@ -111,6 +112,7 @@ def check_layers(vllm_config: VllmConfig) -> None:
     _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
+        _warn_of_norms(layers.values())
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
 
@@ -183,6 +185,41 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
         )
     log = logger.warning if 2 * ours < total else logger.info
     log("%s %s%s", backends, found, f" (dense are {others})" if others else "")
+
+
+def _warn_of_norms(layers) -> None:
+    """Say where fixed budgets may lose what a model looks up (docs/adaptive.md)."""
+    sparse = [layer for layer in layers if _chooses(layer)]
+    risky = [layer for layer in sparse if _guesses(layer) and norms_queries(layer.impl)]
+    if risky:
+        logger.warning(
+            "%d of %d sparse layers norm their queries and keys (QK-norm) and have a "
+            "fixed budget: there a few channels may not tell where a fact stands, and "
+            "answers miss it silently. Choose --attention-backend twilight, whose "
+            "budgets adapt, or the rank that `vllm-sparse calibrate` finds.",
+            len(risky),
+            len(sparse),
+        )
+
+
+def _chooses(layer) -> bool:
+    """Whether a layer of the target model chooses tokens."""
+    impl = getattr(layer, "impl", None)
+    ours = isinstance(impl, SparseAttentionImpl)
+    drafts = getattr(layer, "is_draft_layer", False)
+    return ours and not drafts and _kind(layer).dense is None
+
+
+def _guesses(layer) -> bool:
+    """Whether a fixed number of tokens is chosen by some channels, for good."""
+    config = layer.impl.config
+    return (
+        config.selector == "sparq"
+        and config.top_p is None
+        and config.top_k != 1.0
+        and config.rank < layer.head_size
+        and not config.lossless
+    )
 
 
 def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
