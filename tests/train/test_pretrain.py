@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.accuracy import tasks
-from vllm_sparse.train import checkpoint, pretrain, wordings
+from vllm_sparse import checkpoint
+from vllm_sparse.train import pretrain, wordings
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import hidden_states, load_model
 from vllm_sparse.train.mixture import Batch, Curriculum

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import checkpoint
+from .. import checkpoint
 from .corpus import Corpus
 from .evaluate import evaluate
 from .forward import chunk_losses, hidden_states, placed, token_losses
