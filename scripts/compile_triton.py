@@ -11,14 +11,18 @@ each kernel's shared memory; exits with 1 where that is more than LIMIT.
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_sparse.cache.layout import BLOCK_SIZE, BlockLayout
+from vllm_sparse.cache.formats import BARE
+from vllm_sparse.cache.layout import BLOCK_SIZE, STATE_RANK, BlockLayout, state_bytes
 from vllm_sparse.kernels import triton as ops
+from vllm_sparse.kernels.triton.less import add_states, seal_states
+from vllm_sparse.methods.less import LEAST, Kernels
 
 # Bytes that a program may have on every architecture from sm_80 on (sm_86 has least).
 LIMIT = 99 * 1024
@@ -63,6 +67,30 @@ def call_every_op(num_heads: int, num_kv_heads: int, head_size: int, dtype) -> N
     ops.attend(query, *where, None, None, None, 0.1, 0.0, query)
 
 
+def call_states(num_heads: int, num_kv_heads: int, head_size: int, dtype) -> None:
+    """Likewise, the states of LESS."""
+    fmt = replace(BARE, state_bytes=state_bytes(head_size))
+    lay = BlockLayout(head_size, dtype.itemsize, fmt)
+    elements = lay.content_bytes // dtype.itemsize
+    kv_cache = torch.zeros(4, num_kv_heads, BLOCK_SIZE, elements, dtype=dtype)
+    hidden = 64
+    kernels = Kernels(
+        q1=torch.zeros(num_heads, head_size, hidden),
+        q2=torch.zeros(num_heads, hidden, STATE_RANK),
+        k1=torch.zeros(num_kv_heads, head_size, hidden),
+        k2=torch.zeros(num_kv_heads, hidden, STATE_RANK),
+        k3=torch.zeros(num_kv_heads, STATE_RANK, STATE_RANK),
+        s1=torch.zeros(num_kv_heads, STATE_RANK),
+        s2=torch.zeros(num_kv_heads, STATE_RANK),
+    )
+    ints = torch.zeros(1, dtype=torch.int32)
+    seal_states(kv_cache, kernels, (ints, ints, ints), 1, lay)
+    query = torch.zeros(1, num_heads, head_size, dtype=dtype)
+    lse = torch.zeros(1, num_heads)
+    where = (ints, ints[:, None], kv_cache)
+    add_states(query, query, lse, *where, kernels, 1, LEAST, lay)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", nargs="+", type=int)
@@ -84,6 +112,7 @@ def main() -> int:
         driver.set_active(NoDevice(capability))
         for shape, dtype in INPUTS[:1] if options.quick else INPUTS:
             call_every_op(*shape, dtype)
+            call_states(*shape, dtype)
     if too_large:
         print(f"more than {LIMIT} bytes of shared memory: {', '.join(too_large)}")
     return 1 if too_large else 0

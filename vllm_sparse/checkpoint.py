@@ -67,7 +67,7 @@ def base_hash(model: Path) -> str:
         with safe_open(places[name], "pt") as file:
             tensor = file.get_tensor(name)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -35,7 +35,7 @@ BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
     "TWILIGHT": {"top_p": 0.9},
     # Whole blocks: the first is held anyway.
-    "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 1024},
+    "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 256},
     "STREAMING": {"selector": "streaming", "sink_tokens": 128, "local_window": 1024},
 }
 
@@ -196,7 +196,7 @@ class SparseConfig:
         defaults, kept = SparseConfig(), ("selector", "sink_tokens", "local_window")
         for field in fields(self):
             name = field.name
-            if name in (*kept, "prefill", "checkpoint", "kernels", "top_k"):
+            if name in (*kept, "prefill", "checkpoint", "kernels"):
                 continue
             if getattr(self, name) != getattr(defaults, name):
                 raise SparseConfigError(

@@ -10,6 +10,7 @@ from benchmarks.accuracy.forcing import ForceTokens, forced_params
 from benchmarks.accuracy.methods import ModelShape
 from benchmarks.accuracy.metrics import TOP_LOGPROBS, ForcedResult
 from benchmarks.accuracy.tasks import ANSWER_TOKENS, Sample
+from vllm_sparse.methods.compare.scored import ScoredMethod
 
 WORKER_EXTENSION = "vllm_sparse.worker.WorkerExtension"
 OUR_BACKEND = "sparq"
@@ -29,6 +30,8 @@ class EngineOptions:
     # Ours: sparse.kv_format. vLLM's own, for its own backends: --kv-cache-dtype.
     kv_format: str = "auto"
     kv_cache_dtype: str = "auto"
+    # None: vLLM's default, which leaves no room for a second engine.
+    gpu_memory_utilization: float | None = None
 
 
 class Engine:
@@ -38,8 +41,16 @@ class Engine:
     never hit by another method.
     """
 
-    def __init__(self, options: EngineOptions):
+    def __init__(self, options: EngineOptions, comparisons: bool = False):
+        """
+        Args:
+            comparisons: also on GPUs run the selectors that serving refuses there, as
+                they loop over rows on the host: here that is only slow.
+        """
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if comparisons:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            ScoredMethod.devices = ("cpu", "cuda")
         from vllm import LLM
 
         self.options = options
@@ -49,6 +60,8 @@ class Engine:
             self.fixed = {"kv_format": options.kv_format}
             extra["worker_extension_cls"] = WORKER_EXTENSION
             extra["additional_config"] = {"sparse": self.fixed}
+        if options.gpu_memory_utilization is not None:
+            extra["gpu_memory_utilization"] = options.gpu_memory_utilization
         # ForceTokens is written for this runner, which is the CPU's only one.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self.llm = LLM(

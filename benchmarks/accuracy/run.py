@@ -18,14 +18,16 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy import metrics
 from benchmarks.accuracy.methods import Method, options_for, parse_method
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.tasks import TASKS, Sample, make_samples
-from benchmarks.accuracy.text import TextSources
+from benchmarks.accuracy.text import PackedTexts, TextSources
 from vllm_sparse.cache.formats import FORMATS
+from vllm_sparse.methods import METHODS
 from vllm_sparse.selectors import SELECTORS
 
 if TYPE_CHECKING:  # imports vLLM, which only main() needs
@@ -67,13 +69,15 @@ def run(
     engine: "Engine",
     progress: bool = True,
     save: Callable[[list[dict]], None] = lambda records: None,
+    sources: TextSources | None = None,
 ) -> list[dict]:
     """One record per task, length, method and budget; samples keep raw values.
 
+    ``sources`` are where texts come from, by itself Python's own distribution.
     ``save`` gets the records so far after each method: runs take hours.
     A method that cannot meet a budget gets a record with ``skipped`` and no samples.
     """
-    sources = TextSources(engine.tokenizer)
+    sources = sources or TextSources(engine.tokenizer)
     records = []
     cases = list(product(plan.lengths, plan.tasks))
     with tqdm(total=len(cases) * len(plan.runs()), disable=not progress) as bar:
@@ -146,7 +150,11 @@ def _measure(
 
 
 def write_result(
-    path: Path, plan: Plan, options: "EngineOptions", records: list[dict]
+    path: Path,
+    plan: Plan,
+    options: "EngineOptions",
+    texts: str,
+    records: list[dict],
 ) -> None:
     from benchmarks.environment import describe
 
@@ -154,6 +162,7 @@ def write_result(
     header = describe() | {
         "engine": engine,
         "plan": asdict(plan),
+        "texts": texts,
         "kl": f"lower bound over dense's top {metrics.TOP_LOGPROBS} tokens, nats",
         "kept_tokens": "mean, p50, p99 of every KV head's sparse rows, by layer",
     }
@@ -186,12 +195,16 @@ def main() -> None:
     add("--budgets", nargs="+", type=float, default=Plan.budgets)
     counts = "one number, or one for every length"
     add("--samples", nargs="+", type=int, default=[10], help=counts)
+    packed = "folder of the training room's packed text, whose held-out streams to use"
+    add("--texts", type=Path, help=packed)
     add("--model", help="a name of get_model.py's or a folder in HF format")
     add("--max-model-len", type=int, default=EngineOptions.max_model_len)
     backends = "or one of vLLM's, for '--methods dense'"
     add("--attention-backend", default=EngineOptions.attention_backend, help=backends)
     add("--max-num-seqs", type=int, default=EngineOptions.max_num_seqs)
     add("--kv-cache-gib", type=float, default=EngineOptions.kv_cache_gib)
+    several = "of a GPU's; less than vLLM's default where engines share one"
+    add("--gpu-memory-utilization", type=float, help=several)
     add("--kv-format", default="auto", choices=FORMATS, help="of our cache")
     add("--kv-cache-dtype", default="auto", help="of vLLM's, with its own backends")
     add("--output", type=Path, required=True)
@@ -204,8 +217,17 @@ def main() -> None:
     fields = EngineOptions.__dataclass_fields__.keys() & vars(args).keys()
     given = {name: getattr(args, name) for name in fields}
     options = EngineOptions(**given | {"model": model_path(args.model)})
-    save = partial(write_result, args.output, plan, options)
-    records = run(plan, Engine(options), save=save)
+    # Selectors that loop over rows on the host; they say so themselves.
+    chosen = (METHODS[method.selector] for method, _ in plan.runs())
+    compares = torch.cuda.is_available() and any(
+        "cuda" not in m.devices for m in chosen
+    )
+    engine = Engine(options, compares)
+    sources = TextSources(engine.tokenizer)
+    if args.texts is not None:
+        sources = PackedTexts(engine.tokenizer, args.texts, Path(options.model))
+    save = partial(write_result, args.output, plan, options, sources.origin)
+    records = run(plan, engine, save=save, sources=sources)
 
     from benchmarks.accuracy.report import markdown
 

@@ -102,6 +102,24 @@ def log_probabilities(
     return logits.log_softmax(-1)
 
 
+def assert_near(
+    folder,
+    prompts,
+    outputs,
+    mask_of: Callable[[int, int], torch.Tensor],
+    state: State | None = None,
+    gap: float = 0.3,
+) -> None:
+    """Of 16-bit engines: no token is less likely than the likeliest by more than
+    ``gap`` nats, after the text that the engine itself has given."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = prompt + list(output.outputs[0].token_ids)
+        mask = mask_of(len(prompt), len(tokens))
+        found = log_probabilities(folder, tokens, mask, state)[len(prompt) - 1 : -1]
+        chosen = found.gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
+        assert (found.amax(-1) - chosen).max() < gap
+
+
 def assert_answers(
     folder,
     prompts,

@@ -18,6 +18,7 @@ from vllm_sparse.methods.less import KIND, described  # noqa: E402
 from .engines import (  # noqa: E402
     COLD,
     EXTENSION,
+    NGRAM,
     add,
     few_free_blocks,
     generate,
@@ -29,7 +30,7 @@ from .engines import (  # noqa: E402
     tokens,
 )
 from .masked import State, assert_answers, log_probabilities, sinks_and_window  # noqa: E402
-from .test_streaming import ANSWERS, LENGTHS, PARAMS, PREFILLS, PROMPTS, pool  # noqa: E402, F401
+from .test_streaming import ANSWERS, PARAMS, PROMPTS, pool  # noqa: E402
 from .tiny import random_prompts, save_llama  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -92,7 +93,9 @@ def state(checkpoint):
     return State.load(checkpoint, SINKS)
 
 
-@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize(
+    "prefill", [pytest.param("exact", marks=pytest.mark.slow), "streaming"]
+)
 def test_answers_are_those_of_one_forward(folder, checkpoint, state, prefill):
     """In company; from the prefix cache; in odd chunks; with drafts' lags."""
     check = partial(assert_answers, folder, mask_of=partial(mask, prefill), state=state)
@@ -169,3 +172,16 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         less(other, checkpoint, "exact"),
     ):
         pass
+
+
+def test_drafts_change_nothing(folder, checkpoint, state):
+    """States are sealed over rejected drafts, and again."""
+    prompts = [PROMPTS[3][:150] * 3, PROMPTS[0]]
+    params = greedy(150, logprobs=1, detokenize=False)
+    # vLLM starts no engine in a process that has drafted by ngram.
+    options = dict(in_process=False, speculative_config=NGRAM)
+    with less(folder, checkpoint, "streaming", **options) as llm:
+        outputs = [generate(llm, prompts, params) for _ in range(2)]
+    check = partial(assert_answers, folder, mask_of=partial(mask, "streaming"))
+    for found in outputs:
+        check(prompts, found, state=state)

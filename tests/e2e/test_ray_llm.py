@@ -76,8 +76,7 @@ def served(folder: Path, replicas: int, cpus: float):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """With one replica. The batch asks for it too, so that it starts during that and
-    what follows: either is mostly one process after another that imports vLLM."""
+    """With one replica."""
     with served(tmp_path_factory.mktemp("serve"), 1, 1) as started:
         yield started
 
@@ -109,7 +108,7 @@ def answer_a_batch(folder: Path, *more: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_batch(tmp_path, server):
+def test_a_batch(tmp_path):
     answer_a_batch(tmp_path, "--cpus", "1")
 
 

@@ -13,7 +13,7 @@ import pytest
 from .inputs import INTERPRETED
 
 HERE = Path(__file__).parent
-TESTS = [HERE / f"test_{name}.py" for name in ("store", "select", "attend")]
+TESTS = [HERE / f"test_{name}.py" for name in ("store", "select", "attend", "states")]
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the process that these start")
 

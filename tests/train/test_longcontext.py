@@ -119,7 +119,7 @@ def test_scaled_rope_and_other_architectures_are_refused(model_folder, tmp_path)
     with pytest.raises(ValueError, match="has linear RoPE; only plain RoPE"):
         load_model(other, CPU, 1e5)
     edit_config(other, model_type="qwen2")
-    with pytest.raises(ValueError, match="is a qwen2; only llama is trained"):
+    with pytest.raises(ValueError, match="is a qwen2; only llama and qwen3"):
         load_model(other, CPU)
 
 

@@ -20,7 +20,7 @@ from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.report import markdown, paired, plot
 from benchmarks.accuracy.run import Plan, run, to_json
 from benchmarks.accuracy.tasks import TASKS, make_samples
-from benchmarks.accuracy.text import TextSources
+from benchmarks.accuracy.text import PackedTexts, TextSources
 
 SHAPE = ModelShape(head_size=64, num_layers=30)
 CONTEXT = 1024
@@ -101,6 +101,50 @@ def test_first_token_of_the_model_comes_first_and_counts(task):
     assert len(sample.prompt_ids) == CONTEXT
     assert sample.prompt_ids[0] == 2
     assert 2 not in sample.prompt_ids[1:] + sample.forced_ids
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder of packed text whose ids are characters, and its model's folder."""
+    import numpy as np
+
+    from vllm_sparse.train.build import Gathered, write
+    from vllm_sparse.train.corpus import tokenizer_hash
+    from vllm_sparse.train.sources import Source
+
+    folder, model = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("model")
+    (model / "tokenizer.json").write_text("{}")
+    gathered = []
+    for kind in ("prose", "code"):
+        lines = "".join(f"{kind} of line {i}.\n" for i in range(400))
+        held_out = np.array([*map(ord, lines), 0], dtype=np.uint16)
+        train = np.array([*map(ord, "x" * 90_000), 0], dtype=np.uint16)
+        source = Source("toy", "PSF-2.0", "pip", kind, ("*",))
+        gathered.append(Gathered(source, train=[train], held_out=[held_out] * 9))
+    hashed = tokenizer_hash(model)
+    write(folder, gathered, 10**6, tokenizer=hashed, end_of_document=0)
+    return folder, model
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_packed_texts_give_windows_longer_than_pythons(task, packed):
+    """Of held-out streams only; ends of documents are empty lines."""
+    sources = PackedTexts(CharTokenizer(), *packed)
+    for sample in make_samples(task, sources, 32768, 2):
+        text = sources.decode(sample.prompt_ids + sample.forced_ids)
+        assert len(sample.prompt_ids) == 32768
+        assert "x" * 10 not in text and chr(0) not in text
+        assert text.count("code of line" if "code" in task else "prose of line") > 900
+        assert "line 399.\n\n\n" in text
+
+
+def test_packed_texts_name_themselves_and_their_tokenizer(packed, tmp_path):
+    folder, _ = packed
+    origin = PackedTexts(CharTokenizer(), *packed).origin
+    assert PackedTexts(CharTokenizer(), *packed).corpus.digest in origin
+    (tmp_path / "tokenizer.json").write_text("other")
+    with pytest.raises(ValueError, match="tokenised for another model"):
+        PackedTexts(CharTokenizer(), folder, tmp_path)
 
 
 def test_samples_per_length():

@@ -275,3 +275,19 @@ def test_pages_come_back_as_they_were(per_chunk):
     for cache, old in zip(caches, before, strict=True):
         assert torch.equal(cache[there], old[whole[1:5]])
         assert not cache[[0, 3, *range(6, blocks)]].any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "sparse"),
+    [
+        ("STREAMING", {}),
+        ("LESS", {"checkpoint": "some/folder"}),
+        ("SPARQ", {"selector": "streaming", "sink_tokens": 0, "local_window": 128}),
+    ],
+)
+def test_blocks_that_are_given_back_are_not_offloaded(backend, sparse):
+    vllm_config = config(size=1.0)
+    vllm_config.additional_config = {"sparse": sparse}
+    vllm_config.attention_config.backend = SimpleNamespace(name=backend)
+    with pytest.raises(SparseConfigError, match="that are given back are not offload"):
+        connectors.configure(vllm_config)

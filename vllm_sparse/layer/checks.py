@@ -85,6 +85,11 @@ def _check_drafter(chosen: str, speculation) -> None:
 
 def check_eviction(impl, vllm_config) -> None:
     """Raise where blocks that are given back would be missed."""
+    if impl.eviction is not None and impl.ops.kernels == "triton":
+        raise SparseConfigError(
+            f"--attention-backend {impl.backend} has no Triton kernels, and the CUDA "
+            "library does not serve this GPU: choose --attention-backend sparq"
+        )
     if impl.shape.fmt.state_bytes and not impl.owns_cache:
         raise NotImplementedError(
             f"--attention-backend {impl.backend} does not serve models whose layers "

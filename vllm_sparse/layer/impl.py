@@ -8,6 +8,7 @@ Nothing depends on values, so that CUDA graphs may hold it.
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -22,6 +23,7 @@ from ..methods.dense import Dense
 from ..plugin.versions import init_logger
 from ..step.metadata import SparseMetadata
 from .checks import check_eviction, check_format, check_sinks, refuse_unsupported
+from .holders import remember_holders
 
 logger = init_logger(__name__)
 
@@ -50,6 +52,9 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     ) -> None:
         unsupported |= {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window}
         refuse_unsupported(self.backend, unsupported)
+        # A reference to the module that holds the layer, once it does.
+        self.holder: ref[torch.nn.Module] | None = None
+        remember_holders()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 
 from ..cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
 from ..checkpoint import TENSORS
-from .base import DecodeRows, ScoreBytes
+from ..config import SparseConfig
+from ..ops import Ops
+from .base import DecodeRows, LayerShape, ScoreBytes
 from .streaming import Streaming
 
 KIND = "less"  # of its checkpoints
-LEAST = 1e-6  # of phi(q) . z, before its logarithm
+LEAST = 1e-30  # of phi(q) . z, before its logarithm
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,41 @@ def add_state(
     return exact + sums[..., :-1] * (-total).exp()
 
 
+def seal(
+    kernels: Kernels,
+    kv_cache: torch.Tensor,
+    filled: list[tuple[int, int, int]],
+    sink_blocks: int,
+    head_size: int,
+) -> None:
+    """Write the states of filled blocks.
+
+    Args:
+        filled: place in the context, block id and id of the block before, by place.
+        sink_blocks: the first blocks of a context, which give nothing.
+    """
+    if not filled:
+        return
+    states = state_of_blocks(kv_cache, head_size)
+    index, block, before = torch.tensor(filled).unbind(1)
+    rows = kv_cache[block].flatten(2)[..., : BLOCK_SIZE * 2 * head_size]
+    rows = rows.unflatten(-1, (BLOCK_SIZE, 2 * head_size))
+    key, value = rows.split(head_size, dim=-1)
+    # A batch of KV heads for the weights, of blocks and tokens for the rest.
+    psi = kernels.psi(key.transpose(0, 1).flatten(1, 2))
+    psi = psi.unflatten(1, (len(filled), BLOCK_SIZE)).transpose(0, 1)
+    ones = torch.ones_like(value[..., :1])
+    given = psi.mT @ torch.cat([value, ones], -1).float()
+    given[index < sink_blocks] = 0
+    # Also of blocks that this very call fills, for requests with one prefix.
+    for place in index.unique().tolist():
+        these = index == place
+        state = given[these]
+        if place > 0:
+            state = state + states[before[these]]
+        states[block[these]] = state
+
+
 def described(model, hidden: int, sinks: int, window: int) -> dict:
     """What a checkpoint says of the model and the options that it is for, JSON.
 
@@ -98,31 +135,40 @@ def described(model, hidden: int, sinks: int, window: int) -> dict:
         model: the text model's configuration, as transformers has it.
         hidden: numbers between a feature's two layers.
     """
+    heads = model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    rope = getattr(model, "rope_parameters", None) or {}
     return {
         "rank": STATE_RANK,
         "hidden": hidden,
         "sink_tokens": sinks,
         "local_window": window,
         "num_layers": model.num_hidden_layers,
-        "num_heads": model.num_attention_heads,
-        "num_kv_heads": model.num_key_value_heads,
-        "head_size": model.head_dim,
-        "rope": dict(model.rope_parameters),
+        "num_heads": heads,
+        "num_kv_heads": getattr(model, "num_key_value_heads", None) or heads,
+        "head_size": size,
+        "rope": dict(rope),
     }
 
 
-@cache
-def load_kernels(folder: str) -> list[Kernels]:
+def load_kernels(folder: str, device: torch.device | str = "cpu") -> list[Kernels]:
     """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    tensors = load_file(Path(folder) / TENSORS)
+    file = Path(folder) / TENSORS
+    # Another engine of this process may have read what has been trained anew since.
+    return _load_kernels(file, file.stat().st_mtime_ns, device)
+
+
+@cache
+def _load_kernels(file: Path, written: int, device) -> list[Kernels]:
+    tensors = load_file(file)
     names = [field.name for field in fields(Kernels)]
     count = len(tensors) // len(names)
     return [
-        Kernels(*(tensors[f"layers.{i}.{name}"].float() for name in names))
+        Kernels(*(tensors[f"layers.{i}.{n}"].float().to(device) for n in names))
         for i in range(count)
     ]
 
@@ -132,39 +178,32 @@ class Less(Streaming):
 
     prompts_as_rows = True
 
+    def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
+        super().__init__(config, shape, ops)
+        self._kernels: dict[str, Kernels] = {}
+
     @property
     def score_bytes(self) -> ScoreBytes:
         """A row's state."""
         return ScoreBytes(per_row=state_bytes(self.shape.head_size))
 
-    def kernels_of(self, layer_name: str) -> Kernels:
+    def kernels_of(self, layer_name: str, device: torch.device) -> Kernels:
         """What was learnt for a layer of the model."""
-        (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
-        return load_kernels(self.config.checkpoint)[int(number)]
+        if layer_name not in self._kernels:
+            (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
+            layers = load_kernels(self.config.checkpoint, device)
+            self._kernels[layer_name] = layers[int(number)]
+        return self._kernels[layer_name]
 
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:
         """Write the states of the blocks that this step has filled."""
-        filled = meta.filled
-        if not filled:
-            return
-        size = self.shape.head_size
-        kernels, states = self.kernels_of(layer_name), state_of_blocks(kv_cache, size)
-        index, block, before = torch.tensor(filled).unbind(1)
-        rows = kv_cache[block].flatten(2)[..., : BLOCK_SIZE * 2 * size]
-        key, value = rows.unflatten(-1, (BLOCK_SIZE, 2 * size)).split(size, dim=-1)
-        # A batch of KV heads for the weights, of blocks and tokens for the rest.
-        psi = kernels.psi(key.transpose(0, 1).flatten(1, 2))
-        psi = psi.unflatten(1, (len(filled), BLOCK_SIZE)).transpose(0, 1)
-        ones = torch.ones_like(value[..., :1])
-        given = psi.mT @ torch.cat([value, ones], -1).float()
-        given[index < self.kept.sink_blocks] = 0
-        # Also of blocks that this very call fills, for requests with one prefix.
-        for place in index.unique().tolist():
-            these = index == place
-            state = given[these]
-            if place > 0:
-                state = state + states[before[these]]
-            states[block[these]] = state
+        kernels = self.kernels_of(layer_name, kv_cache.device)
+        sinks = self.kept.sink_blocks
+        if self.ops.kernels == "cpu":
+            return seal(kernels, kv_cache, meta.filled, sinks, self.shape.head_size)
+        from ..kernels.triton.less import seal_states
+
+        seal_states(kv_cache, kernels, meta.jobs, sinks, self.shape.layout)
 
     def attend(
         self,
@@ -176,13 +215,21 @@ class Less(Streaming):
     ) -> None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         self.attend_kept(query, kv_cache, rows, out, layer_name, lse)
-        skipped = rows.compact.skipped
-        left = skipped.nonzero().squeeze(1)
+        compact, kernels = rows.compact, self.kernels_of(layer_name, out.device)
+        sinks = self.kept.sink_blocks
+        if self.ops.kernels != "cpu":
+            from ..kernels.triton.less import add_states
+
+            where = (compact.skipped, rows.block_table, kv_cache)
+            add_states(
+                query, out, lse, *where, kernels, sinks, LEAST, self.shape.layout
+            )
+            return
+        left = compact.skipped.nonzero().squeeze(1)
         if not len(left):
             return
-        last = self.kept.sink_blocks + skipped[left] - 1
+        last = sinks + compact.skipped[left] - 1
         blocks = rows.block_table[left].gather(1, last[:, None].long()).squeeze(1)
         state = state_of_blocks(kv_cache, self.shape.head_size)[blocks]
-        kernels = self.kernels_of(layer_name)
         merged = add_state(kernels, query[left], state, lse[left], out[left])
         out[left] = merged.to(out.dtype)

@@ -12,7 +12,13 @@ from copy import copy
 from dataclasses import asdict
 
 from .. import __version__
-from ..config import BACKEND_DEFAULTS, DRAFT_OPTIONS, SparseConfig, SparseConfigError
+from ..config import (
+    BACKEND_DEFAULTS,
+    DRAFT_OPTIONS,
+    EVICTING,
+    SparseConfig,
+    SparseConfigError,
+)
 from .registry import chosen_names
 from .speculation.configure import is_ours
 
@@ -63,10 +69,7 @@ def _blocks(vllm_config) -> str:
 
     Blocks of a follow-up turn's prompt hold answers: what these attended to counts.
     """
-    name = chosen_names(vllm_config)[0]
-    config = SparseConfig.from_additional_config(
-        vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
-    )
+    config = next(_configs(vllm_config))
     options = asdict(config)
     for name in ("lossless", "kernels", *DRAFT_OPTIONS):
         del options[name]
@@ -74,6 +77,14 @@ def _blocks(vllm_config) -> str:
         stored = ("kv_format", "kv_group_size", "mean_value")
         options = {name: options[name] for name in stored}
     return f"vllm_sparse {__version__} {options}"
+
+
+def _configs(vllm_config) -> Iterator[SparseConfig]:
+    """The options of each backend of ours that the engine has."""
+    for name in chosen_names(vllm_config):
+        yield SparseConfig.from_additional_config(
+            vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
+        )
 
 
 def _connector(vllm_config) -> str | None:
@@ -125,7 +136,7 @@ def _refusals(vllm_config, name: str) -> Iterator[str]:
                 "canonical_layout takes blocks apart, remove it from "
                 "kv_connector_extra_config"
             )
-    if "streaming" in chosen_names(vllm_config):
+    if any(config.selector in EVICTING for config in _configs(vllm_config)):
         yield "blocks that are given back are not offloaded, choose one of them"
     if not vllm_config.cache_config.enable_prefix_caching:
         yield "blocks are offloaded by prefix, remove --no-enable-prefix-caching"

@@ -11,6 +11,7 @@ Importing this registers the spec; it is imported wherever a spec is unpickled.
 
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from math import inf
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
@@ -29,18 +30,22 @@ class EvictingSpec(FullAttentionSpec):
     Attributes:
         eviction: in blocks of the kernels, of which a block here holds one or more.
         in_flight_tokens: the most that steps under way compute.
+        alone: no other layers have blocks. Beside others vLLM cuts what the prefix
+            cache has to what all have, and would cut a prefix with a gap in the middle
+            of what is needed: then only whole prefixes are found.
     """
 
     eviction: Eviction = Eviction(0, 0, prompts=False)
     in_flight_tokens: int = 0
+    alone: bool = True
 
     @classmethod
-    def asked_of(cls, get_kv_cache_spec, eviction: Eviction, vllm_config):
+    def asked_of(cls, get_kv_cache_spec, eviction: Eviction, alone: bool, vllm_config):
         """A layer's spec, as its method says, with what its requests keep."""
         spec = get_kv_cache_spec(vllm_config)
         values = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
         tokens = vllm_config.max_in_flight_tokens
-        return cls(**values, eviction=eviction, in_flight_tokens=tokens)
+        return cls(**values, eviction=eviction, in_flight_tokens=tokens, alone=alone)
 
     def gone(self, computed_tokens: int) -> range:
         """Blocks that no position from ``computed_tokens`` on needs."""
@@ -70,11 +75,11 @@ class EvictingSpec(FullAttentionSpec):
     def merge(cls, specs):
         # vLLM tries whether specs are alike, and takes an assertion for a no.
         assert all(isinstance(spec, EvictingSpec) for spec in specs)
-        kept = {(spec.eviction, spec.in_flight_tokens) for spec in specs}
-        assert len(kept) == 1, "layers of a group must keep the same blocks"
-        ((eviction, tokens),) = kept
-        merged = super().merge(specs)
-        return replace(merged, eviction=eviction, in_flight_tokens=tokens)
+        own = {(s.eviction, s.in_flight_tokens, s.alone) for s in specs}
+        assert len(own) == 1, "layers of a group must keep the same blocks"
+        ((eviction, tokens, alone),) = own
+        own = dict(eviction=eviction, in_flight_tokens=tokens, alone=alone)
+        return replace(super().merge(specs), **own)
 
 
 class EvictingManager(FullAttentionManager):
@@ -89,16 +94,29 @@ class EvictingManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         # Tokens that attend to everything before them, by request: its prompt, or all
         # that a preempted one computes anew.
-        self._dense_until: dict[str, int] = {}
+        self._dense_until: dict[str, float] = {}
+        self._new: set[str] = set()
 
     def get_num_blocks_to_allocate(
         self, request_id: str, *args, prefill_end: int = 0, **kwargs
     ) -> int:
-        if request_id not in self.num_cached_block:
-            self._dense_until[request_id] = prefill_end + 1
+        if request_id not in self._dense_until:
+            # 0: vLLM does not say, and `cache_blocks` will.
+            self._dense_until[request_id] = prefill_end + 1 if prefill_end else inf
+            self._new.add(request_id)
         return super().get_num_blocks_to_allocate(
             request_id, *args, prefill_end=prefill_end, **kwargs
         )
+
+    def cache_blocks(self, request, *args, **kwargs) -> None:
+        name = request.request_id
+        if request.resumable:  # more of its prompt may come at any time
+            self._dense_until[name] = inf
+        elif name in self._new:
+            tokens = max(request.num_prompt_tokens, request.num_tokens)
+            self._dense_until[name] = tokens
+        self._new.discard(name)
+        super().cache_blocks(request, *args, **kwargs)
 
     def remove_skipped_blocks(
         self,
@@ -107,12 +125,13 @@ class EvictingManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         spec, done = self.kv_cache_spec, processed_computed_tokens
-        if spec.eviction.prompts or done >= self._dense_until.get(request_id, done + 1):
+        if spec.eviction.prompts or done >= self._dense_until.get(request_id, inf):
             gone = spec.gone(done)
             self._remove_blocks_in_range(request_id, gone.start, gone.stop)
 
     def pop_blocks_for_free(self, request_id: str):
         self._dense_until.pop(request_id, None)
+        self._new.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def _cache_partial_tail_block(self, request, num_tokens: int) -> None:
@@ -132,7 +151,7 @@ class EvictingManager(FullAttentionManager):
     ):
         """Where prompts are streamed, only what is still used of a prefix must be
         there: its sinks, and the blocks at its end."""
-        if not kv_cache_spec.eviction.prompts:
+        if not kv_cache_spec.eviction.prompts or not kv_cache_spec.alone:
             return super().find_longest_cache_hit(
                 block_hashes,
                 max_length,
@@ -153,10 +172,15 @@ class EvictingManager(FullAttentionManager):
         while missing is not None:
             length -= length * size % alignment_tokens // size
             gone = kv_cache_spec.gone(length * size)
-            kept = [block for block in range(length) if block not in gone]
-            missing = next((b for b in reversed(kept) if not cached(b)), None)
+            sinks = range(min(gone.start, length))
+            # The window first: what is missing of it is the shorter prefix's bound.
+            window = range(max(gone.start, gone.stop), length)
+            missing = next((b for b in reversed(window) if not cached(b)), None)
+            if missing is None:
+                missing = next((b for b in sinks if not cached(b)), None)
             if missing is not None:
                 length = missing  # all that is longer needs it, too
+        kept = [*sinks, *window]
         hits = tuple([block_pool.null_block] * length for _ in kv_cache_group_ids)
         for block in kept:
             for hit, found in zip(hits, cached(block), strict=True):

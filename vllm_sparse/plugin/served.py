@@ -17,10 +17,11 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionS
 
 from ..cache.layout import BLOCK_SIZE
 from ..config import SparseConfigError
+from ..layer.holders import norms_queries
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
 from .backend import keeping
-from .registry import names_for_drafts, names_for_target
+from .registry import is_ours, names_for_drafts, names_for_target
 from .versions import init_logger
 
 logger = init_logger(__name__)
@@ -111,6 +112,7 @@ def check_layers(vllm_config: VllmConfig) -> None:
     _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
+        _warn_of_norms(layers.values())
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
 
@@ -126,9 +128,26 @@ def _give_back(name: str, layer, vllm_config: VllmConfig) -> None:
             f"attention back, and this layer's are {kind.__name__}: leave "
             "--attention-backend out"
         )
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    others = [
+        other
+        for other in layers
+        if isinstance(other, AttentionLayerBase)
+        and not isinstance(getattr(other, "impl", None), SparseAttentionImpl)
+        and other.get_kv_cache_spec(vllm_config) is not None
+    ]
+    if others and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            f"--attention-backend {layer.impl.backend} gives blocks back, and other "
+            "layers of this model would lose theirs: remove "
+            "--disable-hybrid-kv-cache-manager"
+        )
     # Asked again later: vLLM has not settled the size of blocks yet.
     layer.get_kv_cache_spec = partial(
-        EvictingSpec.asked_of, layer.get_kv_cache_spec, layer.impl.eviction
+        EvictingSpec.asked_of,
+        layer.get_kv_cache_spec,
+        layer.impl.eviction,
+        not others,
     )
 
 
@@ -168,11 +187,49 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
     log("%s %s%s", backends, found, f" (dense are {others})" if others else "")
 
 
+def _warn_of_norms(layers) -> None:
+    """Say where fixed budgets may lose what a model looks up (docs/adaptive.md)."""
+    sparse = [layer for layer in layers if _chooses(layer)]
+    risky = [layer for layer in sparse if _guesses(layer) and norms_queries(layer.impl)]
+    if risky:
+        logger.warning(
+            "%d of %d sparse layers norm their queries and keys (QK-norm) and have a "
+            "fixed budget: there a few channels may not tell where a fact stands, and "
+            "answers miss it silently. Choose --attention-backend twilight, whose "
+            "budgets adapt, or the rank that `vllm-sparse calibrate` finds.",
+            len(risky),
+            len(sparse),
+        )
+
+
+def _chooses(layer) -> bool:
+    """Whether a layer of the target model chooses tokens."""
+    impl = getattr(layer, "impl", None)
+    ours = isinstance(impl, SparseAttentionImpl)
+    drafts = getattr(layer, "is_draft_layer", False)
+    return ours and not drafts and _kind(layer).dense is None
+
+
+def _guesses(layer) -> bool:
+    """Whether a fixed number of tokens is chosen by some channels, for good."""
+    config = layer.impl.config
+    return (
+        config.selector == "sparq"
+        and config.top_p is None
+        and config.top_k != 1.0
+        and config.rank < layer.head_size
+        and not config.lossless
+    )
+
+
 def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:
     names, total = names_for_drafts(vllm_config), kinds.total()
     ours, others = sum(n for k, n in kinds.items() if k.ours), _dense(kinds)
     asked = vllm_config.speculative_config.attention_backend
-    if ours and asked is not None and not names:
+    inherits = vllm_config.use_v2_model_runner and is_ours(
+        vllm_config.attention_config.backend
+    )
+    if ours and asked is not None and not names and inherits:
         raise ValueError(
             f"attention_backend {asked.name} in --speculative-config does nothing: "
             "vLLM's V2 runner gives a draft model the target's backend. Remove it"

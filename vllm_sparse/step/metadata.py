@@ -55,3 +55,12 @@ class SparseMetadata(AttentionMetadata):
                     before = int(self.block_table[row, place - 1]) if place else 0
                     found.append((place, block, before))
         return sorted(found)
+
+    @cached_property
+    def jobs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same on a GPU: block ids, those before, places; then -1."""
+        from ..kernels.triton.seal_jobs import find_jobs
+
+        return find_jobs(
+            self.slot_mapping, self.block_table, self.seq_lens, self.query_start_loc
+        )

@@ -4,8 +4,7 @@
 
 from dataclasses import replace
 
-from ..config import DRAFT_OPTIONS, SparseConfig, SparseConfigError
-from ..methods import METHODS
+from ..config import DRAFT_OPTIONS, EVICTING, SparseConfig, SparseConfigError
 from .layers import resolved
 
 
@@ -17,9 +16,8 @@ def check_options(builder, config: SparseConfig) -> None:
     """
     new, old = resolved(config, builder), builder.config
     fixed = ["kernels", "kv_format", "kv_group_size", "lossless", *DRAFT_OPTIONS]
-    evictions = [METHODS[c.selector].eviction(c) for c in (new, old)]
-    if evictions[0] != evictions[1]:
-        fixed += ["selector", "sink_tokens", "local_window", "prefill"]
+    if {new.selector, old.selector} & {*EVICTING}:
+        fixed += ["selector", "sink_tokens", "local_window", "prefill", "checkpoint"]
     shape = builder.shape
     if new.format(shape.head_size, shape.num_queries_per_kv) != shape.fmt:
         fixed.append("mean_value")  # means have their place in quantised blocks

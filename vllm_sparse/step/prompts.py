@@ -5,6 +5,7 @@
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from ..config import EVICTING
 from ..plugin.prompts import in_prompts
 from ..plugin.versions import init_logger
 
@@ -22,6 +23,11 @@ def prefilling(common: CommonAttentionMetadata, builder) -> torch.Tensor:
         known = common.is_prefilling
     if known is not None:
         return known
+    if builder.config.selector in EVICTING:
+        raise NotImplementedError(
+            "vLLM does not say which rows are prompts here, and blocks that these "
+            "would attend to are given back: set sparse.prefill to streaming"
+        )
     if builder.phase not in builder.method.dense_phases:
         logger.warning_once(
             "vLLM does not say which rows are prompts: %d layers, from %s on, are "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``python -m vllm_sparse.train data|longcontext|merge|less``; each has ``--help``."""
+"""``python -m vllm_sparse.train COMMAND``; each command has a ``--help``."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ COMMANDS = {
     "longcontext": "longcontext",
     "merge": "merge",
     "less": "less",
+    "pretrain": "pretrain",
 }
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""A Llama-like model of transformers, run for training."""
+"""A Llama-like model of transformers (Llama, Qwen3), run for training."""
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+# transformers' model types whose layers `hidden_states` calls.
+TRAINED = ("llama", "qwen3")
 
 
 def load_model(folder, device: torch.device, theta: float | None = None):
@@ -17,11 +20,14 @@ def load_model(folder, device: torch.device, theta: float | None = None):
         ValueError: an architecture that ``hidden_states`` does not know; RoPE that
             scales positions, whose base alone says little.
     """
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "llama":
-        raise ValueError(f"{folder} is a {config.model_type}; only llama is trained")
+    if config.model_type not in TRAINED:
+        raise ValueError(
+            f"{folder} is a {config.model_type}; only {' and '.join(TRAINED)} "
+            "are trained"
+        )
     if theta is not None:
         if (scaled := config.rope_parameters["rope_type"]) != "default":
             raise ValueError(
@@ -29,15 +35,19 @@ def load_model(folder, device: torch.device, theta: float | None = None):
             )
         config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation="sdpa"
     )
+    return placed(model, device).requires_grad_(False)
+
+
+def placed(model, device: torch.device):
+    """The model on ``device``, its attention in flash kernels there."""
     if device.type == "cuda":
         # Never, in silence, the one that writes all scores to memory: 32K tokens would
         # need gigabytes a layer.
         torch.backends.cuda.enable_math_sdp(False)
-    model.to(device)  # type: ignore[arg-type]
-    return model.requires_grad_(False)
+    return model.to(device)
 
 
 def hidden_states(
@@ -70,27 +80,34 @@ def hidden_states(
     return inner.norm(hidden)
 
 
+def chunk_losses(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    logits = F.linear(hidden, head).float()
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
 def token_losses(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int = 4096
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int = 4096,
+    losses=chunk_losses,
 ) -> torch.Tensor:
     """Cross-entropy of each token; logits exist for ``chunk`` tokens at a time.
 
     Args:
         hidden: [tokens, hidden size]. head: [vocabulary, hidden size].
         targets: [tokens] int64.
+        losses: ``chunk_losses``, or what torch.compile makes of it.
 
     Returns:
         [tokens] fp32, nats.
     """
-
-    def losses(hidden, targets):
-        logits = F.linear(hidden, head).float()
-        return F.cross_entropy(logits, targets, reduction="none")
-
     parts = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(losses, h, t, use_reentrant=False))
+            parts.append(checkpoint(losses, h, head, t, use_reentrant=False))
         else:
-            parts.append(losses(h, t))
+            parts.append(losses(h, head, t))
     return torch.cat(parts)

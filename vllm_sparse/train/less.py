@@ -258,8 +258,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--evaluate-samples", type=int, default=4, help="sequences of each kind")
     args = parser.parse_args(argv)
     for name in ("sinks", "window"):
-        if getattr(args, name) % BLOCK_SIZE:
-            parser.error(f"--{name} must be a multiple of {BLOCK_SIZE}")
+        least = BLOCK_SIZE if name == "window" else 0
+        if getattr(args, name) % BLOCK_SIZE or getattr(args, name) < least:
+            parser.error(f"--{name} must be a multiple of {BLOCK_SIZE} from {least} on")
     if args.length <= args.sinks + args.window + 2 * BLOCK_SIZE:
         parser.error("--length leaves nothing that has left the window")
     return args

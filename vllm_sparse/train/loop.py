@@ -81,9 +81,15 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     recipe = {**recipe, "optimisation": asdict(optimisation)}
     parameters = trainee.parameters()
-    optimiser = torch.optim.AdamW(
-        parameters.values(), betas=(0.9, 0.95), weight_decay=optimisation.weight_decay
-    )
+    # Norms' weights are not to decay.
+    groups = [
+        {
+            "params": [p for p in parameters.values() if (p.dim() > 1) is matrices],
+            "weight_decay": optimisation.weight_decay if matrices else 0.0,
+        }
+        for matrices in (True, False)
+    ]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     device = next(iter(parameters.values())).device
     report = _resume(out, recipe, parameters, optimiser) or {
         "recipe": recipe,

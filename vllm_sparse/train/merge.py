@@ -51,11 +51,11 @@ def merge(folder: Path, base: Path, out: Path) -> Path:
             )
             weights[key] = (weight.float() + scale * low).to(weight.dtype)
         save_file(weights, out / path.name, metadata={"format": "pt"})
-    _edit(out / "config.json", lambda content: _longer(content, config))
+    edit_json(out / "config.json", lambda content: _longer(content, config))
     if (out / "tokenizer_config.json").exists():
         length = config["max_position_embeddings"]
         edit = lambda content: content | {"model_max_length": length}
-        _edit(out / "tokenizer_config.json", edit)
+        edit_json(out / "tokenizer_config.json", edit)
     return out
 
 
@@ -68,7 +68,7 @@ def _longer(content: dict, trained: dict) -> dict:
     return content | theta | {"max_position_embeddings": length}
 
 
-def _edit(path: Path, edit: Callable[[dict], dict]) -> None:
+def edit_json(path: Path, edit: Callable[[dict], dict]) -> None:
     content = edit(json.loads(path.read_text()))
     path.write_text(json.dumps(content, indent=2) + "\n")
 

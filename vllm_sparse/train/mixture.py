@@ -31,29 +31,46 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a step trains on.
+class Windows:
+    """Where the windows of a step come from.
 
     Attributes:
-        context: tokens that the model shall handle.
-        window: tokens of a window with skipped positions.
         batch_tokens: of a step.
-        steps: in all; the last ``full_share`` of them have windows of ``context``.
-        synthetic, code, replay: shares of windows: made on the spot; of code rather
-            than prose; with plain positions, among those shorter than ``context``.
+        steps: in all.
+        synthetic, code: shares of windows: made on the spot; of code rather than prose.
     """
 
     corpus: Corpus
     synthetic_samples: Synthetic
-    context: int
-    window: int
     batch_tokens: int
     steps: int
-    full_share: float
     synthetic: float
     code: float
-    replay: float
     seed: int
+
+    def sample(self, length: int, rng) -> Sample:
+        kind = "code" if rng.random() < self.code else "prose"
+        window = partial(self.corpus.window, f"train-{kind}", rng=rng)
+        if rng.random() < self.synthetic:
+            return self.synthetic_samples.sample(kind, window, length, rng)
+        return Sample(window(length), np.ones(length, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Mixture(Windows):
+    """What a step of the long-context recipe trains on.
+
+    Attributes:
+        context: tokens that the model shall handle.
+        window: tokens of a window with skipped positions.
+        full_share: of the steps, the last ones: with windows of ``context``.
+        replay: share of windows with plain positions, among those shorter.
+    """
+
+    context: int
+    window: int
+    full_share: float
+    replay: float
 
     def is_full(self, step: int) -> bool:
         return step >= round(self.steps * (1 - self.full_share))
@@ -63,19 +80,41 @@ class Mixture:
         length = self.context if self.is_full(step) else self.window
         samples, positions = [], []
         for _ in range(max(1, self.batch_tokens // length)):
-            samples.append(self._sample(length, rng))
+            samples.append(self.sample(length, rng))
             plain = self.is_full(step) or rng.random() < self.replay
             place = np.arange(length) if plain else skipped(length, self.context, rng)
             positions.append(place)
-        return Batch(
-            torch.from_numpy(np.stack([sample.ids for sample in samples])),
-            torch.from_numpy(np.stack(positions)),
-            torch.from_numpy(np.stack([sample.weights for sample in samples])),
-        )
+        return batched(samples, positions)
 
-    def _sample(self, length: int, rng) -> Sample:
-        kind = "code" if rng.random() < self.code else "prose"
-        window = partial(self.corpus.window, f"train-{kind}", rng=rng)
-        if rng.random() < self.synthetic:
-            return self.synthetic_samples.sample(kind, window, length, rng)
-        return Sample(window(length), np.ones(length, dtype=np.float32))
+
+@dataclass(frozen=True)
+class Curriculum(Windows):
+    """What a step of training from random weights trains on: plain positions, windows
+    that grow.
+
+    Attributes:
+        lengths, shares: tokens of a window, one stage after the other, and each one's
+            share of the steps; shares add up to 1.
+    """
+
+    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def length(self, step: int) -> int:
+        ends = np.cumsum(self.shares)[:-1] * self.steps
+        return self.lengths[int(np.searchsorted(np.round(ends), step, side="right"))]
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.seed, step])
+        length = self.length(step)
+        number = max(1, self.batch_tokens // length)
+        samples = [self.sample(length, rng) for _ in range(number)]
+        return batched(samples, [np.arange(length)] * number)
+
+
+def batched(samples: list[Sample], positions: list[np.ndarray]) -> Batch:
+    return Batch(
+        torch.from_numpy(np.stack([sample.ids for sample in samples])),
+        torch.from_numpy(np.stack(positions)),
+        torch.from_numpy(np.stack([sample.weights for sample in samples])),
+    )

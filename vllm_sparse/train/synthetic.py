@@ -126,7 +126,7 @@ class Synthetic:
         Args:
             depth: where the only fact stands, 0 to 1; by itself anywhere.
         """
-        facts = [{"value": _value(rng)} | key for key in _keys(rng, number)]
+        facts = [{"value": self.value(rng)} | key for key in self.keys(rng, number)]
         stated = [self.encode("\n" + form[0].format(**fact) + "\n") for fact in facts]
         asked: list[tuple[list[int], float]] = []
         for i in rng.permutation(number):
@@ -142,15 +142,15 @@ class Synthetic:
             place = max(start, self._line_end(text, int(place)))
             pieces += [text[start:place], statement]
             start = place
-        return _join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
+        return join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
 
-    def copies(self, kind: str, text: np.ndarray, rng) -> Sample:
-        """Passages of the text begun again at its end and continued."""
+    def copies(self, kind: str, text: np.ndarray, rng, most: int = 3) -> Sample:
+        """One to ``most`` passages of the text begun again at its end and continued."""
         length, again = len(text), self.encode("\n\n" + AGAIN[kind])
         # Tokens of the cue, and of what follows it, of each copy.
         sizes = [
             (int(rng.integers(8, 49)), int(rng.integers(24, 161)))
-            for _ in range(int(rng.integers(1, 4)))
+            for _ in range(int(rng.integers(1, most + 1)))
         ]
         while sizes and self._copied(sizes, again) > length // 2:
             sizes.pop()
@@ -162,7 +162,18 @@ class Synthetic:
             middle = at + cue
             pieces += [(again, 1.0), (text[at:middle], 1.0)]
             pieces.append((text[middle : middle + span], self.answer_weight))
-        return _join(pieces)
+        return join(pieces)
+
+    def keys(self, rng, number: int) -> list[dict[str, str]]:
+        """Different things, as prose and as code name them."""
+        pairs = list(product(QUALITIES.split(), THINGS.split()))
+        pairs = [pairs[i] for i in rng.choice(len(pairs), number, replace=False)]
+        return [{"key": " ".join(pair), "name": "_".join(pair)} for pair in pairs]
+
+    def value(self, rng) -> str:
+        """A number of four to nine digits."""
+        digits = int(rng.integers(4, 10))
+        return str(rng.integers(10 ** (digits - 1), 10**digits))
 
     @staticmethod
     def _copied(sizes: list[tuple[int, int]], again: list[int]) -> int:
@@ -174,20 +185,7 @@ class Synthetic:
         return start + 1 + int(ends[0]) if len(ends) else start
 
 
-def _join(pieces) -> Sample:
+def join(pieces) -> Sample:
     ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
     weights = np.repeat([w for _, w in pieces], [len(ids) for ids, _ in pieces])
     return Sample(ids, weights.astype(np.float32), len(pieces[-1][0]))
-
-
-def _keys(rng, number: int) -> list[dict[str, str]]:
-    """Different things, as prose and as code name them."""
-    pairs = list(product(QUALITIES.split(), THINGS.split()))
-    pairs = [pairs[i] for i in rng.choice(len(pairs), number, replace=False)]
-    return [{"key": " ".join(pair), "name": "_".join(pair)} for pair in pairs]
-
-
-def _value(rng) -> str:
-    """A number of four to nine digits."""
-    digits = int(rng.integers(4, 10))
-    return str(rng.integers(10 ** (digits - 1), 10**digits))

@@ -66,8 +66,8 @@ class ScoredMethod(Method):
                     enough = top_p_count(scores[head], config.top_p)
                     wanted = min(max(enough, config.min_tokens - forced), most)
                 best = top_k_positions(scores[head], wanted) + sinks
-                kept = torch.cat(
-                    [torch.arange(sinks), best, torch.arange(recent, length)]
-                )
+                first = torch.arange(sinks, device=best.device)
+                last = torch.arange(recent, length, device=best.device)
+                kept = torch.cat([first, best, last])
                 rows.indices[row, head, : len(kept)] = kept.int()
                 rows.counts[row, head] = len(kept)
