@@ -123,6 +123,7 @@ def test_without_the_state_answers_would_differ(folder, state):
         assert (found - apart).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_preempted_requests_and_long_prompts(folder, checkpoint, state):
     prompts, names = random_prompts(129, 130, 131), "abc"
     preempted = set()
@@ -174,6 +175,7 @@ def test_other_weights_are_refused(checkpoint, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_drafts_change_nothing(folder, checkpoint, state):
     """States are sealed over rejected drafts, and again."""
     prompts = [PROMPTS[3][:150] * 3, PROMPTS[0]]

@@ -144,7 +144,7 @@ def test_follow_up_turns_find_what_is_left_of_a_streamed_prompt(folder):
     "prefill", ["exact", pytest.param("streaming", marks=pytest.mark.slow)]
 )
 def test_memory_stays_flat(folder, prefill):
-    """A context of three times the cache's blocks; held blocks do not grow."""
+    """A context of twice the cache's blocks; held blocks do not grow."""
     prompt, count = PROMPTS[3], 1500
     held = []
     with streaming(folder, prefill, max_num_batched_tokens=256) as llm:

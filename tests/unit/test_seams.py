@@ -147,6 +147,32 @@ SEAMS = {
     ),
     "vllm.v1.core.single_type_kv_cache_manager:"
     "FullAttentionManager._cache_partial_tail_block": "request num_tokens",
+    # plugin/evicting.py
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager.remove_skipped_blocks": (
+        "request_id processed_computed_tokens num_prompt_tokens"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager._remove_blocks_in_range": "request_id first_block last_block",
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager.__init__": "max_admission_blocks_per_request",
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager.cache_blocks": "request num_tokens",
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager.pop_blocks_for_free": "request_id",
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "FullAttentionManager.find_longest_cache_hit": (
+        "block_hashes max_length kv_cache_group_ids block_pool kv_cache_spec "
+        "drop_eagle_block alignment_tokens"
+    ),
+    "vllm.v1.core.kv_cache_utils:resolve_block_hashes": (
+        "block_hashes hash_block_size block_size"
+    ),
+    "vllm.v1.core.block_pool:BlockPool.get_cached_block": (
+        "block_hash kv_cache_group_ids"
+    ),
+    "vllm.v1.request:Request.__init__": "resumable",
+    "vllm.config:VllmConfig.max_in_flight_tokens": "...",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner._zero_block_ids": "block_ids",
     # sampling on CPUs
     "vllm.platforms.interface:Platform.register_triton_kernel_overrides": "",

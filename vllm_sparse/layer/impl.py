@@ -139,7 +139,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             raise SparseConfigError(
                 f"sparse.selector = {config.selector!r} is not served on GPUs; it "
                 f"must be one of {', '.join(serving)} there. Example: "
-                "--additional-config.sparse.selector sparq"
+                "--attention-backend sparq --additional-config.sparse.selector sparq"
             )
         if self.shape.sinks is not None:
             if config.mean_value is True:

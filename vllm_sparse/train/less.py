@@ -28,7 +28,7 @@ from .loop import Optimisation, train
 from .recorded import attending, causal
 
 NEEDS = """needs, for SmolLM2-135M: 6 GB of memory at 2,048 tokens on a CPU, some 10
-seconds a step of two cores; on a GPU 8 GB."""
+seconds a step of two cores; a GPU was not tried."""
 PERPLEXITY_ROWS = 512  # scored at a time
 
 

@@ -30,7 +30,7 @@ from .mixture import Batch, Curriculum
 from .wordings import Wordings
 
 NEEDS = """needs, for the defaults (59 million parameters, 260 million tokens): a GPU of
-40 GB, 4 GB of host memory, and by estimate 15 to 20 minutes of an H200. On a CPU toy
+40 GB, 4 GB of host memory, and by estimate 12 to 20 minutes of an H200. On a CPU toy
 sizes only."""
 
 

@@ -117,7 +117,7 @@ class Wordings(Synthetic):
         return stated, f"{ask} {noun} {link}{one(MEANWHILE)} {again}", " {value}"
 
     def repeats(self, length: int, rng) -> Sample:
-        """A run of random tokens over and over; only repetitions count, as answers do.
+        """A run of random tokens over and over; repetitions count, half as answers do.
 
         Once they are learnt they add next to nothing to the loss. Short periods are as
         frequent as long ones.
