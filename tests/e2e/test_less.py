@@ -17,20 +17,18 @@ from vllm_sparse.methods.less import KIND, described  # noqa: E402
 
 from .engines import (  # noqa: E402
     COLD,
-    EXTENSION,
     NGRAM,
     add,
     few_free_blocks,
     generate,
     greedy,
-    running,
     scheduled,
     stats,
     step_until_done,
     tokens,
 )
 from .masked import State, assert_answers, log_probabilities, sinks_and_window  # noqa: E402
-from .test_streaming import ANSWERS, PARAMS, PROMPTS, pool  # noqa: E402
+from .test_streaming import ANSWERS, PARAMS, PROMPTS, pool, streaming  # noqa: E402
 from .tiny import random_prompts, save_llama  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -71,17 +69,8 @@ def checkpoint(tmp_path_factory, folder):
 
 def less(folder, checkpoint, prefill: str, **options):
     sparse = dict(local_window=WINDOW, prefill=prefill, checkpoint=checkpoint)
-    settings = dict(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        attention_backend="less",
-        additional_config={"sparse": sparse},
-        worker_extension_cls=EXTENSION,
-        kv_cache_memory_bytes=2**27,
-        max_num_seqs=4,
-    )
-    return running(**settings | options)
+    own = {"attention_backend": "less", "additional_config": {"sparse": sparse}}
+    return streaming(folder, prefill, **own | options)
 
 
 def mask(prefill: str, prompt: int, length: int) -> torch.Tensor:

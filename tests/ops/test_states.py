@@ -60,7 +60,7 @@ def test_states_and_what_they_answer(shape, dtype):
     columns = [t.contiguous().to(DEVICE) for t in (block, before, place)]
     seal_states(found, on(DEVICE, kernels), columns, SINKS, lay)
     states = state_of_blocks(expected, size)[[5, 3, 7, 6, 8]]
-    assert (states[0] == 0).all() and states[1:].abs().min() >= 0
+    assert (states[0] == 0).all() and (states[1:] != 0).any((1, 2, 3)).all()
     got = state_of_blocks(found.cpu(), size)[[5, 3, 7, 6, 8]]
     torch.testing.assert_close(got, states, atol=2e-2, rtol=2e-3)
 

@@ -214,7 +214,7 @@ class Less(Streaming):
         layer_name: str,
     ) -> None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        self.attend_kept(query, kv_cache, rows, out, layer_name, lse)
+        super().attend(query, kv_cache, rows, out, layer_name, lse)
         compact, kernels = rows.compact, self.kernels_of(layer_name, out.device)
         sinks = self.kept.sink_blocks
         if self.ops.kernels != "cpu":

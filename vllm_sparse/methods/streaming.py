@@ -38,19 +38,10 @@ class Streaming(Method):
     def select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
     ) -> None:
-        raise NotImplementedError("all heads attend to the same tokens")
+        """Never called: :meth:`attend` needs no lists, as all heads share one."""
+        raise NotImplementedError
 
     def attend(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: DecodeRows,
-        out: torch.Tensor,
-        layer_name: str,
-    ) -> None:
-        self.attend_kept(query, kv_cache, rows, out, layer_name)
-
-    def attend_kept(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -25,6 +25,7 @@ from ..methods.less import KIND, LEAST, Kernels, described
 from .corpus import Corpus
 from .forward import hidden_states, load_model, token_losses
 from .loop import Optimisation, train
+from .options import parser_of, print_state
 from .recorded import attending, causal
 
 NEEDS = """needs, for SmolLM2-135M: 6 GB of memory at 2,048 tokens on a CPU, some 10
@@ -231,31 +232,24 @@ def state_tokens(model, kept: int) -> int:
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_sparse.train less",
-        description=__doc__,
-        epilog=NEEDS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(
+        "less",
+        __doc__,
+        NEEDS,
+        steps=150,
+        learning_rate=3e-3,
+        warmup=10,
+        save_every=25,
+        evaluate_every=0,
+        evaluate_samples=4,
     )
     add = parser.add_argument
     add("model", type=Path, help="folder of a llama model in transformers' format")
-    add("--data", type=Path, required=True, help="made by the command data")
-    add("--out", type=Path, required=True, help="folder of this run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--minutes", type=float, default=math.inf, help="then save and end")
     add("--sinks", type=int, default=BLOCK_SIZE, help="first tokens that stay")
     add("--window", type=int, default=2 * BLOCK_SIZE, help="tokens of the window")
     add("--length", type=int, default=2048, help="tokens of a sequence")
     add("--rows", type=int, default=256, help="positions of a sequence trained on")
     add("--hidden", type=int, default=64, help="numbers between a feature's layers")
-    add("--steps", type=int, default=150, help="of one sequence each")
-    add("--code", type=float, default=0.5, help="of sequences: code, not prose")
-    add("--learning-rate", type=float, default=3e-3, help="its peak")
-    add("--warmup", type=int, default=10, help="steps up to the peak")
-    add("--seed", type=int, default=0)
-    add("--save-every", type=int, default=25, help="steps")
-    add("--evaluate-every", type=int, default=0, help="steps; 0: first and last")
-    add("--evaluate-samples", type=int, default=4, help="sequences of each kind")
     args = parser.parse_args(argv)
     for name in ("sinks", "window"):
         least = BLOCK_SIZE if name == "window" else 0
@@ -293,5 +287,4 @@ def main(argv: list[str]) -> None:
     tensors = {name: p.detach() for name, p in trainee.parameters().items()}
     folder = args.out / "checkpoint"
     checkpoint.save(folder, KIND, tensors, args.model, config, how, corpus.digest)
-    state = "finished" if report["finished"] else "not finished: run it again to go on"
-    print(f"{folder}: step {report['step']} of {args.steps}, {state}")
+    print_state(folder, report, args.steps)

@@ -11,7 +11,6 @@ again, after --minutes or an interruption.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from .forward import hidden_states, load_model, token_losses
 from .loop import Optimisation, train
 from .merge import KIND
 from .mixture import Mixture
+from .options import parser_of, print_state
 from .positions import default_theta
 from .synthetic import Synthetic
 
@@ -67,46 +67,35 @@ class LongContext:
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_sparse.train longcontext",
-        description=__doc__,
-        epilog=NEEDS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(
+        "longcontext",
+        __doc__,
+        NEEDS,
+        steps=1500,
+        learning_rate=4e-4,
+        warmup=50,
+        save_every=100,
+        evaluate_every=500,
+        evaluate_samples=10,
     )
     add = parser.add_argument
     add("model", type=Path, help="folder of a llama model in transformers' format")
-    add("--data", type=Path, required=True, help="made by the command data")
-    add("--out", type=Path, required=True, help="folder of this run")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of torch",
-    )
-    add("--minutes", type=float, default=math.inf, help="then save and end")
     add("--context", type=int, default=32768, help="tokens to be learnt")
     add("--window", type=int, default=8192, help="tokens of most windows")
     add("--rope-theta", type=float, help="RoPE's base; None: from how much longer")
-    add("--steps", type=int, default=1500, help="in all, over all runs in OUT")
     add("--batch-tokens", type=int, default=65536, help="of a step")
     add("--micro-tokens", type=int, default=32768, help="computed at a time")
     add("--full-share", type=float, default=0.15, help="of steps: at full length")
     add("--synthetic", type=float, default=0.15, help="of windows: made on the spot")
-    add("--code", type=float, default=0.5, help="of windows: code, not prose")
     add("--replay", type=float, default=0.2, help="of windows: plain positions")
     add("--answer-weight", type=float, default=20.0, help="of synthetic answers")
     add("--rank", type=int, default=32, help="of the changes")
     add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
     add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
-    add("--learning-rate", type=float, default=4e-4, help="its peak")
-    add("--warmup", type=int, default=50, help="steps up to the peak")
-    add("--seed", type=int, default=0, help="of factors and batches")
     add("--checkpointing", action="store_true", help="less memory, 4/3 of the time")
     add("--compile", action="store_true", help="layers by torch.compile")
-    add("--save-every", type=int, default=100, help="steps")
-    add("--evaluate-every", type=int, default=500, help="steps; 0: first and last")
     lengths = [2048, 8192, 32768]
     add("--evaluate-lengths", type=int, nargs="+", default=lengths, help="tokens")
-    add("--evaluate-samples", type=int, default=10, help="of each kind and length")
     args = parser.parse_args(argv)
     if args.window > args.context:
         parser.error("--window is longer than --context")
@@ -186,5 +175,4 @@ def main(argv: list[str]) -> None:
     how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
     folder = args.out / "checkpoint"
     checkpoint.save(folder, KIND, tensors, args.model, described, how, corpus.digest)
-    state = "finished" if report["finished"] else "not finished: run it again to go on"
-    print(f"{folder}: step {report['step']} of {args.steps}, {state}")
+    print_state(folder, report, args.steps)

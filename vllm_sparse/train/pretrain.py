@@ -27,6 +27,7 @@ from .forward import chunk_losses, hidden_states, placed, token_losses
 from .loop import Optimisation, train
 from .merge import edit_json
 from .mixture import Batch, Curriculum
+from .options import parser_of, print_state
 from .wordings import Wordings
 
 NEEDS = """needs, for the defaults (59 million parameters, 260 million tokens): a GPU of
@@ -127,22 +128,19 @@ class Pretraining:
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vllm_sparse.train pretrain",
-        description=__doc__,
-        epilog=NEEDS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(
+        "pretrain",
+        __doc__,
+        NEEDS,
+        steps=4000,
+        learning_rate=1.5e-3,
+        warmup=200,
+        save_every=500,
+        evaluate_every=1000,
+        evaluate_samples=20,
     )
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="made by the command data")
     add("--tokenizer", type=Path, required=True, help="folder: the text's")
-    add("--out", type=Path, required=True, help="folder of this run")
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of torch",
-    )
-    add("--minutes", type=float, default=math.inf, help="then save and end")
     add("--layers", type=int, default=10)
     add("--hidden", type=int, default=512, help="size of hidden states")
     add("--intermediate", type=int, default=1408, help="size within MLPs")
@@ -154,23 +152,15 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--lengths", type=int, nargs="+", default=[512, 2048, 8192], help=grow)
     shares = "of the steps, by stage; they add up to 1"
     add("--shares", type=float, nargs="+", default=[0.5, 0.3, 0.2], help=shares)
-    add("--steps", type=int, default=4000, help="in all, over all runs in OUT")
     add("--batch-tokens", type=int, default=65536, help="of a step")
     add("--micro-tokens", type=int, default=32768, help="computed at a time")
     add("--synthetic", type=float, default=0.5, help="of windows: made on the spot")
-    add("--code", type=float, default=0.5, help="of windows: code, not prose")
     add("--answer-weight", type=float, default=10.0, help="of synthetic answers")
-    add("--learning-rate", type=float, default=1.5e-3, help="its peak")
-    add("--warmup", type=int, default=200, help="steps up to the peak")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
-    add("--seed", type=int, default=0, help="of weights and batches")
     add("--workers", type=int, default=4, help="processes that make batches")
     add("--compile", action="store_true", help="layers and loss by torch.compile")
-    add("--save-every", type=int, default=500, help="steps")
-    add("--evaluate-every", type=int, default=1000, help="steps; 0: first and last")
     tested = [512, 2048, 8192]
     add("--evaluate-lengths", type=int, nargs="+", default=tested, help="tokens")
-    add("--evaluate-samples", type=int, default=20, help="of each kind and length")
     args = parser.parse_args(argv)
     if len(args.shares) != len(args.lengths) or not math.isclose(sum(args.shares), 1):
         parser.error("--shares takes a number for each of --lengths; they add up to 1")
@@ -224,8 +214,7 @@ def main(argv: list[str]) -> None:
         args.evaluate_every,
     )
     write(model, args.tokenizer, args.out)
-    state = "finished" if report["finished"] else "not finished: run it again to go on"
-    print(f"{args.out / 'model'}: step {report['step']} of {args.steps}, {state}")
+    print_state(args.out / "model", report, args.steps)
 
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template")

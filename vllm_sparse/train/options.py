@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What the commands that train have in common: options, and the last line."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def parser_of(
+    command: str, description: str | None, needs: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """A parser with the options of every command.
+
+    Args:
+        needs: device, memory and minutes, for ``--help``.
+        defaults: of ``steps``, ``learning_rate``, ``warmup``, ``save_every``,
+            ``evaluate_every`` and ``evaluate_samples``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m vllm_sparse.train {command}",
+        description=description,
+        epilog=needs,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--data", type=Path, required=True, help="made by the command data")
+    add("--out", type=Path, required=True, help="folder of this run")
+    add("--device", default=device, help="of torch")
+    add("--minutes", type=float, default=math.inf, help="then save and end")
+    add("--steps", type=int, help="in all, over all runs in OUT")
+    add("--code", type=float, default=0.5, help="of windows: code, not prose")
+    add("--learning-rate", type=float, help="its peak")
+    add("--warmup", type=int, help="steps up to the peak")
+    add("--seed", type=int, default=0, help="of what is drawn")
+    add("--save-every", type=int, help="steps")
+    add("--evaluate-every", type=int, help="steps; 0: first and last")
+    add("--evaluate-samples", type=int, help="of each kind and length")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def print_state(made: Path, report: dict, steps: int) -> None:
+    """Where it lies, and whether the run is through."""
+    state = "finished" if report["finished"] else "not finished: run it again to go on"
+    print(f"{made}: step {report['step']} of {steps}, {state}")
