@@ -94,6 +94,15 @@ def test_every_layer_of_a_plain_model_is_sparse(folder):
     assert (split.num_heads, split.num_kv_heads) == (4, 1)
 
 
+def test_later_models_of_the_process_get_real_rotary_tables(folder):
+    """vLLM keeps them for the whole process, and the doctor's have no data."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    before = dict(_ROPE_DICT)
+    inspect(folder(LLAMA | {"rope_theta": 12345.0}))
+    assert before == _ROPE_DICT
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

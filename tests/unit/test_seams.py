@@ -76,6 +76,7 @@ SEAMS = {
         "common_attn_metadata decode_threshold"
     ),
     "vllm.v1.attention.backends.utils:get_num_attention_heads_from_layers": "...",
+    "vllm.model_executor.layers.rotary_embedding:_ROPE_DICT": "...",
     "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec": (
         "vllm_config"
     ),

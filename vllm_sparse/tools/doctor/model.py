@@ -181,7 +181,7 @@ def _make(vllm_config) -> None:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     places: list[AbstractContextManager] = [torch.device("meta"), _NoWeights()]
-    with set_current_vllm_config(vllm_config), _one_rank():
+    with set_current_vllm_config(vllm_config), _one_rank(), _own_rotary_tables():
         for place in places:
             vllm_config.compilation_config.static_forward_context.clear()
             try:
@@ -204,6 +204,20 @@ class _NoWeights(TorchFunctionMode):
         if func in self.UNFILLED:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _own_rotary_tables() -> Iterator[None]:
+    """vLLM shares them among all models of a process: later engines need real ones."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    others = dict(_ROPE_DICT)
+    _ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(others)
 
 
 @contextmanager
