@@ -35,6 +35,7 @@ BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
     "TWILIGHT": {"top_p": 0.9},
     # Whole blocks: the first is held anyway.
+    "ANCHOR": {"selector": "anchor"},
     "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 256},
     "STREAMING": {"selector": "streaming", "sink_tokens": 128, "local_window": 1024},
 }
@@ -45,7 +46,7 @@ class SparseConfigError(ValueError):
 
 
 # Selectors that give blocks back.
-EVICTING = ("streaming", "less")
+EVICTING = ("streaming", "less", "anchor")
 
 
 def default_rank(head_size: int) -> int:
@@ -193,16 +194,25 @@ class SparseConfig:
                 "choose --attention-backend streaming without one. Example: "
                 f"--additional-config.{NAMESPACE}.checkpoint FOLDER"
             )
-        defaults, kept = SparseConfig(), ("selector", "sink_tokens", "local_window")
+        self._refuse_others(
+            "sink_tokens",
+            "local_window",
+            "prefill",
+            "checkpoint",
+            why="sinks and a window are kept (streaming)",
+        )
+
+    def _refuse_others(self, *meant: str, why: str) -> None:
+        """Raise for options that have no meaning beside the selector's own."""
+        defaults = SparseConfig()
         for field in fields(self):
             name = field.name
-            if name in (*kept, "prefill", "checkpoint", "kernels"):
+            if name in ("selector", "kernels", *meant):
                 continue
             if getattr(self, name) != getattr(defaults, name):
                 raise SparseConfigError(
                     f"{NAMESPACE}.{name} = {getattr(self, name)!r} does nothing where "
-                    "only sinks and a window are kept (streaming), or is not served "
-                    "there: leave it out"
+                    f"only {why}, or is not served there: leave it out"
                 )
 
     def _validate(self) -> None:
@@ -214,6 +224,9 @@ class SparseConfig:
                     f"{allowed}. Example: --additional-config.{NAMESPACE}.{name} "
                     f"{example}"
                 )
+        if self.selector == "anchor":
+            why = "a text's lines say what is kept (anchors)"
+            return self._refuse_others(why=why)
         if self.selector in EVICTING:
             return self._validate_streaming()
         if self.checkpoint is not None:
@@ -324,6 +337,8 @@ class SparseConfig:
         """
         if self.selector == "streaming":
             return BARE
+        if self.selector == "anchor":
+            return replace(BARE, state_bytes=BLOCK_SIZE)  # marks: step/lines.py
         if self.selector == "less":
             return replace(BARE, state_bytes=state_bytes(head_size))
         try:

@@ -11,5 +11,6 @@ SELECTORS = {
     "window": "vllm_sparse.methods.compare.window:Window",
     "streaming": "vllm_sparse.methods.streaming:Streaming",
     "less": "vllm_sparse.methods.less:Less",
+    "anchor": "vllm_sparse.methods.anchor:Anchor",
     "dense": "vllm_sparse.methods.dense:Dense",
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""A model's answers by one forward of transformers' with a mask, in fp32, and with a
-state for what the mask leaves out (LESS)."""
+"""A model's answers by one forward of transformers' with a mask, in fp32; also with a
+state for what the mask leaves out (LESS), or with lower layers' keys (anchors)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,13 +66,28 @@ class State:
         return torch.stack(made)
 
 
+@dataclass(frozen=True)
+class Lower:
+    """Layers that attend to a lower one's keys, too, by number; what of these a
+    position sees, [length, length] bool."""
+
+    layers: dict[int, int]
+    mask: torch.Tensor
+
+
 _given: dict = {}  # what the forward under way attends by
+_caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of its layers
 
 
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """transformers' interface: [1, heads, length, size] -> [1, length, heads, size]."""
-    mask, state = _given["mask"], _given["state"]
+    mask, state, lower = _given["mask"], _given["state"], _given["lower"]
     query, key, value = query[0], key[0], value[0]
+    _caches[module.layer_idx] = key, value
+    if lower is not None and module.layer_idx in lower.layers:
+        other = _caches[lower.layers[module.layer_idx]]
+        key, value = torch.cat([key, other[0]], 1), torch.cat([value, other[1]], 1)
+        mask = torch.cat([mask, lower.mask], 1)
     group = query.shape[0] // key.shape[0]
     logits = query @ key.repeat_interleave(group, 0).mT * scaling
     weights = logits.exp() * mask
@@ -93,10 +108,14 @@ def _model(folder: str):
 
 
 def log_probabilities(
-    folder, tokens: list[int], mask: torch.Tensor, state: State | None = None
+    folder,
+    tokens: list[int],
+    mask: torch.Tensor,
+    state: State | None = None,
+    lower: Lower | None = None,
 ) -> torch.Tensor:
     """Of every next token, [length, vocabulary]."""
-    _given.update(mask=mask, state=state)
+    _given.update(mask=mask, state=state, lower=lower)
     with torch.inference_mode():
         logits = _model(str(folder))(torch.tensor([tokens])).logits[0]
     return logits.log_softmax(-1)

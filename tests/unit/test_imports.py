@@ -14,11 +14,11 @@ ROOT = Path(vllm_sparse.__file__).parent
 ORDER = [
     "selectors plugin.registry plugin.channel",
     "plugin.versions",
-    "config option_rules cache checkpoint",
+    "config option_rules cache checkpoint anchor_config",
     "ops kernels",
     "methods",
     "stats",
-    "plugin.prompts",
+    "plugin.prompts plugin.token_ids",
     "step layer",
     "plugin worker",
     "tools",

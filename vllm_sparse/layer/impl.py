@@ -217,7 +217,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         dense = list(zip(meta.prefill, saved))
         method = self.method_of(layer)
         if self.owns_cache:
-            method.seal(layer.layer_name, kv_cache, meta)
+            method.seal(layer.layer_name, kv_cache, meta, key, value)
         if meta.phase in method.dense_phases:
             method = self._dense
         if meta.together is not None and method is self._dense:

@@ -88,6 +88,26 @@ class Compact:
 
 
 @dataclass
+class Lines:
+    """What positions attend to, as lists over compact contexts: the blocks of anchors,
+    then the two of lines that a position's own line lies in.
+
+    Attributes:
+        block_table: [n, blocks] int32.
+        seq_lens: [n] int32; 0: padding.
+        indices: [n, num_kv_heads, most] int32: anchors, then the own line.
+        counts: [n, num_kv_heads] int32; -1: padding.
+        anchors: [n, num_kv_heads] int32, how many of the list are anchors.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    indices: torch.Tensor
+    counts: torch.Tensor
+    anchors: torch.Tensor
+
+
+@dataclass
 class DecodeRows:
     """Query positions, one row each, and the room for their token lists.
 
@@ -113,6 +133,8 @@ class DecodeRows:
     workspace: torch.Tensor | None = None
     # Made by the first layer that evicts.
     compact: "Compact | None" = None
+    # Of all layers alike, where old lines leave anchors (step/anchors.py).
+    lines: "Lines | None" = None
     kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -143,11 +165,19 @@ class Method(ABC):
     # Whether a prompt's positions are rows as those that decode are.
     prompts_as_rows: ClassVar[bool] = False
 
-    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:  # noqa: B027
-        """Write what the blocks keep that a step's new tokens have filled.
+    def seal(  # noqa: B027
+        self,
+        layer_name: str,
+        kv_cache: torch.Tensor,
+        meta,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        """Write what else is kept of a step's new tokens, once these are stored.
 
         Args:
             meta: the step's (:class:`vllm_sparse.step.metadata.SparseMetadata`).
+            key, value: [num_tokens, num_kv_heads, head_size].
         """
 
     @classmethod

@@ -195,7 +195,7 @@ class Less(Streaming):
             self._kernels[layer_name] = layers[int(number)]
         return self._kernels[layer_name]
 
-    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta) -> None:
+    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
         """Write the states of the blocks that this step has filled."""
         kernels = self.kernels_of(layer_name, kv_cache.device)
         sinks = self.kept.sink_blocks

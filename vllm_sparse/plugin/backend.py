@@ -161,3 +161,19 @@ class LessBackend(SparqBackend):
     @staticmethod
     def get_name() -> str:
         return "LESS"
+
+
+class AnchorBackend(SparqBackend):
+    """``--attention-backend anchor``: of every old line one token stays."""
+
+    defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["ANCHOR"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "ANCHOR"
+
+    @classmethod
+    def get_builder_cls(cls):
+        from ..step.anchors import AnchorMetadataBuilder
+
+        return _with_defaults(cls, AnchorMetadataBuilder)

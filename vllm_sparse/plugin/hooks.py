@@ -10,10 +10,11 @@ def install() -> None:
         RuntimeError: vLLM has moved what a change needs; without it answers could be
             wrong.
     """
-    from . import cpu_sampler, drafters, live, prompts, zeroing
+    from . import cpu_sampler, drafters, live, prompts, token_ids, zeroing
     from .speculation import parameters
 
-    for change in (live, prompts, zeroing, cpu_sampler, parameters, drafters):
+    changes = (live, prompts, token_ids, zeroing, cpu_sampler, parameters, drafters)
+    for change in changes:
         try:
             change.install()
         except (ImportError, AttributeError) as error:

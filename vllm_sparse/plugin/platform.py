@@ -74,6 +74,10 @@ class HonourOurBackends:
             )
             _check_dense_layers(config, vllm_config)
             check_checkpoint(config, vllm_config)
+            if config.selector == "anchor":
+                from .arena import check_anchors
+
+                check_anchors(vllm_config)
         if names:
             _check_drafts(vllm_config)
             if cls._enum == PlatformEnum.CPU:

@@ -6,6 +6,7 @@
 BACKENDS = {
     "SPARQ": "vllm_sparse.plugin.backend.SparqBackend",
     "TWILIGHT": "vllm_sparse.plugin.backend.TwilightBackend",
+    "ANCHOR": "vllm_sparse.plugin.backend.AnchorBackend",
     "LESS": "vllm_sparse.plugin.backend.LessBackend",
     "STREAMING": "vllm_sparse.plugin.backend.StreamingBackend",
 }

@@ -109,12 +109,21 @@ def check_layers(vllm_config: VllmConfig) -> None:
             _check_spec(name, layer, vllm_config)
             if impl.eviction is not None:
                 _give_back(name, layer, vllm_config)
+    if any(_leaves_anchors(layer) for layer in layers.values()):
+        from .arena import add_arena
+
+        add_arena(vllm_config)
     _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
         _warn_of_norms(layers.values())
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
+
+
+def _leaves_anchors(layer) -> bool:
+    impl = getattr(layer, "impl", None)
+    return isinstance(impl, SparseAttentionImpl) and impl.config.selector == "anchor"
 
 
 def _give_back(name: str, layer, vllm_config: VllmConfig) -> None:

@@ -28,6 +28,8 @@ class SparseMetadata(AttentionMetadata):
         together: the same positions request by request, for layers in which they attend
             to everything; None where they are served one by one there, too.
         prefill: the other positions.
+        anchor_slots: [num_actual_tokens] int64, where old lines leave anchors: the
+            slots of the step's; -1: none.
     """
 
     phase: Phase
@@ -39,6 +41,7 @@ class SparseMetadata(AttentionMetadata):
     decode: list[DecodeRows]
     together: DenseRows | None
     prefill: list[DenseRows]
+    anchor_slots: torch.Tensor | None = None
 
     @cached_property
     def filled(self) -> list[tuple[int, int, int]]:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""Anchors: of every old line one token stays (cache/lines.py).
+
+Lines lie in blocks that vLLM gives back as those of a sliding window; anchors are
+stored a second time, LINE_GROUP tokens to a place, in blocks of their own
+(plugin/arena.py). Both lie in the same memory, so a position attends to one list of
+tokens in one compact context.
+"""
+
+from typing import Any
+
+import torch
+
+from ..cache.layout import BLOCK_SIZE
+from ..cache.lines import LINE_GROUP
+from ..ops.kept import add_counts
+from .base import DecodeRows, Method, Phase
+
+
+class Anchor(Method):
+    """Attends to the own line and to the anchors before it.
+
+    Attributes:
+        lower: the lower layer whose cache's anchors join the softmax (layer-wise
+            anchors); None: none. Whoever makes the layers sets it.
+    """
+
+    dense_phases = frozenset()
+    prompts_as_rows = True
+    lower: Any = None
+
+    def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
+        """The most that a position can attend to; what it does depends on the text."""
+        lens = torch.arange(longest + 1)
+        groups = (lens + LINE_GROUP - 1) // LINE_GROUP
+        return (groups + 2 * BLOCK_SIZE).minimum(lens).int()
+
+    def select(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
+    ) -> None:
+        """Never called: a step's lists hold for all layers (step/anchors.py)."""
+        raise NotImplementedError
+
+    def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
+        """Store the step's anchors a second time."""
+        self.ops.store(
+            key,
+            value,
+            kv_cache,
+            meta.anchor_slots,
+            meta.block_table,
+            meta.seq_lens,
+            meta.query_start_loc,
+            self.shape.fmt,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        layer_name: str,
+    ) -> None:
+        lines, read = rows.lines, rows.counts
+        if self.lower is None:
+            self._attend(query, kv_cache, lines, lines.counts, out)
+        else:
+            self._attend_both(query, kv_cache, lines, out)
+            read = torch.where(read > 0, read + lines.anchors, read)
+        histogram = rows.kept_histograms.get(layer_name)
+        if histogram is not None:
+            add_counts(read, histogram)
+
+    def _attend_both(self, query, kv_cache, lines, out) -> None:
+        """The own cache's list and the anchors of the lower layer's, in one softmax."""
+        own = query.new_empty(query.shape[:2], dtype=torch.float32)
+        other, low = torch.empty_like(own), torch.empty_like(out)
+        self._attend(query, kv_cache, lines, lines.counts, out, own)
+        # The list of a first token has no anchor: it is read once more, and not used.
+        some = lines.anchors > 0
+        listed = torch.where(some, lines.anchors, lines.counts)
+        self._attend(query, self.lower.kv_cache, lines, listed, low, other)
+        group = self.shape.num_queries_per_kv
+        none = ~some.repeat_interleave(group, 1)
+        total = torch.logaddexp(own, other.masked_fill_(none, -torch.inf))
+        share = (other - total).exp()[..., None]
+        out.copy_(torch.lerp(out.float(), low.float(), share).to(out.dtype))
+
+    def _attend(self, query, kv_cache, lines, counts, out, lse=None) -> None:
+        self.ops.attend(
+            query,
+            kv_cache,
+            lines.block_table,
+            lines.seq_lens,
+            indices=lines.indices,
+            counts=counts,
+            scale=self.shape.scale,
+            soft_cap=self.shape.soft_cap,
+            out=out,
+            fmt=self.shape.fmt,
+            lse=lse,
+        )
