@@ -12,7 +12,6 @@ import torch  # noqa: E402
 
 from vllm_sparse.anchor_config import FILE, AnchorConfig  # noqa: E402
 from vllm_sparse.cache.lines import anchors, line_starts, visible  # noqa: E402
-from vllm_sparse.plugin.arena import rules_of  # noqa: E402
 
 from .engines import (  # noqa: E402
     COLD,
@@ -49,7 +48,6 @@ def folder(tmp_path_factory):
 
 def anchored(folder, rules: str = "plain", **options):
     RULES[rules].write(folder)
-    rules_of.cache_clear()  # the folder is another model now
     own = {"attention_backend": "anchor", "additional_config": {}}
     return streaming(folder, "", **own | options)
 
@@ -227,3 +225,13 @@ def test_models_without_fitting_anchors_are_refused(folder, tmp_path, change, me
 def test_engines_that_cannot_have_anchors_are_refused(folder, option, message):
     with pytest.raises(Exception, match=message), anchored(folder, **option):
         pass
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_answers(folder, monkeypatch):
+    params = greedy(60, logprobs=1, detokenize=False)
+    # Threads that spin would take the cores from the other rank.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with anchored(folder, in_process=False, **ranks) as llm:
+        check(folder, PROMPTS[:4], generate(llm, PROMPTS[:4], params))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sparse.anchor_config import AnchorConfig
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.tools.doctor import cli, environment, gain
 from vllm_sparse.tools.doctor.environment import OK, Check
@@ -92,6 +93,20 @@ def test_every_layer_of_a_plain_model_is_sparse(folder):
     assert model.max_model_len == 65536 and model.refusal is None
     split = inspect_model(folder(LLAMA), "sparq", SparseConfig(), 2)
     assert (split.num_heads, split.num_kv_heads) == (4, 1)
+
+
+def test_memory_where_old_lines_leave_anchors(folder):
+    name = folder(LLAMA)
+    config = parse_config("anchor", {})
+    assert "no anchors.json" in inspect_model(name, "anchor", config).refusal
+    AnchorConfig((5,)).write(Path(name))
+    model = inspect_model(name, "anchor", config)
+    assert kinds(model) == [(FULL, 4, True, None)] and model.refusal is None
+    got = gain.memory(model, config)
+    assert 7.5 < got.bytes_per_token_dense / got.bytes_per_token <= 8
+    assert got.held_bytes >= 3 * 128 * got.bytes_per_token_dense
+    expected = gain.expected_gain(model, config, "cpu", 65536, 1)
+    assert expected.tokens_kept == 65536 // 8 + 256
 
 
 def test_later_models_of_the_process_get_real_rotary_tables(folder):

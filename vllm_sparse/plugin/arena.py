@@ -9,7 +9,6 @@ request needs, and find what the prefix cache still has of both.
 """
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -107,7 +106,6 @@ class AnchorCache(AttentionLayerBase):
         )
 
 
-@cache
 def rules_of(model: str, revision: str | None) -> AnchorConfig:
     """What a model says of its anchors.
 

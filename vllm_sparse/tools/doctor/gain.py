@@ -12,6 +12,7 @@ import torch
 
 from ...cache.eviction import LAG_BLOCKS
 from ...cache.layout import BLOCK_SIZE, BlockLayout
+from ...cache.lines import LINE_GROUP
 from ...config import SparseConfig
 from ...methods import METHODS
 from ...methods.budgets import budget
@@ -82,7 +83,7 @@ class Memory:
     """KV bytes per token on one rank, all layers that share our blocks.
 
     Attributes:
-        held_bytes: of a request beside its tokens (quantised formats).
+        held_bytes: of a request beside its tokens (quantised formats; lines).
         most_bytes: that a request holds while it decodes, however long it is; None:
             it holds all of its context.
     """
@@ -106,6 +107,9 @@ def memory(model: Model, config: SparseConfig) -> Memory:
         ours += heads * layout.content_bytes
         dense += heads * layout.row_bytes
         held += heads * BLOCK_SIZE * layout.content_bytes * layout.lookahead_blocks
+    if config.selector == "anchor":
+        # Two blocks of lines, and one that may not have been given back yet.
+        return Memory(ours // LINE_GROUP, dense, 3 * BLOCK_SIZE * ours, None)
     kept, most = METHODS[config.selector].eviction(config), None
     if kept is not None:
         most = (kept.kept_blocks + LAG_BLOCKS) * BLOCK_SIZE * ours
@@ -186,6 +190,8 @@ def lossless_gain(
 
 
 def _most(config: SparseConfig, layout: BlockLayout, context: int) -> int:
+    if config.selector == "anchor":
+        return min(context, -(-context // LINE_GROUP) + 2 * BLOCK_SIZE)
     evicting = METHODS[config.selector].eviction(config)
     if evicting is not None:
         skipped = evicting.skipped_blocks(torch.tensor(context))
@@ -207,7 +213,8 @@ def _row_bytes(
 ) -> int:
     """Of one query position and KV head."""
     sealed = layout.fmt.sealed_blocks(context)
-    if METHODS[config.selector].eviction(config) is not None:
+    evicts = METHODS[config.selector].eviction(config) is not None
+    if evicts or config.selector == "anchor":
         return layout.attended_bytes(kept)
     if kept >= context:
         return layout.attended_bytes(context, sealed * BLOCK_SIZE, sealed)
