@@ -42,7 +42,7 @@ BACKEND = "--attention-backend anchor"
 class ArenaBuilder(AttentionMetadataBuilder):
     """Passes a step's blocks of anchors on; lines' builder does the rest."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     reorder_batch_threshold = None
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:

@@ -8,11 +8,12 @@ in any order: what needs both is done when the second comes.
 """
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..cache.layout import BLOCK_SIZE
 from ..cache.lines import LINE_GROUP
 from ..methods import DecodeRows, Phase
+from ..methods.base import Lines
 from ..plugin.token_ids import token_ids
 from ..stats.recorder import recorder
 from .builder import SparseMetadataBuilder
@@ -51,10 +52,10 @@ class AnchorStep:
 class AnchorMetadataBuilder(SparseMetadataBuilder):
     """Builds the metadata of lines' layers."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
-
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # What CUDA graphs read, at fixed addresses; made by the first step.
+        self.fixed: dict[str, torch.Tensor] = {}
         layers = vllm_config.compilation_config.static_forward_context
         self.layer = layers[layer_names[0]]
         self.arena = layers[layer_names[0] + ".anchors"]
@@ -88,6 +89,10 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         stored = found & (metadata.slot_mapping >= 0)
         slot = block * BLOCK_SIZE + place
         metadata.anchor_slots = torch.where(stored, slot, -1)
+        in_graphs = self.device.type == "cuda" and n <= self.max_rows
+        longest = common.max_seq_len
+        if in_graphs:
+            longest = self.vllm_config.model_config.max_model_len
         lines = lists(
             new,
             found,
@@ -95,13 +100,16 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
             marks,
             table,
             metadata.block_table,
-            longest=common.max_seq_len,
-            most=-(-common.max_seq_len // LINE_GROUP) + 2 * BLOCK_SIZE,
+            longest=longest,
+            most=-(-longest // LINE_GROUP) + 2 * BLOCK_SIZE,
             num_kv_heads=heads,
             look_back=self.arena.rules.anchors_look_back,
         )
         counts = self._count(common, new, lines.counts, metadata.slot_mapping)
-        nothing = lines.seq_lens.new_empty(0)
+        if in_graphs:
+            fixed = self._fixed(vars(lines) | {"slots": metadata.anchor_slots})
+            metadata.anchor_slots = fixed.pop("slots")
+            lines, counts = Lines(**fixed), self._fixed({"kept": counts})["kept"]
         metadata.decode.append(
             DecodeRows(
                 block_table=lines.block_table,
@@ -109,11 +117,21 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
                 budgets=counts[:, 0],
                 indices=lines.indices,
                 counts=counts,
-                kept_mass=nothing,
+                kept_mass=lines.seq_lens.new_empty(0),
                 lines=lines,
                 kept_histograms=self.kept.by_layer,
             )
         )
+
+    def _fixed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of a step's tensors where graphs read them."""
+        copies = {}
+        for name, tensor in tensors.items():
+            if name not in self.fixed:
+                size = (self.max_rows, *tensor.shape[1:])
+                self.fixed[name] = tensor.new_zeros(size)
+            copies[name] = self.fixed[name][: len(tensor)].copy_(tensor)
+        return copies
 
     def _count(self, common, new: NewTokens, counts, slot_mapping) -> torch.Tensor:
         """Count the step's rows; lengths of those lists that count, else -1."""

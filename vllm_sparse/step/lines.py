@@ -146,8 +146,8 @@ def lists(
     """
     request, place = new.request, new.place
     padding = place < 0
-    blocks = -(-longest // COVERED)
-    table = table[:, :blocks]
+    table = table[:, : -(-longest // COVERED)]
+    blocks = table.shape[1]
     known = marks[table.long()].flatten(1)
     group = torch.arange(known.shape[1], device=place.device)
     # Behind a context marks are anything; no count below reaches them.
