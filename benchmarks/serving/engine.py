@@ -2,25 +2,37 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """An engine whose decode steps are timed."""
 
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-OURS = ("sparq", "twilight", "streaming")  # backends that take options of ours
+from vllm_sparse import anchor_config
+
+OURS = (
+    "sparq",
+    "twilight",
+    "streaming",
+    "anchor",
+)  # backends that take options of ours
 # Name on the command line -> arguments of vllm.LLM; other names are backends.
 ENGINES = {
     "flash_attn_fp8": {"attention_backend": "flash_attn", "kv_cache_dtype": "fp8"}
 }
 # After a colon: ranks, executor.
 RANKS = {"one": (1, None), "mp": (2, "mp"), "ray": (2, "ray")}
+# Tokens of a line, in prompts for models with anchors: what Python has (docs/anchors.md).
+LINE = 12
 TIMELINE_US = 60_000  # of the GPU's time line, some eight steps
 ATTENTION = ("FlashAttnFwdSm90", "decode_kernel")  # once a layer
 
 
 class Timed:
-    """One engine and its measurements; prompts are lists of random tokens."""
+    """One engine and its measurements; prompts are lists of random tokens, in lines
+    where the model has anchors."""
 
     def __init__(self, name: str, sparse: dict | None = None, **settings: Any) -> None:
         """Start it.
@@ -48,11 +60,21 @@ class Timed:
             **{"disable_log_stats": True} | settings,
         )
         self.config = self.llm.llm_engine.vllm_config
+        self.line_end: int | None = None
+        anchors = Path(self.config.model_config.model) / anchor_config.FILE
+        if anchors.is_file():
+            found = anchor_config.AnchorConfig.from_json(
+                json.loads(anchors.read_text())
+            )
+            self.line_end = found.line_ends[0]
 
     def prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
-        return make_prompts(
-            count, length, seed, self.config.model_config.get_vocab_size()
-        )
+        vocabulary = self.config.model_config.get_vocab_size()
+        prompts = make_prompts(count, length, seed, vocabulary)
+        if self.line_end is not None:
+            for prompt in prompts:
+                prompt[LINE - 1 :: LINE] = [self.line_end] * (length // LINE)
+        return prompts
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         """Time to generate ``tokens`` for every prompt, all prompts together."""
