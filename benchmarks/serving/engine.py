@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse import anchor_config
+from vllm_sparse.anchor_config import FILE
 
 OURS = (
     "sparq",
@@ -24,7 +24,7 @@ ENGINES = {
 }
 # After a colon: ranks, executor.
 RANKS = {"one": (1, None), "mp": (2, "mp"), "ray": (2, "ray")}
-# Tokens of a line, in prompts for models with anchors: what Python has (docs/anchors.md).
+# Tokens of a line in prompts for models with anchors, as in Python.
 LINE = 12
 TIMELINE_US = 60_000  # of the GPU's time line, some eight steps
 ATTENTION = ("FlashAttnFwdSm90", "decode_kernel")  # once a layer
@@ -61,7 +61,7 @@ class Timed:
         )
         self.config = self.llm.llm_engine.vllm_config
         self.line_end: int | None = None
-        anchors = Path(self.config.model_config.model) / anchor_config.FILE
+        anchors = Path(self.config.model_config.model) / FILE
         if anchors.is_file():
             found = anchor_config.AnchorConfig.from_json(
                 json.loads(anchors.read_text())
