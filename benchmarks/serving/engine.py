@@ -63,10 +63,7 @@ class Timed:
         self.line_end: int | None = None
         anchors = Path(self.config.model_config.model) / FILE
         if anchors.is_file():
-            found = anchor_config.AnchorConfig.from_json(
-                json.loads(anchors.read_text())
-            )
-            self.line_end = found.line_ends[0]
+            self.line_end = json.loads(anchors.read_text())["line_ends"][0]
 
     def prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
         vocabulary = self.config.model_config.get_vocab_size()
