@@ -155,6 +155,29 @@ def described(model, hidden: int, sinks: int, window: int) -> dict:
     }
 
 
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's tensors, as what it says of itself (:func:`described`) has
+    them."""
+    heads, groups, size = (
+        config[name] for name in ("num_heads", "num_kv_heads", "head_size")
+    )
+    hidden, rank = config["hidden"], config["rank"]
+    shapes = {
+        "q1": (heads, size, hidden),
+        "q2": (heads, hidden, rank),
+        "k1": (groups, size, hidden),
+        "k2": (groups, hidden, rank),
+        "k3": (groups, rank, rank),
+        "s1": (groups, rank),
+        "s2": (groups, rank),
+    }
+    return {
+        f"layers.{layer}.{name}": shape
+        for layer in range(config["num_layers"])
+        for name, shape in shapes.items()
+    }
+
+
 def load_kernels(folder: str, device: torch.device | str = "cpu") -> list[Kernels]:
     """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
 
