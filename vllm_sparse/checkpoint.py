@@ -127,8 +127,8 @@ def describe(folder: Path, kind: str) -> dict:
     return description
 
 
-def load(folder: Path, kind: str, base: Path) -> Checkpoint:
-    """Read a checkpoint for the model in ``base``.
+def load(folder: Path, kind: str, base: Path | None) -> Checkpoint:
+    """Read a checkpoint for the model in ``base``; None: any.
 
     Raises:
         FileNotFoundError: there is none.
@@ -138,7 +138,7 @@ def load(folder: Path, kind: str, base: Path) -> Checkpoint:
     if sha256(folder / TENSORS) != description["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is damaged: copy the folder again")
     trained = description["base"]
-    if base_hash(base) != trained["sha256"]:
+    if base is not None and base_hash(base) != trained["sha256"]:
         raise ValueError(
             f"{folder} was trained with {trained['name']} (tensors' sha256 "
             f"{trained['sha256'][:12]}) and {base} has other weights: give the folder "

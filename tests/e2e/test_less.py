@@ -14,6 +14,7 @@ from transformers import AutoConfig  # noqa: E402
 from vllm_sparse.cache.layout import STATE_RANK  # noqa: E402
 from vllm_sparse.checkpoint import save  # noqa: E402
 from vllm_sparse.methods.less import KIND, described  # noqa: E402
+from vllm_sparse.stats import live_figures  # noqa: E402
 
 from .engines import (  # noqa: E402
     COLD,
@@ -90,8 +91,17 @@ def test_answers_are_those_of_one_forward(folder, checkpoint, state, prefill):
     check = partial(assert_answers, folder, mask_of=partial(mask, prefill), state=state)
     with less(folder, checkpoint, prefill) as llm:
         free = pool(llm).get_num_free_blocks()
+        llm.collective_rpc("reset_sparse_stats")
         check(PROMPTS, generate(llm, PROMPTS, PARAMS))
         assert stats(llm)["sparse_rows"] > 0
+        # However a prompt's rows are served, they are none that decode.
+        figures = live_figures(llm)
+        assert figures.rows_dense["prefill"] == LAYERS * sum(map(len, PROMPTS))
+        assert figures.decode_rows == LAYERS * (sum(ANSWERS) - len(ANSWERS))
+        sparse = figures.kept_tokens
+        assert sparse.rows == KV_HEADS * figures.rows_sparse
+        assert 0.05 < figures.state_share < 0.95
+        assert figures.blocks_given_back > 10 and figures.requests_holding == 0
         hits = generate(llm, PROMPTS, PARAMS)
         check(PROMPTS, hits)
         assert sum(output.num_cached_tokens for output in hits) > 1000
@@ -135,6 +145,19 @@ def test_preempted_requests_and_long_prompts(folder, checkpoint, state):
     assert preempted
     check = partial(assert_answers, folder, mask_of=partial(mask, "streaming"))
     check(long, outputs, state=state)
+
+
+@pytest.mark.slow
+def test_ranks_have_the_features_of_their_heads(folder, checkpoint, state):
+    parallel = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    options = dict(in_process=False, max_num_batched_tokens=256) | parallel
+    with less(folder, checkpoint, "streaming", **options) as llm:
+        outputs = generate(llm, PROMPTS, PARAMS)
+        figures = live_figures(llm)
+    check = partial(assert_answers, folder, mask_of=partial(mask, "streaming"))
+    check(PROMPTS, outputs, state=state)
+    assert figures.decode_rows == LAYERS * (sum(ANSWERS) - len(ANSWERS))
+    assert figures.kept_tokens.rows == KV_HEADS * figures.rows_sparse
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
+from vllm_sparse.stats import live_figures  # noqa: E402
+
 from .engines import (  # noqa: E402
     COLD,
     EXTENSION,
@@ -146,17 +148,28 @@ def test_follow_up_turns_find_what_is_left_of_a_streamed_prompt(folder):
 def test_memory_stays_flat(folder, prefill):
     """A context of twice the cache's blocks; held blocks do not grow."""
     prompt, count = PROMPTS[3], 1500
-    held = []
+    held, seen = [], []
     with streaming(folder, prefill, max_num_batched_tokens=256) as llm:
         blocks = pool(llm)
         with few_free_blocks(llm, 8):
             add(llm, "long", prompt, greedy(count, detokenize=False))
-            finished = step_until_done(
-                llm, lambda: held.append(blocks.get_num_free_blocks())
-            )
+
+            def watch():
+                held.append(blocks.get_num_free_blocks())
+                if len(held) == count - 100:
+                    seen.append(live_figures(llm))
+
+            finished = step_until_done(llm, watch)
     assert len(finished["long"]) == count
     # Sinks, window, the block behind it, the current one.
     assert 8 - min(held[600:]) <= 1 + 2 + 1 + 1
+    # The figures say so, too: three layers' K and V of two heads in fp32.
+    figures, block = seen[0], 3 * 2 * 128 * 2 * 64 * 4
+    assert figures.requests_holding == 1
+    assert figures.kv_bytes_held == figures.kv_bytes_held_most
+    assert figures.kv_bytes_held == block * (8 - held[count - 101])
+    computed = len(prompt) + count - 100
+    assert figures.blocks_given_back in (computed // 128 - 4, computed // 128 - 5)
 
 
 def test_a_long_prompt_runs_in_the_memory_of_a_short_one(folder):

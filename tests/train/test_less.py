@@ -5,13 +5,18 @@
 import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_sparse import checkpoint
-from vllm_sparse.cache.layout import STATE_RANK, state_bytes
+from vllm_sparse.cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
 from vllm_sparse.methods.less import KIND, Kernels, add_state, load_kernels
 from vllm_sparse.train import less
+from vllm_sparse.train.corpus import Corpus
+from vllm_sparse.train.forward import load_model
+from vllm_sparse.train.less_evaluate import nats, state_tokens
+from vllm_sparse.train.less_rows import Kept, Rows, attend_exactly
 
 SINKS, WINDOW = 128, 128
 
@@ -39,22 +44,28 @@ def test_serving_computes_what_is_trained():
     query, key, value = (
         torch.randn(n, length, size, generator=generator) for n in (4, 2, 2)
     )
-    rows = torch.tensor([300, 511, 512, 640, 999])
-    given = (rows, query, key, value, 0.25, SINKS, WINDOW)
-    expected = less.attend_rows(kernels, *given)
+    positions = torch.tensor([300, 511, 512, 640, 999])
+    kept = Kept(SINKS, WINDOW, BLOCK_SIZE)
+    given = (positions, query, key, value, 0.25, kept)
+    alone, found_lse = attend_exactly(*given)
+    rows = Rows(kept, positions, query[:, positions], key, value, alone, found_lse)
+    expected, _ = rows.merged(kernels)
     # Exact attention, and states, as the engine makes them.
-    kept, left = less.kept_tokens(rows, length, SINKS, WINDOW)
+    near = kept.mask(positions, length)
+    left = (torch.arange(length) <= positions[:, None]) & ~near
     keys, values = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
-    logits = query[:, rows] @ keys.mT * 0.25
-    logits = logits.masked_fill(~kept, float("-inf"))
+    logits = query[:, positions] @ keys.mT * 0.25
+    logits = logits.masked_fill(~near, float("-inf"))
     exact = (logits.softmax(-1) @ values).transpose(0, 1)
     with_ones = torch.cat([value, torch.ones(2, length, 1)], -1)
     psi = kernels.psi(key)
     state = torch.stack([(psi * gone[:, None]).mT @ with_ones for gone in left.float()])
     lse = logits.logsumexp(-1).T
-    found = add_state(kernels, query[:, rows].transpose(0, 1), state, lse, exact)
+    found, _ = add_state(
+        kernels, query[:, positions].transpose(0, 1), state, lse, exact
+    )
     torch.testing.assert_close(found.transpose(0, 1), expected, atol=1e-4, rtol=1e-4)
-    alone = less.attend_rows(None, *given)
+    torch.testing.assert_close(alone, exact.transpose(0, 1), atol=1e-4, rtol=1e-4)
     assert (alone - expected).abs().max() > 0.1
     assert state[0, 0].numel() * 4 == state_bytes(size)
 
@@ -62,6 +73,7 @@ def test_serving_computes_what_is_trained():
 @pytest.fixture
 def arguments(model_folder, data_folder, tmp_path):
     options = dict(length=768, window=WINDOW, rows=16, hidden=8, steps=4, warmup=1)
+    options |= {"texts": 2}
     options |= {"evaluate-samples": 1, "save-every": 2, "learning-rate": 0.01}
     argv = [
         str(model_folder),
@@ -83,17 +95,13 @@ def test_the_command_trains_resumes_and_writes_a_checkpoint(
     less.main(arguments)
     report = json.loads((tmp_path / "run/run.json").read_text())
     assert report["finished"] and report["step"] == 4
-    first, last = report["evaluations"]
-    assert first["perplexity"]["prose"].keys() == {
-        "dense",
-        "window",
-        "window_plus",
-        "less",
-    }
-    # At first the state is all but silent.
+    first, last = (entry["by_window"] for entry in report["evaluations"])
+    assert first.keys() == last.keys() == {str(WINDOW)}
     for kind in ("prose", "code"):
-        found = first["perplexity"][kind]
-        assert found["less"] == pytest.approx(found["window"], rel=0.02)
+        found, later = (e[str(WINDOW)]["perplexity"][kind] for e in (first, last))
+        assert found.keys() == {"dense", "window", "window_plus", "less"}
+        # Nothing but the state is trained.
+        assert found["window"] == later["window"]
     folder = tmp_path / "run/checkpoint"
     made = checkpoint.load(folder, KIND, model_folder)
     assert made.description["config"]["local_window"] == WINDOW
@@ -106,9 +114,33 @@ def test_the_command_trains_resumes_and_writes_a_checkpoint(
 
 
 def test_losses_fall(arguments, tmp_path):
-    less.main([*arguments, "--steps", "30", "--code", "1", "--rows", "64"])
-    losses = [
-        x for _, x, _ in json.loads((tmp_path / "run/run.json").read_text())["losses"]
-    ]
-    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
-    assert losses[0] == pytest.approx(1, abs=0.1)
+    less.main([*arguments, "--steps", "40", "--texts", "2", "--rows", "64"])
+    report = json.loads((tmp_path / "run/run.json").read_text())
+    losses = [loss for _, loss, _ in report["losses"]]
+    # The state is useful from the first step on, and more so later.
+    assert losses[0] < 1 and sum(losses[-4:]) < 0.88 * sum(losses[:4])
+
+
+def test_any_sinks_and_windows_are_evaluated(arguments, tmp_path):
+    """In tokens, where no engine serves it; the same texts and rows for all arms."""
+    given = ["--block", "1", "--sinks", "3", "--window", "29", "--steps", "2"]
+    less.main([*arguments, *given, "--evaluate-windows", "10", "29"])
+    report = json.loads((tmp_path / "run/run.json").read_text())
+    narrow, wide = report["evaluations"][-1]["by_window"].values()
+    assert narrow["tokens"] == 3 + 10 + 1 and wide["tokens"] == 33
+    assert narrow["window_plus_tokens"] == 14 + state_tokens(64, Kept(3, 10, 1))
+    for kind, arms in narrow["perplexity"].items():
+        assert arms["dense"] == wide["perplexity"][kind]["dense"]
+        assert len(set(arms.values())) == 4
+
+
+def test_what_is_kept_whole_is_dense(model_folder, data_folder):
+    """Arms differ in what is kept alone."""
+    model = load_model(model_folder, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    ids = Corpus(data_folder).window("heldout-prose", 500, rng)
+    dense = nats(model, ids, 100, None, None)
+    assert nats(model, ids, 100, Kept(0, 500, 1), None) == pytest.approx(
+        dense, abs=1e-5
+    )
+    assert nats(model, ids, 100, Kept(4, 32, 1), None) != pytest.approx(dense, abs=1e-4)

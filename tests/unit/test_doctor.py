@@ -203,6 +203,21 @@ def test_gain_with_weights_and_adaptive_budgets(folder):
     assert got.step_gain == both
 
 
+def test_a_request_of_less_holds_its_states(folder):
+    """8 x (D + 1) numbers in fp32 behind each block's rows, in every KV head."""
+    model = inspect(folder(LLAMA))
+    sparse = {"sparse": {"local_window": 256}}
+    less = {"sparse": {"local_window": 256, "checkpoint": "/somewhere"}}
+    plain = gain.memory(model, parse_config("streaming", sparse))
+    held = gain.memory(model, parse_config("less", less))
+    (layers,) = model.served
+    blocks = 1 + 2 + 1 + 1  # sinks, window, the current one, the one behind
+    states = blocks * layers.count * layers.num_kv_heads * 4 * 8
+    states *= layers.head_size + 1
+    more = held.most_bytes - plain.most_bytes
+    assert states <= more < 1.1 * states
+
+
 def test_gain_of_lossless_speculation(folder):
     """One request at 32K of an 8B model: weights are read too often; 16 pay."""
     model = inspect(folder(LLAMA | dict(num_hidden_layers=64, num_key_value_heads=4)))

@@ -4,6 +4,7 @@
 which tokens."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -122,6 +123,10 @@ class DecodeRows:
         workspace: scratch memory of the ops, None where they should allocate it.
         kept_histograms: of every layer by its name, [num_kv_heads, KEPT_BINS] int64;
             lengths of lists are added (:mod:`vllm_sparse.ops.kept`).
+        prompts: [num_rows] bool, rows of prompts, which the histograms leave out; None:
+            there are none, or they are dense.
+        states: counts on the host, for methods with a state on CPUs: ``state_rows``
+            of a sample, and their ``state_share_ppm``, shares of the attention mass.
     """
 
     block_table: torch.Tensor
@@ -136,6 +141,8 @@ class DecodeRows:
     # Of all layers alike, where old lines leave anchors (step/anchors.py).
     lines: "Lines | None" = None
     kept_histograms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prompts: torch.Tensor | None = None
+    states: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_rows(self) -> int:

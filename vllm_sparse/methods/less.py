@@ -14,6 +14,7 @@ nothing. The state of the last block that left is that of all that left.
 import re
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from .base import DecodeRows, LayerShape, ScoreBytes
 from .streaming import Streaming
 
 KIND = "less"  # of its checkpoints
+SAMPLED = 16  # steps, of which one is counted in a layer
+_made = count()
 LEAST = 1e-30  # of phi(q) . z, before its logarithm
 
 
@@ -75,8 +78,9 @@ def add_state(
     state: torch.Tensor,
     lse: torch.Tensor,
     out: torch.Tensor,
-) -> torch.Tensor:
-    """Exact attention, merged with what the state says: [n, num_heads, D] fp32.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention, merged with what the state says: [n, num_heads, D] fp32, and its
+    lse, [n, num_heads].
 
     Args:
         query, out: [n, num_heads, D]; ``out`` is the exact part's result.
@@ -88,9 +92,9 @@ def add_state(
     )  # [n, num_heads, STATE_RANK]
     grouped = phi.unflatten(1, (state.shape[1], -1))
     sums = (grouped @ state).flatten(1, 2)  # [n, num_heads, D + 1]
-    total = torch.logaddexp(lse, sums[..., -1].clamp(min=LEAST).log())[..., None]
-    exact = out.float() * (lse[..., None] - total).exp()
-    return exact + sums[..., :-1] * (-total).exp()
+    total = torch.logaddexp(lse, sums[..., -1].clamp(min=LEAST).log())
+    exact = out.float() * (lse - total).exp()[..., None]
+    return exact + sums[..., :-1] * (-total).exp()[..., None], total
 
 
 def seal(
@@ -151,6 +155,29 @@ def described(model, hidden: int, sinks: int, window: int) -> dict:
     }
 
 
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's tensors, as what it says of itself (:func:`described`) has
+    them."""
+    heads, groups, size = (
+        config[name] for name in ("num_heads", "num_kv_heads", "head_size")
+    )
+    hidden, rank = config["hidden"], config["rank"]
+    shapes = {
+        "q1": (heads, size, hidden),
+        "q2": (heads, hidden, rank),
+        "k1": (groups, size, hidden),
+        "k2": (groups, hidden, rank),
+        "k3": (groups, rank, rank),
+        "s1": (groups, rank),
+        "s2": (groups, rank),
+    }
+    return {
+        f"layers.{layer}.{name}": shape
+        for layer in range(config["num_layers"])
+        for name, shape in shapes.items()
+    }
+
+
 def load_kernels(folder: str, device: torch.device | str = "cpu") -> list[Kernels]:
     """Of every layer, from a checkpoint's ``layers.NUMBER.q1`` and so on.
 
@@ -166,10 +193,10 @@ def load_kernels(folder: str, device: torch.device | str = "cpu") -> list[Kernel
 def _load_kernels(file: Path, written: int, device) -> list[Kernels]:
     tensors = load_file(file)
     names = [field.name for field in fields(Kernels)]
-    count = len(tensors) // len(names)
+    num_layers = len(tensors) // len(names)
     return [
         Kernels(*(tensors[f"layers.{i}.{n}"].float().to(device) for n in names))
-        for i in range(count)
+        for i in range(num_layers)
     ]
 
 
@@ -181,6 +208,8 @@ class Less(Streaming):
     def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
         super().__init__(config, shape, ops)
         self._kernels: dict[str, Kernels] = {}
+        # Layers begin at different steps.
+        self._calls = next(_made)
 
     @property
     def score_bytes(self) -> ScoreBytes:
@@ -192,8 +221,28 @@ class Less(Streaming):
         if layer_name not in self._kernels:
             (number,) = re.findall(r"\.layers\.(\d+)\.", layer_name)
             layers = load_kernels(self.config.checkpoint, device)
-            self._kernels[layer_name] = layers[int(number)]
+            self._kernels[layer_name] = self._of_rank(layers[int(number)])
         return self._kernels[layer_name]
+
+    def _of_rank(self, kernels: Kernels) -> Kernels:
+        """Those of the heads that this rank of tensor parallelism has."""
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        if len(kernels.q1) == heads:
+            return kernels
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        rank, ranks = get_tensor_model_parallel_rank(), len(kernels.q1) // heads
+        # vLLM gives several ranks the same KV head where there are fewer of them.
+        first = rank * len(kernels.k1) // ranks
+        parts = {"q": slice(rank * heads, (rank + 1) * heads)}
+        return Kernels(
+            **{
+                f.name: getattr(kernels, f.name)[
+                    parts.get(f.name[0], slice(first, first + kv_heads))
+                ]
+                for f in fields(Kernels)
+            }
+        )
 
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
         """Write the states of the blocks that this step has filled."""
@@ -231,5 +280,14 @@ class Less(Streaming):
         last = sinks + compact.skipped[left] - 1
         blocks = rows.block_table[left].gather(1, last[:, None].long()).squeeze(1)
         state = state_of_blocks(kv_cache, self.shape.head_size)[blocks]
-        merged = add_state(kernels, query[left], state, lse[left], out[left])
+        merged, total = add_state(kernels, query[left], state, lse[left], out[left])
         out[left] = merged.to(out.dtype)
+        self._count(lse[left], total, rows)
+
+    def _count(self, lse: torch.Tensor, total: torch.Tensor, rows: DecodeRows) -> None:
+        """Count what share of the attention mass the state carries, now and then."""
+        self._calls += 1
+        if self._calls % SAMPLED == 0:
+            share = -torch.expm1(lse - total).mean(1)
+            rows.states["state_rows"] += len(share)
+            rows.states["state_share_ppm"] += round(float(share.sum()) * 1e6)

@@ -79,4 +79,7 @@ class Streaming(Method):
         kept = torch.where(rows.budgets < 0, rows.seq_lens, rows.budgets)
         skipped = (rows.seq_lens - kept) // BLOCK_SIZE
         table = self.kept.compact_table(rows.block_table, skipped)
-        return Compact(table, kept, skipped, kept.masked_fill(skipped == 0, -1))
+        uncounted = skipped == 0
+        if rows.prompts is not None:
+            uncounted = uncounted | rows.prompts
+        return Compact(table, kept, skipped, kept.masked_fill(uncounted, -1))

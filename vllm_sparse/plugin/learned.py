@@ -5,9 +5,11 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from .. import checkpoint
 from ..config import SparseConfig, SparseConfigError
-from ..methods.less import KIND, described
+from ..methods.less import KIND, described, tensor_shapes
 from .versions import init_logger
 
 logger = init_logger(__name__)
@@ -22,20 +24,19 @@ def check_checkpoint(config: SparseConfig, vllm_config) -> None:
     if config.checkpoint is None or vllm_config.model_config is None:
         return
     folder, model = Path(config.checkpoint), vllm_config.model_config
-    base = Path(model.model)
+    base = _weights(vllm_config)
     try:
-        if base.is_dir() and list(base.glob("model*.safetensors")):
-            found = checkpoint.load(folder, KIND, base).description
-        else:
-            found = checkpoint.describe(folder, KIND)
-            logger.warning_once(
-                "sparse.checkpoint was made with %s; whether %s has the same weights "
-                "is not checked, as it is no folder with safetensors.",
-                found["base"]["name"],
-                model.model,
-            )
+        read = checkpoint.load(folder, KIND, base)
     except (FileNotFoundError, ValueError) as error:
         raise SparseConfigError(f"sparse.checkpoint: {error}") from error
+    found = read.description
+    if base is None:
+        logger.warning_once(
+            "sparse.checkpoint was made with %s; whether %s has the same weights is "
+            "not checked, as no safetensors of it are on this machine yet.",
+            found["base"]["name"],
+            model.model,
+        )
     made_for = found["config"]
     options = (made_for["hidden"], config.sink_tokens, config.local_window)
     here = json.loads(json.dumps(described(model.hf_text_config, *options)))
@@ -49,9 +50,32 @@ def check_checkpoint(config: SparseConfig, vllm_config) -> None:
             f"sparse.checkpoint {folder} was made for {'; '.join(differing)}: change "
             "the options, or give a checkpoint that was made for them"
         )
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if ranks > 1:
-        raise SparseConfigError(
-            f"--attention-backend less serves one rank, not {ranks}: leave "
-            "--tensor-parallel-size out, or choose --attention-backend streaming"
+    try:
+        checkpoint.check_shapes(read, tensor_shapes(here))
+    except ValueError as error:
+        raise SparseConfigError(f"sparse.checkpoint: {error}") from error
+
+
+def _weights(vllm_config) -> Path | None:
+    """The folder of a model's safetensors, where all of them are there: what was given,
+    or what an earlier start has downloaded."""
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(
+            model.model,
+            "config.json",
+            cache_dir=vllm_config.load_config.download_dir,
+            revision=model.revision,
         )
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    elif not (folder / "model.safetensors").is_file():
+        names = {file.name for file in folder.glob("model*.safetensors")}
+    there = names and all((folder / name).is_file() for name in names)
+    return folder if there else None

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import wraps
 
-from .registry import chosen_in
+from .registry import chosen_in, names_for_target
 from .versions import init_logger
 
 logger = init_logger(__name__)
@@ -70,6 +70,7 @@ def _after_init(cls: type, then: Callable) -> None:
 
 def _report_from(engine_core, vllm_config) -> None:
     from ..stats.reporter import Reporter
+    from .held import HeldBlocks
     from .speculation.configure import options
 
     scheduler = engine_core.scheduler
@@ -80,6 +81,7 @@ def _report_from(engine_core, vllm_config) -> None:
         collective_rpc = _waiting(collective_rpc)
     reporter = Reporter(
         drafting=scheduler if options(vllm_config) is not None else None,
+        held=HeldBlocks.of(scheduler, parallel.tensor_parallel_size),
         make_stats=scheduler.make_stats,
         collective_rpc=collective_rpc,
         is_idle=lambda: (
@@ -112,14 +114,20 @@ def _waiting(collective_rpc: Callable) -> Callable:
 def _log_in(manager, vllm_config) -> None:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+    from ..config import EVICTING
     from ..stats.prometheus import SparseStatLogger
     from .speculation.configure import options
 
     lossless = options(vllm_config) is not None
+    evicting = bool({*names_for_target(vllm_config)} & {*EVICTING})
     for other in manager.stat_loggers:
         if isinstance(other, PrometheusStatLogger):
             ours = SparseStatLogger(
-                vllm_config, manager.engine_indexes, beside=other, lossless=lossless
+                vllm_config,
+                manager.engine_indexes,
+                beside=other,
+                lossless=lossless,
+                evicting=evicting,
             )
             manager.stat_loggers.insert(0, ours)
             return

@@ -14,6 +14,9 @@ from .counters import DENSE_REASONS
 
 # Of a lossless engine's scheduler.
 DRAFT_COUNTS = ("verifications", "drafted_tokens", "accepted_tokens")
+# Where requests give blocks back.
+HELD_COUNTS = ("blocks_given_back", "state_rows", "state_share_ppm")
+HELD_NOW = ("requests_holding", "kv_bytes_held", "kv_bytes_held_most")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Figures:
             answer; as vLLM counts them, with what lies beyond an answer's end.
         drafts_now: tokens that a request drafts at a time, at present; None: not a
             lossless engine.
+        blocks_given_back: by requests while they ran (``streaming``, ``less``).
+        requests_holding, kv_bytes_held, kv_bytes_held_most: requests with blocks at
+            present, bytes of KV cache that they hold together (blocks that several
+            share count for each), and the one that holds most.
+        state_rows, state_share_ppm: ``less`` on CPUs: of a sample of the rows from
+            which something has left their number, and the sum of the shares of the
+            attention mass that the state carried, in millionths.
     """
 
     rows_sparse: int
@@ -52,6 +62,12 @@ class Figures:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     drafts_now: int | None = None
+    blocks_given_back: int = 0
+    state_rows: int = 0
+    state_share_ppm: int = 0
+    requests_holding: int = 0
+    kv_bytes_held: int = 0
+    kv_bytes_held_most: int = 0
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, int]) -> "Figures":
@@ -64,7 +80,7 @@ class Figures:
             kv_bytes_dense=counts.get("kv_bytes_dense", 0),
             kept=tuple(counts.get(f"kept_{i}", 0) for i in range(KEPT_BINS)),
             drafts_now=counts.get("drafts_now"),
-            **{name: counts.get(name, 0) for name in DRAFT_COUNTS},
+            **{n: counts.get(n, 0) for n in (*DRAFT_COUNTS, *HELD_COUNTS, *HELD_NOW)},
         )
 
     def __sub__(self, earlier: "Figures") -> "Figures":
@@ -79,7 +95,11 @@ class Figures:
             kv_bytes_dense=self.kv_bytes_dense - earlier.kv_bytes_dense,
             kept=tuple(now - then for now, then in zip(self.kept, earlier.kept)),
             drafts_now=self.drafts_now,
-            **{n: getattr(self, n) - getattr(earlier, n) for n in DRAFT_COUNTS},
+            **{n: getattr(self, n) for n in HELD_NOW},
+            **{
+                n: getattr(self, n) - getattr(earlier, n)
+                for n in (*DRAFT_COUNTS, *HELD_COUNTS)
+            },
         )
 
     @property
@@ -117,6 +137,18 @@ class Figures:
             return None
         return self.accepted_tokens / self.drafted_tokens
 
+    @property
+    def kv_bytes_held_mean(self) -> float | None:
+        """Of the requests that hold some at present; None: there are none."""
+        if not self.requests_holding:
+            return None
+        return self.kv_bytes_held / self.requests_holding
+
+    @property
+    def state_share(self) -> float | None:
+        """Mean share of the attention mass that states carried; None: no sample."""
+        return self.state_share_ppm / 1e6 / self.state_rows if self.state_rows else None
+
     @cached_property
     def kept_tokens(self) -> KeptTokens:
         """Tokens per sparse row and KV head: number, mean, p50 and p99."""
@@ -144,6 +176,19 @@ class Figures:
                 f"({self.draft_acceptance or 0:.1%} of {self.drafted_tokens} drafted "
                 f"tokens accepted; {self.drafts_now} drafts at a time now)"
             )
+        if self.blocks_given_back:
+            parts.append(f"{self.blocks_given_back} blocks given back")
+        if self.requests_holding:
+            mean, most = (
+                self.kv_bytes_held_mean / 2**20,
+                self.kv_bytes_held_most / 2**20,
+            )
+            parts.append(
+                f"{self.requests_holding} requests hold {mean:.1f} MiB in the mean, "
+                f"{most:.1f} at most"
+            )
+        if self.state_share is not None:
+            parts.append(f"states carry {self.state_share:.1%} of the attention mass")
         return f"{', '.join(parts)}; rows served dense: {dense or 'none'}"
 
 
@@ -163,6 +208,6 @@ def add_up(replies: Iterable[Mapping[str, int]]) -> Counter[str]:
     for reply in replies:
         for name, count in reply.items():
             rows = name.startswith("rows_") and reply["tp_rank"] == first
-            if rows or name.startswith("k"):
+            if rows or name.startswith(("k", "state_")):
                 total[name] += count
     return total

@@ -49,6 +49,18 @@ LOSSLESS_GAUGES = {
     "draft_acceptance": "Share of drafted tokens that were accepted, likewise.",
     "drafts_now": "Tokens that a request drafts at a time, at present.",
 }
+# Of engines whose requests give blocks back.
+EVICTING_COUNTERS = {
+    "blocks_given_back": "Blocks that requests gave back while they ran.",
+    "state_rows": "Rows of the sample in which states' shares are counted (CPUs).",
+    "state_share_ppm": "Shares of the mass that states carried there, in millionths.",
+}
+EVICTING_GAUGES = {
+    "requests_holding": "Requests that hold blocks, at present.",
+    "kv_bytes_held_mean": "Bytes of KV cache that a request holds, states included.",
+    "kv_bytes_held_most": "The same of the request that holds most.",
+    "state_share": "Share of the attention mass that states carried, last report.",
+}
 # Of an earlier engine of this process.
 _registered: list = []
 
@@ -62,12 +74,14 @@ class SparseStatLogger(AggregateStatLoggerBase):
         engine_indexes: list[int],
         beside: PrometheusStatLogger,
         lossless: bool = False,
+        evicting: bool = False,
     ) -> None:
         """
         Args:
             engine_indexes: of the engines whose statistics come here.
             beside: vLLM's logger, whose labels and metric classes are used.
             lossless: the engines draft, and have the metrics of that.
+            evicting: their requests give blocks back; likewise.
         """
         while _registered:
             with suppress(KeyError):
@@ -77,7 +91,9 @@ class SparseStatLogger(AggregateStatLoggerBase):
         self._beside = beside
         counter = beside._counter_cls
         counters = COUNTERS | (LOSSLESS_COUNTERS if lossless else {})
+        counters |= EVICTING_COUNTERS if evicting else {}
         gauges = GAUGES | (LOSSLESS_GAUGES if lossless else {})
+        gauges |= EVICTING_GAUGES if evicting else {}
         self._counters = {n: self._make(counter, n, d) for n, d in counters.items()}
         self._dense = self._make(
             counter, "rows_dense", "Rows served dense, by reason.", "reason"
@@ -140,6 +156,7 @@ class SparseStatLogger(AggregateStatLoggerBase):
             "verifications": figures.verifications,
             "drafted_tokens": figures.drafted_tokens,
             "accepted_tokens": figures.accepted_tokens,
+            **{name: getattr(figures, name) for name in EVICTING_COUNTERS},
         }
         for name, metric in self._counters.items():
             metric.labels(*labels).inc(counts[name])
@@ -156,10 +173,15 @@ class SparseStatLogger(AggregateStatLoggerBase):
             "accepted_length": figures.accepted_length,
             "draft_acceptance": figures.draft_acceptance,
             "drafts_now": figures.drafts_now,
+            "requests_holding": figures.requests_holding,
+            # What is over would otherwise stand for ever.
+            "kv_bytes_held_mean": figures.kv_bytes_held_mean or 0,
+            "kv_bytes_held_most": figures.kv_bytes_held_most,
+            "state_share": figures.state_share,
         }
         if figures.kept_tokens.rows:
             values["kept_tokens_p50"] = figures.kept_tokens.p50
             values["kept_tokens_p99"] = figures.kept_tokens.p99
         for name, value in values.items():
-            if value is not None:
+            if value is not None and name in self._gauges:
                 self._gauges[name].labels(*self._labels[engine]).set(value)

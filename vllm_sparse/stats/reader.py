@@ -65,6 +65,7 @@ class LiveReader:
             kv_bytes_read=totals.kv_bytes_read, kv_bytes_dense=totals.kv_bytes_dense
         )
         counts.update({f"rows_{k}": n for k, n in self.recorder.served.items()})
+        counts.update(self.recorder.states)
         return counts
 
     def _counts(

@@ -23,6 +23,8 @@ class StatsRecorder:
     # Of builders that are alive: vLLM makes some to measure its memory and drops them.
     counters: WeakSet[StepCounter] = field(default_factory=WeakSet)
     histograms: WeakSet[KeptHistograms] = field(default_factory=WeakSet)
+    # Of states, by samples: see methods.base.DecodeRows.
+    states: Counter[str] = field(default_factory=Counter)
     resets: int = 0
 
     def add_rows(self, layers: LayerKinds, **rows: int) -> None:
@@ -71,6 +73,7 @@ class StatsRecorder:
             counter.reset()
         self.totals = SparseStats()
         self.served.clear()
+        self.states.clear()
         self.resets += 1
 
 

@@ -37,6 +37,7 @@ class Reporter:
         log_stats: bool,
         engine_index: int,
         drafting=None,
+        held=None,
     ) -> None:
         """
         Args:
@@ -49,6 +50,8 @@ class Reporter:
                 line alone.
             drafting: the scheduler of a lossless engine, which counts its drafts
                 (``drafted``, ``drafts_now``); resets of the workers leave it alone.
+            held: of an engine whose requests give blocks back, what they hold
+                (:class:`vllm_sparse.plugin.held.HeldBlocks`); likewise.
         """
         self._make_stats = make_stats
         self._collective_rpc = collective_rpc
@@ -57,8 +60,8 @@ class Reporter:
         self._log_stats = log_stats
         self._engine_index = engine_index
         self._interval = REPORT_SECONDS if log_stats else LOG_SECONDS
-        self._drafting = drafting
-        self._drafted: Counter[str] = Counter()  # up to the last answer
+        self._drafting, self._held = drafting, held
+        self._scheduled: Counter[str] = Counter()  # up to the last answer
         self._working = True
         self._answer = None  # a future, while the workers are asked
         self._asked = self._logged = float("-inf")
@@ -87,14 +90,19 @@ class Reporter:
             raise RuntimeError("the engine sleeps: wake it up first")
         self._answer = None  # it would be older than this one
         counts = self._counts(self._collective_rpc(report, args=(True,)))
-        drafted = self._drafting.drafted if self._drafting else {}
-        return {**(counts - self._before), **drafted, **self._now()}
+        return {**(counts - self._before), **self._of_scheduler(), **self._now()}
+
+    def _of_scheduler(self) -> Counter[str]:
+        """Counts of this process."""
+        drafted = Counter(self._drafting.drafted if self._drafting else {})
+        return drafted + Counter(self._held.counts() if self._held else {})
 
     def _now(self) -> dict[str, int]:
         """What is not a count."""
-        if self._drafting is None:
-            return {}
-        return {"drafts_now": self._drafting.drafts_now}
+        now = (
+            {} if self._drafting is None else {"drafts_now": self._drafting.drafts_now}
+        )
+        return now | (self._held.now() if self._held else {})
 
     def make_stats(self, *args, **kwargs):
         """The scheduler's statistics, with what is new since the last ones."""
@@ -133,9 +141,8 @@ class Reporter:
     def _add(self, replies: list[dict[str, Any]], now: float) -> None:
         counts = self._counts(replies)
         new, self._seen = counts - self._seen, counts
-        if self._drafting is not None:
-            drafted = Counter(self._drafting.drafted)
-            new, self._drafted = new + (drafted - self._drafted), drafted
+        scheduled = self._of_scheduler()
+        new, self._scheduled = new + (scheduled - self._scheduled), scheduled
         self._to_send += new
         self._to_log += new
         if now - self._logged < LOG_SECONDS:

@@ -299,8 +299,11 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             if self.buffers is None or not self._captured:
                 self.buffers = held
         buffers = held
-        dense = last = None
-        if self.phase is not Phase.DRAFT and Phase.PREFILL in self.method.dense_phases:
+        dense = last = prompts = None
+        dense_prompts = Phase.PREFILL in self.method.dense_phases
+        if self.phase is not Phase.DRAFT and (
+            dense_prompts or self.method.prompts_as_rows
+        ):
             flags = prefilling(common, self)
             dense = rows_of_prompts(flags, num_decodes, self.device)
         seq_lens = common.seq_lens[:num_rows]
@@ -314,16 +317,29 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             seq_lens = buffers.seq_lens[:num_rows]
             rows = buffers.block_table[:num_rows, : table.shape[1]]
             table = torch.index_select(table, 0, request, out=rows)
+        slots = common.slot_mapping[:num_rows]
+        if dense is not None and not dense_prompts:
+            # They are no decode rows in the figures, however they are served.
+            prompts, dense = dense, None
+            new = common.query_start_loc_cpu.diff()[: len(flags)][flags].sum()
+            recorder.add_rows(self.counter.layers, prefill=int(new))
+            slots = slots.masked_fill(prompts, -1)
         budgets = buffers.budgets[:num_rows]
         torch.index_select(self.budget_tables[phase], 0, seq_lens, out=budgets)
         if dense is not None:
             # A prompt's last token is prefill even when it comes alone, or a
             # prefix-cache hit would change the first answer token.
             budgets.masked_fill_(dense, -1)
-        slots = common.slot_mapping[:num_rows]
         self.counter.add(seq_lens, budgets, slots, dense, last)
-        rows = buffers.rows(table[:num_rows], seq_lens, budgets, self.kept.by_layer)
-        return list(rows)
+        kept = self.kept.by_layer
+        rows = list(buffers.rows(table[:num_rows], seq_lens, budgets, kept))
+        first = 0
+        for part in rows:
+            part.states = recorder.states
+            if prompts is not None:
+                part.prompts = prompts[first : first + part.num_rows]
+            first += part.num_rows
+        return rows
 
     def _report_padding(self) -> None:
         spec = self.kv_cache_spec

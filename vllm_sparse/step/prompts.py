@@ -6,6 +6,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..config import EVICTING
+from ..methods import Phase
 from ..plugin.prompts import in_prompts
 from ..plugin.versions import init_logger
 
@@ -23,6 +24,9 @@ def prefilling(common: CommonAttentionMetadata, builder) -> torch.Tensor:
         known = common.is_prefilling
     if known is not None:
         return known
+    if Phase.PREFILL not in builder.method.dense_phases:
+        # Nothing but the figures depends on it.
+        return torch.zeros(common.num_reqs, dtype=torch.bool)
     if builder.config.selector in EVICTING:
         raise NotImplementedError(
             "vLLM does not say which rows are prompts here, and blocks that these "

@@ -5,6 +5,7 @@ section 4).
 
 The model is frozen and runs densely; each layer's features are trained by themselves
 to give that layer's output, behind its output projection, from sinks, window and state.
+Texts are recorded once, when a step first asks for them, and are trained on many times.
 The loss is the share of the squared error that is left of what sinks and window alone
 make. OUT gets ``checkpoint/`` for ``--attention-backend less``, ``run.json`` with
 losses and perplexities, and ``state.pt`` to go on from.
@@ -21,20 +22,27 @@ import torch
 
 from .. import checkpoint
 from ..cache.layout import BLOCK_SIZE, STATE_RANK
-from ..methods.less import KIND, LEAST, Kernels, described
+from ..methods.less import KIND, Kernels, described
 from .corpus import Corpus
-from .forward import hidden_states, load_model, token_losses
+from .forward import load_model
+from .less_evaluate import Evaluation, forward
+from .less_rows import Kept, Rows
 from .loop import Optimisation, train
 from .options import parser_of, print_state
 from .recorded import attending, causal
 
-NEEDS = """needs, for SmolLM2-135M: 6 GB of memory at 2,048 tokens on a CPU, some 10
-seconds a step of two cores; a GPU was not tried."""
-PERPLEXITY_ROWS = 512  # scored at a time
+NEEDS = """needs, for SmolLM2-135M: 75 MB of memory a text of 2,048 tokens beside 2 GB;
+on one thread of a CPU 6 seconds to record a text and 0.5 a step; a GPU was not
+tried."""
+CALIBRATION_TEXTS = 4
+# A scale's logarithm is trained divided by this, so that it moves faster than weights.
+SCALE = 10.0
+# Of a state's mass from that of what has left, in nats: tried at first.
+OFFSETS = [*range(-8, 3)]
 
 
 def new_kernels(config, hidden: int, seed: int) -> list[Kernels]:
-    """Of every layer, as the authors begin: uniform, the state almost silent."""
+    """Of every layer: uniform; scales as LessTrainee has them, a logarithm of 0."""
     generator = torch.Generator().manual_seed(seed)
     heads, kv_heads, size = (
         config.num_attention_heads,
@@ -53,182 +61,138 @@ def new_kernels(config, hidden: int, seed: int) -> list[Kernels]:
             k1=uniform(kv_heads, size, hidden),
             k2=uniform(kv_heads, hidden, STATE_RANK),
             k3=uniform(kv_heads, STATE_RANK, STATE_RANK),
-            s1=torch.full((kv_heads, STATE_RANK), 1e-4),
+            s1=torch.zeros(kv_heads, STATE_RANK),
             s2=torch.full((kv_heads, STATE_RANK), 1e-4),
         )
 
     return [of_layer() for _ in range(config.num_hidden_layers)]
 
 
-def kept_tokens(
-    rows: torch.Tensor, length: int, sinks: int, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What positions attend to exactly, and what has left: [n, length] bool both."""
-    first = (rows // BLOCK_SIZE * BLOCK_SIZE - window).clamp(min=0)
-    token = torch.arange(length, device=rows.device)
-    past = token <= rows[:, None]
-    kept = past & ((token < sinks) | (token >= first[:, None]))
-    return kept, past & ~kept
-
-
-def attend_rows(
-    kernels: Kernels | None, rows, query, key, value, scale, sinks, window
-) -> torch.Tensor:
-    """Attention of the positions ``rows``: [heads, n, D] fp32; without kernels, of
-    sinks and window alone.
-
-    Args:
-        query: [heads, length, D] of all positions, after RoPE.
-        key, value: [kv heads, length, D].
-    """
-    group = query.shape[0] // key.shape[0]
-    kept, left = kept_tokens(rows, query.shape[1], sinks, window)
-    query = query[:, rows].float()
-    keys = key.float().repeat_interleave(group, 0)
-    values = value.float().repeat_interleave(group, 0)
-    logits = (query @ keys.mT * scale).masked_fill(~kept, -math.inf)
-    if kernels is None:
-        return logits.softmax(-1) @ values
-    lse = logits.logsumexp(-1, keepdim=True)
-    psi = kernels.psi(key).repeat_interleave(group, 0)
-    weights = (kernels.phi(query) @ psi.mT) * left
-    mass = weights.sum(-1, keepdim=True).clamp(min=LEAST)
-    total = torch.logaddexp(lse, mass.log())
-    return (logits - total).exp() @ values + weights @ values * (-total).exp()
-
-
 class LessTrainee:
     """Features of all layers; windows of a corpus."""
 
-    def __init__(self, model, corpus: Corpus, kernels: list[Kernels], args) -> None:
+    def __init__(self, model, corpus: Corpus, args) -> None:
         self.model, self.corpus, self.args = model, corpus, args
-        self.layers = [
-            Kernels(
-                **{
-                    f.name: torch.nn.Parameter(getattr(k, f.name).to(model.device))
-                    for f in fields(Kernels)
-                }
-            )
-            for k in kernels
+        self.kept = Kept(args.sinks, args.window, args.block)
+        self._recorded: dict[int, list[Rows]] = {}
+        self._evaluation: Evaluation | None = None
+        kernels = [
+            {f.name: getattr(k, f.name).to(model.device) for f in fields(Kernels)}
+            for k in new_kernels(model.config, args.hidden, args.seed)
         ]
+        self._parameters = [
+            {name: torch.nn.Parameter(t) for name, t in of_layer.items()}
+            for of_layer in kernels
+        ]
+        texts = [self._text(i) for i in range(min(CALIBRATION_TEXTS, args.texts))]
+        # What errors are shares of, by layer.
+        self.alone = [0.0] * len(kernels)
+        for layer, parameters in enumerate(self._parameters):
+            rows = [text[layer] for text in texts]
+            with torch.no_grad():
+                scale = self._scale(layer, rows)
+                parameters["s1"] += scale[:, None] / SCALE
+                errors = [self._error(layer, r, r.exact.float()) for r in rows]
+            self.alone[layer] = float(torch.stack(errors).mean())
+
+    @property
+    def layers(self) -> list[Kernels]:
+        """As they are served."""
+        return [self._kernels(layer) for layer in range(len(self._parameters))]
+
+    def _kernels(self, layer: int, scale: torch.Tensor | float = 0.0) -> Kernels:
+        """
+        Args:
+            scale: [kv heads], added to the logarithm of the state's mass.
+        """
+        given = self._parameters[layer]
+        # A state must take as much mass as what has left had, which differs by many
+        # orders of magnitude between heads: as a logarithm any is near.
+        more = torch.as_tensor(scale, device=given["s1"].device)[..., None]
+        return Kernels(**given | {"s1": (given["s1"] * SCALE + more).exp()})
+
+    def _scale(self, layer: int, rows: list[Rows]) -> torch.Tensor:
+        """What makes a head's squared error least, which is near where the state's mass
+        is that of what has left: a logarithm, [kv heads]."""
+        shape = (rows[0].key.shape[0], -1)
+        apart = [r.mass_left() - r.merged(self._kernels(layer))[1] for r in rows]
+        middle = torch.cat([a.reshape(shape) for a in apart], 1).median(1).values
+        errors = []
+        for offset in OFFSETS:
+            scale = middle + offset
+            error = 0.0
+            for r in rows:
+                found = r.merged(self._kernels(layer, scale))[0] - r.expected.float()
+                error = error + found.square().reshape(shape).sum(1)
+            errors.append(error)
+        return middle + torch.tensor(OFFSETS)[torch.stack(errors).argmin(0)].to(middle)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
-            f"layers.{i}.{f.name}": getattr(kernels, f.name)
-            for i, kernels in enumerate(self.layers)
+            f"layers.{layer}.{name}": parameter
+            for layer, parameters in enumerate(self._parameters)
+            for name, parameter in parameters.items()
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of a checkpoint."""
+        return {
+            f"layers.{layer}.{f.name}": getattr(kernels, f.name).detach()
+            for layer, kernels in enumerate(self.layers)
             for f in fields(Kernels)
         }
 
     def losses(self, step: int) -> Iterator[tuple[torch.Tensor, int]]:
-        args, rng = self.args, np.random.default_rng([self.args.seed, step])
+        args = self.args
+        epoch, place = divmod(step * args.batch, args.texts)
+        order = np.random.default_rng([args.seed, epoch, 1]).permutation(args.texts)
+        for number in order[place : place + args.batch]:
+            text = self._text(int(number))
+            for layer, rows in enumerate(text):
+                found = rows.merged(self._kernels(layer))[0]
+                share = self._error(layer, rows, found) / self.alone[layer]
+                # Layers are independent: each has a graph of its own.
+                yield share / len(text) / args.batch, args.length // len(text)
+
+    def _text(self, number: int) -> list[Rows]:
+        """What all layers make of a text; recorded when first asked for."""
+        if number in self._recorded:
+            return self._recorded[number]
+        args, rng = self.args, np.random.default_rng([self.args.seed, number])
         kind = "code" if rng.random() < args.code else "prose"
         ids = self.corpus.window(f"train-{kind}", args.length, rng)
         # From where something has left.
-        first = args.sinks + args.window + BLOCK_SIZE
-        rows = torch.from_numpy(rng.choice(np.arange(first, args.length), args.rows))
-        rows = rows.sort().values.to(self.model.device)
-        found = []
+        candidates = np.arange(self.kept.tokens, args.length)
+        chosen = rng.choice(candidates, min(args.rows, len(candidates)), replace=False)
+        rows = torch.from_numpy(chosen).sort().values.to(self.model.device)
+        found: list[Rows] = []
 
         def record(layer, query, key, value, scale):
             out = causal(layer, query, key, value, scale)
-            found.append(
-                self._loss(layer, rows, query, key, value, scale, out[:, rows])
-            )
-            # Layers are independent: the graph of each ends with its own loss.
-            found[-1].backward()
-            found[-1] = found[-1].detach()
+            given = (rows, query, key, value, scale, self.kept)
+            found.append(Rows.recorded(*given, out))
             return out
 
         with attending(self.model, record):
-            self._forward(ids)
-        # The gradients are there already.
-        yield torch.stack(found).sum().requires_grad_(), args.length
+            forward(self.model, ids)
+        self._recorded[number] = found
+        return found
 
-    def _forward(self, ids: np.ndarray) -> torch.Tensor:
-        tokens = torch.from_numpy(ids)[None].to(self.model.device)
-        positions = torch.arange(len(ids), device=self.model.device)[None]
-        with torch.no_grad():
-            return hidden_states(self.model, tokens, positions)
-
-    def _loss(self, layer, rows, query, key, value, scale, expected) -> torch.Tensor:
-        given = (rows, query, key, value, scale, self.args.sinks, self.args.window)
+    def _error(self, layer: int, rows: Rows, found: torch.Tensor) -> torch.Tensor:
+        """Mean square behind the output projection."""
         project = self.model.model.layers[layer].self_attn.o_proj
-
-        def error(found):
-            apart = (found - expected.float()).transpose(0, 1).flatten(1)
-            return (apart @ project.weight.float().T).square().mean()
-
-        with torch.no_grad():
-            alone = error(attend_rows(None, *given))
-        with torch.enable_grad():
-            return (
-                error(attend_rows(self.layers[layer], *given))
-                / alone
-                / len(self.layers)
-            )
+        apart = (found - rows.expected.float()).transpose(0, 1).flatten(1)
+        return (apart @ project.weight.float().T).square().mean()
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Perplexities of held-out text where something has left, the same windows each
-        time: dense; sinks and window; the same with the state's bytes as more tokens of
-        the window; with the state."""
-        args, rng = self.args, np.random.default_rng(1)
-        more = args.window + state_tokens(self.model, args.sinks + args.window)
-        arms: dict[str, tuple[bool, int] | None] = {
-            "dense": None,
-            "window": (False, args.window),
-            "window_plus": (False, more),
-            "less": (True, args.window),
-        }
-        nats: dict[str, dict[str, float]] = {}
-        for kind in ("prose", "code"):
-            drawn = [
-                self.corpus.window(f"heldout-{kind}", args.length, rng)
-                for _ in range(args.evaluate_samples)
-            ]
-            nats[kind] = {
-                name: float(np.mean([self._nats(ids, arm) for ids in drawn]))
-                for name, arm in arms.items()
-            }
-        perplexity = {
-            kind: {name: round(math.exp(n), 3) for name, n in found.items()}
-            for kind, found in nats.items()
-        }
-        closed = {
-            f"closed_of_{name}": {
-                kind: round((n[name] - n["less"]) / (n[name] - n["dense"]), 4)
-                for kind, n in nats.items()
-            }
-            for name in ("window", "window_plus")
-        }
-        return {"perplexity": perplexity, **closed, "window_plus_tokens": more}
-
-    def _nats(self, ids: np.ndarray, arm: tuple[bool, int] | None) -> float:
+        """Of :class:`Evaluation`, for every window that was asked for."""
         args = self.args
-        first = args.sinks + args.window + BLOCK_SIZE
-
-        def attend(layer, query, key, value, scale):
-            if arm is None:
-                return causal(layer, query, key, value, scale)
-            kernels = self.layers[layer] if arm[0] else None
-            rows = torch.arange(query.shape[1], device=query.device)
-            parts = [
-                attend_rows(kernels, r, query, key, value, scale, args.sinks, arm[1])
-                for r in rows.split(PERPLEXITY_ROWS)
-            ]
-            return torch.cat(parts, 1)
-
-        with attending(self.model, attend):
-            hidden = self._forward(ids)[0, first - 1 : -1]
-        targets = torch.from_numpy(ids[first:]).to(hidden.device)
-        return float(token_losses(hidden, self.model.lm_head.weight, targets).mean())
-
-
-def state_tokens(model, kept: int) -> int:
-    """Tokens that the states of kept blocks cost: fp32 beside 16-bit rows."""
-    size = model.config.head_dim
-    share = 4 * STATE_RANK * (size + 1) / (BLOCK_SIZE * 4 * size)
-    return math.ceil(share * (kept + BLOCK_SIZE))
+        if self._evaluation is None:
+            windows = args.evaluate_windows or [args.window]
+            given = (self.kept, windows, args.length, args.evaluate_samples)
+            self._evaluation = Evaluation(self.model, self.corpus, *given)
+        return {"by_window": self._evaluation.report(self.layers)}
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
@@ -236,10 +200,10 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         "less",
         __doc__,
         NEEDS,
-        steps=150,
-        learning_rate=3e-3,
-        warmup=10,
-        save_every=25,
+        steps=1500,
+        learning_rate=4e-3,
+        warmup=20,
+        save_every=250,
         evaluate_every=0,
         evaluate_samples=4,
     )
@@ -247,20 +211,48 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("model", type=Path, help="folder of a llama model in transformers' format")
     add("--sinks", type=int, default=BLOCK_SIZE, help="first tokens that stay")
     add("--window", type=int, default=2 * BLOCK_SIZE, help="tokens of the window")
-    add("--length", type=int, default=2048, help="tokens of a sequence")
-    add("--rows", type=int, default=256, help="positions of a sequence trained on")
+    add(
+        "--block",
+        type=int,
+        default=BLOCK_SIZE,
+        choices=(1, BLOCK_SIZE),
+        help="windows begin with one; what 1 gives is for comparison, not served",
+    )
+    add("--length", type=int, default=2048, help="tokens of a text")
+    add("--texts", type=int, default=64, help="that are recorded")
+    add("--batch", type=int, default=1, help="texts of a step")
+    add("--rows", type=int, default=256, help="positions of a text trained on")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the frozen model; auto: bfloat16 on GPUs, float32 on CPUs, of which "
+        "those with 16-bit products are twice as fast with bfloat16",
+    )
     add("--hidden", type=int, default=64, help="numbers between a feature's layers")
+    add(
+        "--evaluate-windows",
+        type=int,
+        nargs="+",
+        help="to evaluate; by default that which is trained",
+    )
     args = parser.parse_args(argv)
-    for name in ("sinks", "window"):
-        least = BLOCK_SIZE if name == "window" else 0
-        if getattr(args, name) % BLOCK_SIZE or getattr(args, name) < least:
-            parser.error(f"--{name} must be a multiple of {BLOCK_SIZE} from {least} on")
-    if args.length <= args.sinks + args.window + 2 * BLOCK_SIZE:
+    least = {"sinks": 0, "window": args.block}
+    for name in least:
+        if getattr(args, name) % args.block or getattr(args, name) < least[name]:
+            parser.error(
+                f"--{name} must be a multiple of {args.block} from {least[name]} on"
+            )
+    longest = max(args.evaluate_windows or [], default=0)
+    if args.length <= args.sinks + max(args.window, longest) + 2 * args.block:
         parser.error("--length leaves nothing that has left the window")
+    if args.texts % args.batch:
+        parser.error("--texts must be a multiple of --batch")
     return args
 
 
-RECIPE = ["sinks", "window", "length", "rows", "hidden", "code", "seed", "steps"]
+RECIPE = ["sinks", "window", "block", "length", "texts", "batch", "rows", "hidden"]
+RECIPE += ["code", "dtype", "seed", "steps"]
 
 
 def main(argv: list[str]) -> None:
@@ -268,11 +260,12 @@ def main(argv: list[str]) -> None:
     args = arguments_of(argv)
     corpus = Corpus(args.data, args.model)
     model = load_model(args.model, torch.device(args.device))
-    kernels = new_kernels(model.config, args.hidden, args.seed)
-    trainee = LessTrainee(model, corpus, kernels, args)
+    if args.dtype != "auto":
+        model.to(getattr(torch, args.dtype))
     recipe = {name: getattr(args, name) for name in RECIPE}
     recipe |= {"base_sha256": checkpoint.base_hash(args.model)}
     recipe |= {"data_sha256": corpus.digest}
+    trainee = LessTrainee(model, corpus, args)
     report = train(
         trainee,
         Optimisation(args.steps, args.learning_rate, args.warmup, clip=math.inf),
@@ -284,7 +277,7 @@ def main(argv: list[str]) -> None:
     )
     config = described(model.config, args.hidden, args.sinks, args.window)
     how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
-    tensors = {name: p.detach() for name, p in trainee.parameters().items()}
     folder = args.out / "checkpoint"
+    tensors = trainee.tensors()
     checkpoint.save(folder, KIND, tensors, args.model, config, how, corpus.digest)
     print_state(folder, report, args.steps)

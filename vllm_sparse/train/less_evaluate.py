@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
+"""What a model makes of held-out text where something has left, by what is kept of it:
+dense; sinks and window; the same with the state's bytes spent on more tokens; with the
+state."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..cache.layout import BLOCK_SIZE, STATE_RANK
+from ..methods.less import Kernels
+from .corpus import Corpus
+from .forward import hidden_states, token_losses
+from .less_rows import Kept, Rows, attend_exactly
+from .recorded import attending, causal
+
+ROWS_AT_ONCE = 128
+
+
+def state_tokens(head_size: int, kept: Kept) -> int:
+    """Tokens that states cost: fp32 beside 16-bit rows; a state with each kept block,
+    or one where no blocks are kept."""
+    states = math.ceil(kept.tokens / BLOCK_SIZE) if kept.block == BLOCK_SIZE else 1
+    return math.ceil(states * 4 * STATE_RANK * (head_size + 1) / (4 * head_size))
+
+
+def nats(
+    model, ids: np.ndarray, scored: int, kept: Kept | None, layers: list[Kernels] | None
+) -> float:
+    """Mean over the tokens of a text from ``scored`` on.
+
+    Args:
+        kept: what positions attend to; None: everything.
+        layers: the states' kernels; None: there is no state.
+    """
+
+    def attend(layer, query, key, value, scale):
+        if kept is None:
+            return causal(layer, query, key, value, scale)
+        before = slice(0, scored - 1)
+        out = causal(layer, *(t[:, before] for t in (query, key, value)), scale)
+        rows = torch.arange(scored - 1, len(ids), device=query.device)
+        parts = [
+            attend_exactly(part, query, key, value, scale, kept)
+            for part in rows.split(ROWS_AT_ONCE)
+        ]
+        exact, lse = (torch.cat(tensors, 1) for tensors in zip(*parts))
+        if layers is not None:
+            found = Rows(kept, rows, query[:, rows], key, value, exact, lse)
+            exact = found.merged(layers[layer])[0]
+        return torch.cat([out, exact], 1)
+
+    with attending(model, attend), torch.no_grad():
+        hidden = forward(model, ids)[0, scored - 1 : -1]
+    targets = torch.from_numpy(ids[scored:]).to(hidden.device)
+    return float(token_losses(hidden, model.lm_head.weight, targets).mean())
+
+
+def forward(model, ids: np.ndarray) -> torch.Tensor:
+    """Last hidden states of a text: [1, length, hidden size]."""
+    tokens = torch.from_numpy(ids)[None].to(model.device)
+    positions = torch.arange(len(ids), device=model.device)[None]
+    with torch.no_grad():
+        return hidden_states(model, tokens, positions)
+
+
+class Evaluation:
+    """The same texts at every call.
+
+    Args:
+        windows: that take the place of ``kept.window``, one after another.
+        length, samples: of the texts of each kind.
+    """
+
+    def __init__(
+        self,
+        model,
+        corpus: Corpus,
+        kept: Kept,
+        windows: list[int],
+        length: int,
+        samples: int,
+    ) -> None:
+        self.model = model
+        rng = np.random.default_rng(1)
+        self.texts = {
+            kind: [
+                corpus.window(f"heldout-{kind}", length, rng) for _ in range(samples)
+            ]
+            for kind in ("prose", "code")
+        }
+        self.kept = [replace(kept, window=window) for window in windows]
+        # From where something has left, whatever the window.
+        self.scored = kept.tokens - kept.window + max(windows)
+        # Nats of what needs no training: by kind and what is kept.
+        self._known: dict[tuple[str, Kept | None], float] = {}
+
+    def report(self, layers: list[Kernels]) -> dict[str, dict]:
+        """By window: ``perplexity`` {kind: {arm: ...}}, ``closed_of_window`` and
+        ``closed_of_window_plus`` {kind: share of the gap in nats between that arm and
+        dense which the state closes}, ``tokens`` and ``window_plus_tokens``."""
+        return {str(kept.window): self._of_window(kept, layers) for kept in self.kept}
+
+    def _of_window(self, kept: Kept, layers: list[Kernels]) -> dict:
+        more = state_tokens(self.model.config.head_dim, kept)
+        plus = replace(kept, window=kept.window + more)
+        found = {
+            kind: {
+                "dense": self._untrained(kind, None),
+                "window": self._untrained(kind, kept),
+                "window_plus": self._untrained(kind, plus),
+                "less": self._mean(kind, kept, layers),
+            }
+            for kind in self.texts
+        }
+        perplexity = {
+            kind: {name: round(math.exp(n), 3) for name, n in arms.items()}
+            for kind, arms in found.items()
+        }
+        closed = {
+            f"closed_of_{name}": {
+                kind: round((n[name] - n["less"]) / (n[name] - n["dense"]), 4)
+                for kind, n in found.items()
+            }
+            for name in ("window", "window_plus")
+        }
+        tokens = {"tokens": kept.tokens, "window_plus_tokens": plus.tokens}
+        return {"perplexity": perplexity, **closed, **tokens}
+
+    def _untrained(self, kind: str, kept: Kept | None) -> float:
+        if (kind, kept) not in self._known:
+            self._known[kind, kept] = self._mean(kind, kept, None)
+        return self._known[kind, kept]
+
+    def _mean(self, kind: str, kept: Kept | None, layers) -> float:
+        given = (self.scored, kept, layers)
+        return float(np.mean([nats(self.model, t, *given) for t in self.texts[kind]]))
