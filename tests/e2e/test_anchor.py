@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 from vllm_sparse.anchor_config import FILE, AnchorConfig  # noqa: E402
 from vllm_sparse.cache.lines import anchors, line_starts, visible  # noqa: E402
+from vllm_sparse.stats import live_figures  # noqa: E402
 
 from .engines import (  # noqa: E402
     COLD,
@@ -125,19 +126,28 @@ def test_what_old_lines_held_is_given_back(folder):
     """Read from the pool: a context of 2,000 tokens in 6 blocks, of which it would take
     16; at least 70 % of the blocks of old lines are free."""
     (prompt,) = random_prompts(300)
-    held, count = [], 1700
+    held, seen, count = [], [], 1700
     with anchored(folder, max_num_batched_tokens=256) as llm:
         blocks = pool(llm)
         with few_free_blocks(llm, 6):
             add(llm, "long", prompt, greedy(count, detokenize=False))
-            finished = step_until_done(
-                llm, lambda: held.append(6 - blocks.get_num_free_blocks())
-            )
+
+            def watch():
+                held.append(6 - blocks.get_num_free_blocks())
+                if len(held) == count - 100:
+                    seen.append(live_figures(llm))
+
+            finished = step_until_done(llm, watch)
     assert len(finished["long"]) == count
     anchor_blocks = 2
     lines = (len(prompt) + count) // 128
     assert max(held[-500:-1]) <= anchor_blocks + 3
     assert 1 - (max(held[-500:-1]) - anchor_blocks) / lines >= 0.7
+    (figures,) = seen
+    page = 2 * (128 * 2 * 64 * 4 + 128 * 4) * 3  # heads, rows and marks, layers
+    assert figures.kv_bytes_held == page * held[count - 101]
+    lines = (len(prompt) + count - 100) // 128
+    assert figures.blocks_given_back in (lines - 1, lines - 2)
 
 
 def test_preempted_requests_give_the_same_answers(folder):

@@ -8,7 +8,6 @@ tokens: the anchors'. So vLLM's own managers free what old lines leave, count wh
 request needs, and find what the prefix cache still has of both.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheLayout,
-    SlidingWindowSpec,
     replace_as,
 )
 
@@ -34,6 +32,7 @@ from ..cache.lines import LINE_GROUP
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
 from ..step.anchors import AnchorStep
+from .line_blocks import ArenaSpec, LinesSpec
 
 SUFFIX = ".anchors"
 BACKEND = "--attention-backend anchor"
@@ -90,20 +89,19 @@ class AnchorCache(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return ArenaBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ArenaSpec:
         # With room for marks, as the layer's own.
         backend = self.layer.get_attn_backend()
         spec = backend.customize_spec(self.spec_of_layer(vllm_config))
         size = spec.block_size * LINE_GROUP
-        return replace(spec, block_size=size, tokens_per_state=LINE_GROUP)
+        changes = dict(block_size=size, tokens_per_state=LINE_GROUP)
+        return replace_as(spec, ArenaSpec, **changes)
 
-    def lines_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
+    def lines_spec(self, vllm_config: VllmConfig) -> LinesSpec:
         """The layer's own."""
         spec = self.spec_of_layer(vllm_config)
         drop = ("sliding_window", "attention_chunk_size", "non_causal")
-        return replace_as(
-            spec, SlidingWindowSpec, drop=drop, sliding_window=2 * BLOCK_SIZE
-        )
+        return replace_as(spec, LinesSpec, drop=drop, sliding_window=2 * BLOCK_SIZE)
 
 
 def rules_of(model: str, revision: str | None) -> AnchorConfig:

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from ..cache.eviction import LAG_BLOCKS, Eviction
 from ..cache.layout import BLOCK_SIZE
+from .held import CountsBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class EvictingSpec(FullAttentionSpec):
         return replace(super().merge(specs), **own)
 
 
-class EvictingManager(FullAttentionManager):
+class EvictingManager(CountsBlocks, FullAttentionManager):
     """Frees what no later position needs."""
 
     # What is left of a context ends with a whole block.
@@ -96,16 +97,6 @@ class EvictingManager(FullAttentionManager):
         # that a preempted one computes anew.
         self._dense_until: dict[str, float] = {}
         self._new: set[str] = set()
-        self.given_back = 0  # blocks since the engine started
-
-    def held_blocks(self) -> dict[str, int]:
-        """Of every request that has some; blocks that requests share count for each."""
-        null = self._null_block
-        return {
-            name: sum(block != null for block in blocks)
-            for name, blocks in self.req_to_blocks.items()
-            if blocks
-        }
 
     def get_num_blocks_to_allocate(
         self, request_id: str, *args, prefill_end: int = 0, **kwargs
@@ -138,17 +129,6 @@ class EvictingManager(FullAttentionManager):
         if spec.eviction.prompts or done >= self._dense_until.get(request_id, inf):
             gone = spec.gone(done)
             self._remove_blocks_in_range(request_id, gone.start, gone.stop)
-
-    def _remove_blocks_in_range(
-        self, request_id: str, first_block: int, last_block: int
-    ) -> None:
-        # Those before are null already: vLLM, too, looks from the end for the first.
-        blocks = self.req_to_blocks.get(request_id, ())[first_block:last_block]
-        for block in reversed(blocks):
-            if block == self._null_block:
-                break
-            self.given_back += 1
-        super()._remove_blocks_in_range(request_id, first_block, last_block)
 
     def pop_blocks_for_free(self, request_id: str):
         self._dense_until.pop(request_id, None)

@@ -5,7 +5,31 @@ scheduler's process, so no worker is asked."""
 
 from collections.abc import Iterable
 
-from .evicting import EvictingManager
+
+class CountsBlocks:
+    """Goes before a manager of vLLM's in the bases."""
+
+    given_back = 0  # blocks since the engine started
+
+    def held_blocks(self) -> dict[str, int]:
+        """Of every request that has some; blocks that requests share count for each."""
+        null = self._null_block
+        return {
+            name: sum(block != null for block in blocks)
+            for name, blocks in self.req_to_blocks.items()
+            if blocks
+        }
+
+    def _remove_blocks_in_range(
+        self, request_id: str, first_block: int, last_block: int
+    ) -> None:
+        # Those before are null already: vLLM, too, looks from the end for the first.
+        blocks = self.req_to_blocks.get(request_id, ())[first_block:last_block]
+        for block in reversed(blocks):
+            if block == self._null_block:
+                break
+            self.given_back += 1
+        super()._remove_blocks_in_range(request_id, first_block, last_block)
 
 
 class HeldBlocks:
@@ -16,7 +40,7 @@ class HeldBlocks:
             layers, on all ranks.
     """
 
-    def __init__(self, managers: Iterable[tuple[EvictingManager, int]]) -> None:
+    def __init__(self, managers: Iterable[tuple[CountsBlocks, int]]) -> None:
         self._managers = tuple(managers)
 
     @classmethod
@@ -31,7 +55,7 @@ class HeldBlocks:
         found = [
             (m, m.kv_cache_spec.page_size_bytes * len(group.layer_names) * ranks)
             for m, group in zip(cache.coordinator.single_type_managers, groups)
-            if isinstance(m, EvictingManager)
+            if isinstance(m, CountsBlocks)
         ]
         return cls(found) if found else None
 

@@ -44,7 +44,8 @@ class Figures:
             answer; as vLLM counts them, with what lies beyond an answer's end.
         drafts_now: tokens that a request drafts at a time, at present; None: not a
             lossless engine.
-        blocks_given_back: by requests while they ran (``streaming``, ``less``).
+        blocks_given_back: by requests while they ran (``streaming``, ``less``,
+            ``anchor``).
         requests_holding, kv_bytes_held, kv_bytes_held_most: requests with blocks at
             present, bytes of KV cache that they hold together (blocks that several
             share count for each), and the one that holds most.
