@@ -14,7 +14,7 @@ ROOT = Path(vllm_sparse.__file__).parent
 ORDER = [
     "selectors plugin.registry plugin.channel",
     "plugin.versions",
-    "config option_rules cache checkpoint",
+    "config option_rules cache checkpoint anchor_config",
     "ops kernels",
     "methods",
     "stats",
@@ -75,7 +75,13 @@ def test_arrows_point_one_way():
 def test_training_stands_alone():
     """Nothing needs it, and it needs no part that needs vLLM."""
     is_train = lambda name: name.split(".")[0] == "train"
-    shared = ("checkpoint", "cache.layout", "methods.less")
+    shared = (
+        "checkpoint",
+        "anchor_config",
+        "cache.layout",
+        "cache.lines",
+        "methods.less",
+    )
     crossing = [
         (name, other)
         for name in FILES
