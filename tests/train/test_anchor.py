@@ -187,6 +187,7 @@ def test_options_that_contradict_are_refused(capsys):
         ("--arm control --lower-layers 2:0", "are of --arm anchor"),
         ("--lower-layers 2:0 --compile", "does not go with --lower-layers"),
         ("--lower-layers 2", "invalid pairs value"),
+        ("--cudnn --device cpu", "is of GPUs, not of --device cpu"),
     ):
         with pytest.raises(SystemExit):
             anchor.arguments_of(["model", "--data", "d", "--out", "o", *more.split()])

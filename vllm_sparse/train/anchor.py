@@ -14,10 +14,12 @@ again, after --minutes or an interruption.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checkpoint
 from ..anchor_config import AnchorConfig
@@ -31,11 +33,11 @@ from .merge import ANCHOR_KINDS
 from .options import parser_of, print_state
 
 NEEDS = """needs, for SmolLM2-135M and the defaults (49 million tokens): a GPU of 80 GB
-(of 40 GB with --micro-tokens 16384), 4 GB of host memory and, by estimate, 8 to 12
-minutes of an H200 for an arm. The mask is dense, and goes through PyTorch's
-memory-efficient or cuDNN kernels. On a CPU toy sizes only: some hundred tokens a
-second. --full needs 4 GB of GPU memory more, and its checkpoint has the model's size
-instead of 15 MB."""
+(of 40 GB with --micro-tokens 16384), 4 GB of host memory and, by estimate, 8 to 13
+minutes of an H200 for the anchors, 6 for the control. The mask is dense, and goes
+through PyTorch's memory-efficient kernels, or cuDNN's (--cudnn: try which are faster).
+On a CPU toy sizes only: some hundred tokens a second. --full needs 4 GB of GPU memory
+more, and its checkpoint has the model's size instead of 15 MB."""
 
 
 class Training:
@@ -63,11 +65,16 @@ class Training:
             windows.append(self.corpus.window(f"train-{kind}", args.length, rng))
         return torch.from_numpy(np.stack(windows))
 
-    def autocast(self) -> torch.autocast:
-        """Products in bf16 where weights are fp32 (``--full``) on a GPU."""
+    @contextmanager
+    def computing(self):
+        """Products in bf16 where weights are fp32 (``--full``) on a GPU; attention in
+        the kernels asked for."""
         device = self.model.device.type
-        enabled = device == "cuda" and self.args.full
-        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+        bf16 = device == "cuda" and self.args.full
+        cudnn = [SDPBackend.CUDNN_ATTENTION]
+        kernels = sdpa_kernel(cudnn) if self.args.cudnn else nullcontext()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16), kernels:
+            yield
 
     def losses(self, step: int) -> Iterator[tuple[torch.Tensor, int]]:
         """Mean of the step's cross-entropy, in micro-batches."""
@@ -76,7 +83,7 @@ class Training:
         for part in batch.split(windows):
             ids = part.to(self.model.device)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            with self.autocast():
+            with self.computing():
                 hidden = self.forward(ids, positions)[:, :-1].flatten(0, 1)
                 losses = token_losses(
                     hidden, self.model.lm_head.weight, ids[:, 1:].flatten()
@@ -84,7 +91,7 @@ class Training:
             yield losses.sum() / batch[:, 1:].numel(), ids.numel()
 
     def evaluate(self) -> dict:
-        with self.autocast():
+        with self.computing():
             return self.tests()
 
 
@@ -128,11 +135,15 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--modules", nargs="+", default=changed, help="changed layers")
     full = "train all weights: try a rate of 1e-4; too large to be shipped"
     add("--full", action="store_true", help=full)
+    cudnn = "attention by cuDNN alone, not by the kernels that PyTorch prefers"
+    add("--cudnn", action="store_true", help=cudnn)
     add("--compile", action="store_true", help="layers by torch.compile")
     add("--evaluate-lengths", type=int, nargs="+", default=[2048], help="tokens")
     args = parser.parse_args(argv)
     if args.arm == "control" and (args.lower_layers or args.blind_anchors):
         parser.error("--lower-layers and --blind-anchors are of --arm anchor")
+    if args.cudnn and not args.device.startswith("cuda"):
+        parser.error(f"--cudnn is of GPUs, not of --device {args.device}")
     if args.compile and args.lower_layers:
         parser.error("--compile does not go with --lower-layers: leave one out")
     return args
