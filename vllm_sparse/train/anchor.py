@@ -13,8 +13,9 @@ again, after --minutes or an interruption.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from . import lora
 from .anchored import Anchored, line_ends
 from .corpus import Corpus
 from .forward import hidden_states, load_model, token_losses
-from .held_out import perplexities
+from .held_out import Forward, perplexities
 from .loop import Optimisation, train
 from .merge import ANCHOR_KINDS
 from .options import parser_of, print_state
@@ -95,14 +96,10 @@ class Training:
             return self.tests()
 
 
-def pair(text: str) -> tuple[int, int]:
-    layer, lower = text.split(":")
-    return int(layer), int(lower)
-
-
 def pairs(text: str) -> dict[int, int]:
     """``20:10,25:12`` as {20: 10, 25: 12}."""
-    return dict(pair(part) for part in text.split(","))
+    parts = (part.split(":") for part in text.split(","))
+    return {int(layer): int(lower) for layer, lower in parts}
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
@@ -174,7 +171,7 @@ def main(argv: list[str]) -> None:
     described: dict = {"full": args.full}
     if not args.full:
         described |= {name: getattr(args, name) for name in LOW_RANK}
-    forward: Callable = lambda *given: hidden_states(model, *given)
+    forward: Forward = partial(hidden_states, model)
     if args.arm == "anchor":
         ends = line_ends(AutoTokenizer.from_pretrained(args.model))
         declared = AnchorConfig(ends, not args.blind_anchors, args.lower_layers)

@@ -46,10 +46,6 @@ SINKS = 4
 MODELS = ("base", "control", "anchor")
 
 
-def plain(model, ids, positions) -> torch.Tensor:
-    return hidden_states(model, ids, positions)
-
-
 def windowed(model, window: int, ids, positions) -> torch.Tensor:
     """Sinks and the last ``window`` tokens, a position's own among them."""
     place = torch.arange(ids.shape[1], device=ids.device)
@@ -60,12 +56,13 @@ def windowed(model, window: int, ids, positions) -> torch.Tensor:
 
 
 def kept(anchored: Anchored, windows: torch.Tensor, count: int) -> dict[str, float]:
-    """Tokens that positions attend to and hold: shares of all before, over all
-    positions; means over the last ``count``, which are those scored."""
+    """Tokens of its own that a layer's positions attend to and hold: shares of all
+    before, over all positions; means over the last ``count``, which are those scored.
+    """
     length = windows.shape[1]
     past = torch.arange(1, length + 1, dtype=torch.float)
-    rows = [anchored.seen(ids[None].to(anchored.ends.device)) for ids in windows]
-    attended = torch.stack([row[0].sum(-1).cpu() for row in rows]).float().mean(0)
+    of = lambda ids: anchored.seen(ids.to(anchored.ends.device))[0].sum(-1).cpu()
+    attended = torch.stack([of(ids) for ids in windows.split(1)]).float().mean(0)
     # Of the line's blocks at most two, and a slot of each group of tokens.
     held = past.clamp(max=2 * BLOCK_SIZE) + (past / LINE_GROUP).ceil()
     found = {}
@@ -129,7 +126,7 @@ class Evaluation:
             model, anchored = self.load(getattr(args, name))
             forwards: dict[str, Forward] = {"anchors": anchored}
             if name != "anchor":
-                forwards["full"] = partial(plain, model)
+                forwards["full"] = partial(hidden_states, model)
             for how, forward in forwards.items():
                 arms[f"{name} {how}"] = self.arm(model, partial(_always, forward))
                 bits[f"{name} {how}"] = self.bits(model, forward)
