@@ -109,7 +109,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         NEEDS,
         code=1.0,
         steps=1500,
-        learning_rate=6e-4,
+        learning_rate=1.5e-3,
         warmup=50,
         save_every=250,
         evaluate_every=500,
@@ -130,7 +130,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--alpha", type=float, default=48.0, help="changes count alpha / rank")
     changed = [*lora.ATTENTION, *lora.MLP]
     add("--modules", nargs="+", default=changed, help="changed layers")
-    full = "train all weights: try a rate of 1e-4; too large to be shipped"
+    full = "train all weights: try a rate of 3e-4; too large to be shipped"
     add("--full", action="store_true", help=full)
     cudnn = "attention by cuDNN alone, not by the kernels that PyTorch prefers"
     add("--cudnn", action="store_true", help=cudnn)
