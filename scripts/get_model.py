@@ -54,7 +54,10 @@ SOURCES = {
 DEFAULT = "smollm2-135m"
 # Models that are another one with a checkpoint merged in (docs/training.md): the other
 # one, and the folder's name in the cache.
-TUNED = {"smollm2-135m-32k": (DEFAULT, "SmolLM2-135M-Instruct-32k")}
+TUNED = {
+    f"{DEFAULT}-{made}": (DEFAULT, f"SmolLM2-135M-Instruct-{made}")
+    for made in ("32k", "anchor", "anchor-control")
+}
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 

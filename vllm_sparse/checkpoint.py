@@ -83,7 +83,7 @@ def save(
     """Write a checkpoint.
 
     Args:
-        kind: what was trained: "longcontext", "less".
+        kind: what was trained: "longcontext", "less", "anchor", "anchor-control".
         base: folder of the model that it was trained with.
         config: what whoever applies it has to know, JSON.
         recipe: how it was trained, JSON.
@@ -104,12 +104,12 @@ def save(
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
-def describe(folder: Path, kind: str) -> dict:
+def describe(folder: Path, *kinds: str) -> dict:
     """What ``checkpoint.json`` says.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another format or kind.
+        ValueError: it is of another format, or of none of the kinds.
     """
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no checkpoint in {folder}: {DESCRIPTION} is missing")
@@ -119,22 +119,26 @@ def describe(folder: Path, kind: str) -> dict:
             f"{folder} has checkpoint format {description['format']}, this version "
             f"reads {FORMAT}: train it again, or use the version that wrote it"
         )
-    if description["kind"] != kind:
+    if description["kind"] not in kinds:
         raise ValueError(
-            f"{folder} holds a {description['kind']} checkpoint, not {kind}: give the "
-            f"folder of one made by `python -m vllm_sparse.train {kind}`"
+            f"{folder} holds a {description['kind']} checkpoint, not "
+            f"{' or '.join(kinds)}: give the folder of one made by `python -m "
+            f"vllm_sparse.train {kinds[0]}`"
         )
     return description
 
 
-def load(folder: Path, kind: str, base: Path | None) -> Checkpoint:
-    """Read a checkpoint for the model in ``base``; None: any.
+def load(folder: Path, kind: str | tuple[str, ...], base: Path | None) -> Checkpoint:
+    """Read a checkpoint of the kind, or one of the kinds.
+
+    Args:
+        base: folder of the model that it is for; None: any.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged, of another format, kind or base model.
     """
-    description = describe(folder, kind)
+    description = describe(folder, *((kind,) if isinstance(kind, str) else kind))
     if sha256(folder / TENSORS) != description["tensors_sha256"]:
         raise ValueError(f"{folder / TENSORS} is damaged: copy the folder again")
     trained = description["base"]

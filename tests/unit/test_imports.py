@@ -75,7 +75,13 @@ def test_arrows_point_one_way():
 def test_training_stands_alone():
     """Nothing needs it, and it needs no part that needs vLLM."""
     is_train = lambda name: name.split(".")[0] == "train"
-    shared = ("checkpoint", "cache.layout", "methods.less")
+    shared = (
+        "checkpoint",
+        "anchor_config",
+        "cache.layout",
+        "cache.lines",
+        "methods.less",
+    )
     crossing = [
         (name, other)
         for name in FILES

@@ -12,6 +12,8 @@ COMMANDS = {
     "longcontext": "longcontext",
     "merge": "merge",
     "less": "less",
+    "anchor": "anchor",
+    "anchor-eval": "anchor_eval",
     "pretrain": "pretrain",
 }
 

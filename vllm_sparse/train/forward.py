@@ -51,9 +51,13 @@ def placed(model, device: torch.device):
 
 
 def hidden_states(
-    model, ids: torch.Tensor, positions: torch.Tensor, checkpointing: bool = False
+    model,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    checkpointing: bool = False,
+    **attention,
 ) -> torch.Tensor:
-    """Last hidden states under plain causal attention.
+    """Last hidden states, under plain causal attention unless layers are told more.
 
     Not ``model(ids, position_ids=...)``: transformers takes a jump of positions for the
     border of two documents, and would cut the attention that skipped positions train.
@@ -61,6 +65,8 @@ def hidden_states(
     Args:
         ids, positions: [batch, length] int64.
         checkpointing: keep only layers' inputs and compute layers again in backward.
+        attention: what layers are given, too: ``attention_mask``, [batch, 1, length,
+            length], added to logits.
 
     Returns:
         [batch, length, hidden size].
@@ -70,7 +76,9 @@ def hidden_states(
     rope = inner.rotary_emb(hidden, position_ids=positions)
 
     def run(layer, hidden):
-        return layer(hidden, position_ids=positions, position_embeddings=rope)
+        return layer(
+            hidden, position_ids=positions, position_embeddings=rope, **attention
+        )
 
     for layer in inner.layers:
         if checkpointing and torch.is_grad_enabled():

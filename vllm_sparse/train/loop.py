@@ -100,7 +100,7 @@ def train(
         "evaluations": [],
     }
     before = report["seconds"]
-    report |= _environment(device)
+    report |= environment(device)
 
     def save() -> None:
         report["seconds"] = round(before + clock() - start, 3)
@@ -196,7 +196,7 @@ def _save(out: Path, report: dict, parameters: dict, optimiser) -> None:
     os.replace(out / f"{REPORT}.new", out / REPORT)
 
 
-def _environment(device: torch.device) -> dict:
+def environment(device: torch.device) -> dict:
     import transformers
 
     from .. import __version__

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Module):

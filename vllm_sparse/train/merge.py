@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``merge``: a model folder with a long-context checkpoint's changes, for stock vLLM.
+"""``merge``: a model folder with a checkpoint's changes, for stock vLLM.
 
-Needs memory for the model twice, and no GPU.
+Of ``longcontext`` or ``anchor``; a model of the latter's anchors gets
+``anchors.json``. Needs memory for the model twice, and no GPU.
 """
 
 import argparse
@@ -14,9 +15,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from .. import checkpoint
+from ..anchor_config import AnchorConfig
 from .lora import factor_shapes
 
 KIND = "longcontext"
+# Of the command anchor, by --arm.
+ANCHOR_KINDS = {"anchor": "anchor", "control": "anchor-control"}
 
 
 def merge(folder: Path, base: Path, out: Path) -> Path:
@@ -28,35 +32,46 @@ def merge(folder: Path, base: Path, out: Path) -> Path:
     """
     if out.exists():
         raise ValueError(f"{out} exists: give another --out, or remove it")
-    trained = checkpoint.load(folder, KIND, base)
-    config = trained.description["config"]
-    shapes = factor_shapes(
-        checkpoint.weight_shapes(base), config["rank"], config["modules"]
-    )
-    checkpoint.check_shapes(trained, shapes)
+    trained = checkpoint.load(folder, (KIND, *ANCHOR_KINDS.values()), base)
+    kind, config = trained.description["kind"], trained.description["config"]
+    shapes: dict = checkpoint.weight_shapes(base)
+    if not config.get("full"):
+        shapes = factor_shapes(shapes, config["rank"], config["modules"])
+    checkpoint.check_shapes(trained, {n: tuple(size) for n, size in shapes.items()})
     out.mkdir(parents=True)
     for file in base.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy(file, out)
-    scale = config["alpha"] / config["rank"]
     for path in checkpoint.weight_files(base):
         weights = load_file(path)
         for key, weight in weights.items():
-            name = key.removesuffix(".weight")
-            if f"{name}.A" not in shapes:
-                continue
-            low = (
-                trained.tensors[f"{name}.B"].float()
-                @ trained.tensors[f"{name}.A"].float()
-            )
-            weights[key] = (weight.float() + scale * low).to(weight.dtype)
+            weights[key] = _changed(key, weight, trained.tensors, config)
         save_file(weights, out / path.name, metadata={"format": "pt"})
+    if kind == KIND:
+        _lengthen(out, config)
+    elif kind == ANCHOR_KINDS["anchor"]:
+        how = trained.description["recipe"] | {"base": trained.description["base"]}
+        AnchorConfig.from_json(config | {"recipe": how}).write(out)
+    return out
+
+
+def _changed(key: str, weight, tensors: dict, config: dict):
+    """A weight with its change; itself, if there is none."""
+    if config.get("full"):
+        return tensors[key].to(weight.dtype)
+    name = key.removesuffix(".weight")
+    if f"{name}.A" not in tensors:
+        return weight
+    low = tensors[f"{name}.B"].float() @ tensors[f"{name}.A"].float()
+    return (weight.float() + config["alpha"] / config["rank"] * low).to(weight.dtype)
+
+
+def _lengthen(out: Path, config: dict) -> None:
     edit_json(out / "config.json", lambda content: _longer(content, config))
     if (out / "tokenizer_config.json").exists():
         length = config["max_position_embeddings"]
         edit = lambda content: content | {"model_max_length": length}
         edit_json(out / "tokenizer_config.json", edit)
-    return out
 
 
 def _longer(content: dict, trained: dict) -> dict:
