@@ -217,6 +217,7 @@ def assert_serves(process, log: Path, url: str, metrics: str, replicas: int) -> 
     assert wait_for_rows(metrics + "/metrics", rows, deadline) == replicas
 
 
+@pytest.mark.slow
 def test_a_server(server):
     assert_serves(*server, replicas=1)
 

@@ -98,8 +98,12 @@ def random_sinks(num_heads: int) -> torch.Tensor:
     return sinks
 
 
+# The interpreter is slow: both at once there.
+CASES = [(0.9, 20.0)] if INTERPRETED else [(1.0, 0.0), (0.9, 0.0), (1.0, 20.0)]
+
+
 @pytest.mark.parametrize("name", ["auto"] if INTERPRETED else ["auto", *QUANTISED])
-@pytest.mark.parametrize(("top_p", "soft_cap"), [(1.0, 0.0), (0.9, 0.0), (1.0, 20.0)])
+@pytest.mark.parametrize(("top_p", "soft_cap"), CASES)
 @pytest.mark.parametrize(("shape", "dtype"), INPUTS, ids=str)
 def test_sinks_join_the_softmax(kernels, shape, dtype, top_p, soft_cap, name):
     """Of whole contexts, of lists, and where both steps are one op."""
