@@ -125,7 +125,7 @@ class LessTrainee:
                 found = r.merged(self._kernels(layer, scale))[0] - r.expected.float()
                 error = error + found.square().reshape(shape).sum(1)
             errors.append(error)
-        return middle + torch.tensor(OFFSETS)[torch.stack(errors).argmin(0)].to(middle)
+        return middle + middle.new_tensor(OFFSETS)[torch.stack(errors).argmin(0)]
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
