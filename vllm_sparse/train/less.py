@@ -276,6 +276,7 @@ def main(argv: list[str]) -> None:
         args.evaluate_every,
     )
     config = described(model.config, args.hidden, args.sinks, args.window)
+    config |= {"block": args.block}  # the engine has one alone, and refuses the other
     how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
     folder = args.out / "checkpoint"
     tensors = trainee.tensors()
