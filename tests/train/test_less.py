@@ -16,7 +16,7 @@ from vllm_sparse.train import less
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import load_model
 from vllm_sparse.train.less_evaluate import nats, state_tokens
-from vllm_sparse.train.less_rows import Kept, Rows, attend_exactly
+from vllm_sparse.train.less_rows import FEW_EDGES, Kept, Rows, attend_exactly
 
 SINKS, WINDOW = 128, 128
 
@@ -68,6 +68,23 @@ def test_serving_computes_what_is_trained():
     torch.testing.assert_close(alone, exact.transpose(0, 1), atol=1e-4, rtol=1e-4)
     assert (alone - expected).abs().max() > 0.1
     assert state[0, 0].numel() * 4 == state_bytes(size)
+
+
+def test_states_of_many_positions_are_those_of_few(monkeypatch):
+    """Both ways to sum what has left."""
+    monkeypatch.setitem(FEW_EDGES, "cpu", 64)
+    kernels, generator = random_kernels(), torch.Generator().manual_seed(4)
+    query, key, value = (
+        torch.randn(n, 300, 16, generator=generator) for n in (4, 2, 2)
+    )
+    kept, positions = Kept(5, 40, 1), torch.arange(20, 300)
+
+    def found(at):
+        near = attend_exactly(at, query, key, value, 0.25, kept)
+        return Rows(kept, at, query[:, at], key, value, *near).merged(kernels)[0]
+
+    parts = [found(at) for at in positions.split(50)]
+    torch.testing.assert_close(found(positions), torch.cat(parts, 1))
 
 
 @pytest.fixture

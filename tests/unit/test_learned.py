@@ -30,9 +30,9 @@ def made(folder, tmp_path):
     config = described(AutoConfig.from_pretrained(folder), 8, 128, 256)
     tensors = {n: torch.zeros(s) for n, s in tensor_shapes(config).items()}
 
-    def save(**other: torch.Tensor) -> SparseConfig:
-        out = tmp_path / "checkpoint"
-        checkpoint.save(out, KIND, tensors | other, folder, config, {}, "")
+    def save(block: int = 128, **other: torch.Tensor) -> SparseConfig:
+        out, here = tmp_path / "checkpoint", config | {"block": block}
+        checkpoint.save(out, KIND, tensors | other, folder, here, {}, "")
         given = dict(selector="less", checkpoint=str(out), local_window=256)
         return SparseConfig(**given, sink_tokens=128)
 
@@ -54,6 +54,11 @@ def test_shapes_are_checked_wherever_the_model_comes_from(folder, made, hub):
     wrong = made(**{"layers.0.q1": torch.zeros(1, 2, 3)})
     with pytest.raises(SparseConfigError, match=r"layers\.0\.q1 has shape \(1, 2, 3\)"):
         learned.check_checkpoint(wrong, vllm_config)
+
+
+def test_windows_of_tokens_are_not_served(folder, made):
+    with pytest.raises(SparseConfigError, match="made for block 1, not 128"):
+        learned.check_checkpoint(made(block=1), engine(folder, str(folder)))
 
 
 def test_downloaded_weights_are_checked(folder, made, tmp_path, monkeypatch):

@@ -147,6 +147,7 @@ def described(model, hidden: int, sinks: int, window: int) -> dict:
         "hidden": hidden,
         "sink_tokens": sinks,
         "local_window": window,
+        "block": BLOCK_SIZE,
         "num_layers": model.num_hidden_layers,
         "num_heads": heads,
         "num_kv_heads": getattr(model, "num_key_value_heads", None) or heads,

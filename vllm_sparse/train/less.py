@@ -125,7 +125,7 @@ class LessTrainee:
                 found = r.merged(self._kernels(layer, scale))[0] - r.expected.float()
                 error = error + found.square().reshape(shape).sum(1)
             errors.append(error)
-        return middle + torch.tensor(OFFSETS)[torch.stack(errors).argmin(0)].to(middle)
+        return middle + middle.new_tensor(OFFSETS)[torch.stack(errors).argmin(0)]
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -276,6 +276,7 @@ def main(argv: list[str]) -> None:
         args.evaluate_every,
     )
     config = described(model.config, args.hidden, args.sinks, args.window)
+    config |= {"block": args.block}  # the engine has one alone, and refuses the other
     how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
     folder = args.out / "checkpoint"
     tensors = trainee.tensors()
