@@ -7,8 +7,9 @@ import math
 from random import Random
 
 import pytest
+import torch
 
-from benchmarks.accuracy import metrics
+from benchmarks.accuracy import approximate, metrics
 from benchmarks.accuracy.methods import (
     Method,
     ModelShape,
@@ -21,6 +22,17 @@ from benchmarks.accuracy.report import markdown, paired, plot
 from benchmarks.accuracy.run import Plan, run, to_json
 from benchmarks.accuracy.tasks import TASKS, make_samples
 from benchmarks.accuracy.text import PackedTexts, TextSources
+from tests.ops.inputs import (
+    filled,
+    list_buffers,
+    probabilities,
+    random_query,
+    select,
+    sparq_options,
+)
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.methods import DecodeRows, LayerShape
+from vllm_sparse.ops import Ops, reference
 
 SHAPE = ModelShape(head_size=64, num_layers=30)
 CONTEXT = 1024
@@ -311,3 +323,28 @@ def test_forcing_leaves_one_finite_logit():
     from vllm import SamplingParams
 
     assert processor.new_req_logits_processor(SamplingParams()) is None
+
+
+@pytest.mark.parametrize("method", [approximate.Sampled, approximate.SampledParams])
+def test_coarse_selections_keep_nearly_the_best(method):
+    ctx = filled([300, 2000, 129], 3, 64, torch.bfloat16)
+    query, options = random_query(ctx, 9, torch.bfloat16), sparq_options(24, 0.125)
+    budgets = [150, 300, -1]
+    want = select(reference, ctx, query, budgets, options, False)
+    config = SparseConfig(rank=24, local_window=16, sink_tokens=4)
+    shape = LayerShape(9, 3, 64, torch.bfloat16, 0.125)
+    lists = list_buffers(ctx, 9, want["indices"].shape[2], False)
+    rows = DecodeRows(
+        ctx.block_table,
+        ctx.seq_lens,
+        torch.tensor(budgets, dtype=torch.int32),
+        **lists,
+    )
+    method(config.resolve(64, 3), shape, Ops()).select(query, ctx.kv_cache, rows)
+    assert torch.equal(rows.counts, want["counts"])
+    for row, head in (want["counts"] > 0).nonzero().tolist():
+        p = probabilities(ctx, query, row, head, options).sum(0)
+        kept, best = (
+            t["indices"][row, head, : budgets[row]].long() for t in (lists, want)
+        )
+        assert (kept.diff() > 0).all() and p[kept].sum() > 0.95 * p[best].sum()
