@@ -35,7 +35,7 @@ class Requests:
         ends = [self.ends[r, piece.start : piece.stop] for r, piece in pieces.items()]
         ends = torch.cat([*ends, torch.ones(padding, dtype=torch.bool)])
         table, lines = self.table[chosen], self.lines[chosen]
-        found, starts = mark(ends, new, self.marks, table)
+        found, starts = mark(ends, new, new.place >= 0, self.marks, table)
         most = int(lens.max()) // LINE_GROUP + 2 * BLOCK_SIZE
         longest = int(lens.max())
         got = lists(
@@ -118,3 +118,14 @@ def test_what_rejected_drafts_left_does_not_count():
         requests.step({0: drafts})
         requests.ends, requests.anchor = kept.clone(), truth
         requests.step({0: range(place + 1, place + 3)})
+
+
+def test_idle_steps_leave_marks_alone():
+    """vLLM runs them with block tables of requests that are gone."""
+    requests = Requests(1, 0.1, seed=4)
+    requests.step({0: range(0, 300)})
+    before = requests.marks.clone()
+    ends, lens = torch.ones(5, dtype=torch.bool), torch.tensor([105], dtype=torch.int32)
+    new = NewTokens.of(torch.tensor([0, 5], dtype=torch.int32), lens, 5)
+    mark(ends, new, ~ends, requests.marks, requests.table)
+    assert torch.equal(requests.marks[1:], before[1:])

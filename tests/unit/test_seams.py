@@ -96,11 +96,27 @@ SEAMS = {
     # blocks
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "block_size num_kv_heads head_size dtype kv_quant_mode state_content_bytes "
-        "page_size_padded"
+        "page_size_padded tokens_per_state"
     ),
     "vllm.v1.kv_cache_interface:FullAttentionSpec": "non_causal",
     "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": "attention_chunk_size",
     "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing": "...",
+    # plugin/arena.py, line_blocks.py, token_ids.py
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": "sliding_window",
+    "vllm.v1.kv_cache_interface:replace_as": "spec target_cls drop",
+    "vllm.v1.core.single_type_kv_cache_manager:"
+    "SlidingWindowManager._remove_blocks_in_range": (
+        "request_id first_block last_block"
+    ),
+    "vllm.transformers_utils.config:get_hf_file_to_dict": "file_name model revision",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase": "...",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": (
+        "num_tokens num_reqs"
+    ),
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": (
+        "input_batch"
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "input_ids",
     # connectors, offloading
     "vllm.config:KVTransferConfig": (
         "kv_connector kv_connector_module_path kv_connector_extra_config"

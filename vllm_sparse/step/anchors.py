@@ -84,11 +84,11 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         n, heads = metadata.num_actual_tokens, self.num_kv_heads
         new = NewTokens.of(metadata.query_start_loc, metadata.seq_lens, n)
         marks = self._marks()
-        found, starts = mark(self._ends(ids), new, marks, table)
+        stored = (metadata.slot_mapping >= 0) & (new.place >= 0)
+        found, starts = mark(self._ends(ids), new, stored, marks, table)
         block, place = slots(table, new.request, new.place)
-        stored = found & (metadata.slot_mapping >= 0)
         slot = block * BLOCK_SIZE + place
-        metadata.anchor_slots = torch.where(stored, slot, -1)
+        metadata.anchor_slots = torch.where(found & stored, slot, -1)
         in_graphs = self.device.type == "cuda" and n <= self.max_rows
         longest = common.max_seq_len
         if in_graphs:

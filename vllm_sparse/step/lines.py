@@ -64,12 +64,18 @@ def slots(table: torch.Tensor, request: torch.Tensor, place: torch.Tensor):
 
 
 def mark(
-    ends: torch.Tensor, new: NewTokens, marks: torch.Tensor, table: torch.Tensor
+    ends: torch.Tensor,
+    new: NewTokens,
+    stored: torch.Tensor,
+    marks: torch.Tensor,
+    table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find a step's anchors, and write their marks.
 
     Args:
         ends: [n] bool, tokens that end a line.
+        stored: [n] bool; of others (padding, idle steps) nothing is written but to
+            block 0, vLLM's null block.
         marks: [num_blocks, BLOCK_SIZE] uint8, a view, written.
         table: [num_reqs, max_blocks] int32 blocks of anchors.
 
@@ -116,7 +122,7 @@ def mark(
     starts = after.maximum(last[request] + 1)
 
     at = slots(table, request, place)
-    at = (at[0].masked_fill(place < 0, 0), at[1])
+    at = (at[0].masked_fill(~stored, 0), at[1])
     kept = (known * own).amax(1)[request] * begins
     value = found * (place % LINE_GROUP + 1) + kept
     marks[at] = 0
