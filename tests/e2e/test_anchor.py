@@ -238,6 +238,17 @@ def test_engines_that_cannot_have_anchors_are_refused(folder, option, message):
 
 
 @pytest.mark.slow
+def test_larger_blocks(folder):
+    """vLLM's have two of ours."""
+    prompts = [*PROMPTS[:3], *random_prompts(1900)]
+    params = [*PARAMS[:3], PARAMS[1]]
+    with anchored(folder, block_size=256) as llm:
+        poison(llm)
+        for _ in range(2):
+            check(folder, prompts, generate(llm, prompts, params))
+
+
+@pytest.mark.slow
 def test_two_ranks_give_the_same_answers(folder, monkeypatch):
     params = greedy(60, logprobs=1, detokenize=False)
     # Threads that spin would take the cores from the other rank.
