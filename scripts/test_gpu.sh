@@ -18,7 +18,8 @@ for part in "$@"; do
     backend) run tests/backend ;;
     engine) run tests/e2e/test_gpu_engine.py tests/e2e/test_gpu_quantised.py tests/e2e/test_gpu_families.py \
       tests/e2e/test_gpu_offloading.py tests/e2e/test_gpu_lossless.py tests/e2e/test_gpu_drafters.py \
-      tests/e2e/test_gpu_parallel.py tests/e2e/test_gpu_streaming.py tests/e2e/test_quantised_weights.py ;;
+      tests/e2e/test_gpu_parallel.py tests/e2e/test_gpu_streaming.py tests/e2e/test_gpu_anchor.py \
+      tests/e2e/test_quantised_weights.py ;;
     train) run tests/train ;;
     sanitize)
       # Small inputs: the tools slow a kernel down by up to a hundred times.

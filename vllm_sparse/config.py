@@ -34,8 +34,8 @@ DENSE_BELOW_BY_CHANNEL = {"cpu": 512, "cuda": 49_152}
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
     "TWILIGHT": {"top_p": 0.9},
-    # Whole blocks: the first is held anyway.
     "ANCHOR": {"selector": "anchor"},
+    # Whole blocks: the first is held anyway.
     "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 256},
     "STREAMING": {"selector": "streaming", "sink_tokens": 128, "local_window": 1024},
 }
@@ -156,6 +156,13 @@ class SparseConfig:
                     f"Options: {', '.join(known)}."
                 )
         config = cls(**{**defaults, **options})
+        chosen, usual = config.selector, defaults.get("selector")
+        if chosen != usual and "anchor" in (chosen, usual):
+            raise SparseConfigError(
+                f"{NAMESPACE}.selector = {chosen!r} is not served by this "
+                "backend: 'anchor' belongs to --attention-backend anchor, which serves "
+                "no other. Leave it out"
+            )
         adapts_by_itself = "top_p" in defaults and "top_p" not in options
         if adapts_by_itself and config.selector in ("window", "dense"):
             raise SparseConfigError(

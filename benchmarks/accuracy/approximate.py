@@ -186,4 +186,4 @@ def register() -> None:
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     register()
-    run.main()
+    run.main(__doc__)

@@ -182,10 +182,10 @@ def to_json(value: dict) -> str:
     return re.sub(r"\[\n\s+([^][{}]*?)\n\s*\]", one_line, text)
 
 
-def main() -> None:
+def main(text: str = __doc__) -> None:
     from benchmarks.accuracy.engine import Engine, EngineOptions
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=text.split("\n\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=["repetition", "needle", "code"])
     add("--lengths", nargs="+", type=int, default=[4096])

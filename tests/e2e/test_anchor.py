@@ -204,6 +204,7 @@ def test_options_without_meaning_are_refused(folder, sparse, message):
         ({"line_group": 4}, "has line_group 4, this version serves 8"),
         ({"lower_layers": {"7": 2}}, r"names layers \[7\], which the model has not"),
         ({"lower_layers": {"1": 2}}, "it must be a lower one"),
+        ({"line_ends": [5, 512]}, "names token 512, which the model has not"),
     ],
 )
 def test_models_without_fitting_anchors_are_refused(folder, tmp_path, change, message):
@@ -230,6 +231,7 @@ def test_models_without_fitting_anchors_are_refused(folder, tmp_path, change, me
             {"disable_hybrid_kv_cache_manager": True},
             "remove --disable-hybrid-kv-cache-manager",
         ),
+        ({"additional_config": {"sparse": {"selector": "sparq"}}}, "'anchor' belongs"),
     ],
 )
 def test_engines_that_cannot_have_anchors_are_refused(folder, option, message):
@@ -239,10 +241,10 @@ def test_engines_that_cannot_have_anchors_are_refused(folder, option, message):
 
 @pytest.mark.slow
 def test_larger_blocks(folder):
-    """vLLM's have two of ours."""
-    prompts = [*PROMPTS[:3], *random_prompts(1900)]
+    """vLLM's have two of ours; and a context that ends where the model's does."""
+    prompts = [*PROMPTS[:3], *random_prompts(1480)]
     params = [*PARAMS[:3], PARAMS[1]]
-    with anchored(folder, block_size=256) as llm:
+    with anchored(folder, block_size=256, max_model_len=1500) as llm:
         poison(llm)
         for _ in range(2):
             check(folder, prompts, generate(llm, prompts, params))

@@ -304,6 +304,24 @@ def test_adaptive_budgets_need_a_selector_that_estimates():
     assert "sparse.top_p" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("backend", "selector"),
+    [
+        ("SPARQ", "anchor"),
+        ("STREAMING", "anchor"),
+        ("ANCHOR", "sparq"),
+        ("ANCHOR", "dense"),
+    ],
+)
+def test_anchors_and_their_backend_belong_together(backend, selector):
+    with pytest.raises(
+        SparseConfigError, match="belongs to --attention-backend anchor"
+    ):
+        SparseConfig.from_additional_config(
+            {"sparse": {"selector": selector}}, BACKEND_DEFAULTS[backend]
+        )
+
+
 def test_other_namespaces_beside_ours_are_ignored():
     config = SparseConfig.from_additional_config(
         {"other": {"top_k": -1, "mine": 1}, "sparse": {"rank": 8}}

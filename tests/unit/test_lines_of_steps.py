@@ -9,7 +9,7 @@ from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.cache.lines import LINE_GROUP, anchors, visible
 from vllm_sparse.step.lines import COVERED, NewTokens, lists, mark
 
-LENGTH, HEADS = 3000, 2
+LENGTH = 3000
 
 
 class Requests:
@@ -26,15 +26,21 @@ class Requests:
         self.marks = torch.randint(256, size, generator=self.random, dtype=torch.uint8)
 
     def step(self, pieces: dict[int, range], padding: int = 0, look_back: bool = True):
-        """Serve new tokens of requests, and compare with the twin."""
+        """Serve new tokens of requests, and compare with the twin; then some that are
+        padding, as their request is, too."""
         chosen = torch.tensor(list(pieces))
         sizes = torch.tensor([0, *(len(piece) for piece in pieces.values())])
         lens = torch.tensor([piece.stop for piece in pieces.values()]).int()
         n = int(sizes.sum()) + padding
-        new = NewTokens.of(sizes.cumsum(0).int(), lens, n)
+        starts, table, lines = sizes.cumsum(0), self.table[chosen], self.lines[chosen]
+        if padding:
+            starts = torch.cat([starts, starts[-1:]])
+            lens, table, lines = (
+                torch.cat([t, torch.zeros_like(t[:1])]) for t in (lens, table, lines)
+            )
+        new = NewTokens.of(starts.int(), lens, n)
         ends = [self.ends[r, piece.start : piece.stop] for r, piece in pieces.items()]
         ends = torch.cat([*ends, torch.ones(padding, dtype=torch.bool)])
-        table, lines = self.table[chosen], self.lines[chosen]
         found, starts = mark(ends, new, new.place >= 0, self.marks, table)
         most = int(lens.max()) // LINE_GROUP + 2 * BLOCK_SIZE
         longest = int(lens.max())
@@ -47,7 +53,6 @@ class Requests:
             lines,
             longest,
             most,
-            HEADS,
             look_back,
         )
         row = 0
@@ -65,12 +70,11 @@ class Requests:
 
     def listed(self, got, row: int, request: int, place: int) -> list[int]:
         """Places in the context that a row's list names."""
-        count, of_anchors = int(got.counts[row, 0]), int(got.anchors[row, 0])
-        assert (got.counts[row] == count).all()
-        names = got.indices[row, :, :count]
-        assert (names[0] == names[1]).all() and names.max() < got.seq_lens[row]
+        count, of_anchors = int(got.counts[row]), int(got.anchors[row])
+        names = got.indices[row, :count]
+        assert names.max() < got.seq_lens[row]
         places = []
-        for i, name in enumerate(names[0].tolist()):
+        for i, name in enumerate(names.tolist()):
             block, offset = (
                 int(got.block_table[row, name // BLOCK_SIZE]),
                 name % BLOCK_SIZE,

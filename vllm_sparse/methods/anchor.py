@@ -15,7 +15,10 @@ import torch
 from ..cache.layout import BLOCK_SIZE
 from ..cache.lines import LINE_GROUP
 from ..ops.kept import add_counts
-from .base import DecodeRows, Method, Phase
+from .base import DecodeRows, Lines, Method, Phase
+
+# Of lists that are alive at a time.
+LIST_BYTES = 64 * 2**20
 
 
 class Anchor(Method):
@@ -44,6 +47,8 @@ class Anchor(Method):
 
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
         """Store the step's anchors a second time."""
+        if meta.anchor_slots is None:
+            raise RuntimeError("a step has lines without blocks for their anchors")
         self.ops.store(
             key,
             value,
@@ -68,12 +73,12 @@ class Anchor(Method):
             self._attend(query, kv_cache, lines, lines.counts, out)
         else:
             self._attend_both(query, kv_cache, lines, out)
-            read = torch.where(read > 0, read + lines.anchors, read)
+            read = torch.where(read > 0, read + lines.anchors[:, None], read)
         histogram = rows.kept_histograms.get(layer_name)
         if histogram is not None:
             add_counts(read, histogram)
 
-    def _attend_both(self, query, kv_cache, lines, out) -> None:
+    def _attend_both(self, query, kv_cache, lines: Lines, out) -> None:
         """The own cache's list and the anchors of the lower layer's, in one softmax."""
         own = query.new_empty(query.shape[:2], dtype=torch.float32)
         other, low = torch.empty_like(own), torch.empty_like(out)
@@ -82,23 +87,26 @@ class Anchor(Method):
         some = lines.anchors > 0
         listed = torch.where(some, lines.anchors, lines.counts)
         self._attend(query, self.lower.kv_cache, lines, listed, low, other)
-        group = self.shape.num_queries_per_kv
-        none = ~some.repeat_interleave(group, 1)
-        total = torch.logaddexp(own, other.masked_fill_(none, -torch.inf))
-        share = (other - total).exp()[..., None]
+        other.masked_fill_(~some[:, None], -torch.inf)
+        share = (other - torch.logaddexp(own, other)).exp()[..., None]
         out.copy_(torch.lerp(out.float(), low.float(), share).to(out.dtype))
 
-    def _attend(self, query, kv_cache, lines, counts, out, lse=None) -> None:
-        self.ops.attend(
-            query,
-            kv_cache,
-            lines.block_table,
-            lines.seq_lens,
-            indices=lines.indices,
-            counts=counts,
-            scale=self.shape.scale,
-            soft_cap=self.shape.soft_cap,
-            out=out,
-            fmt=self.shape.fmt,
-            lse=lse,
-        )
+    def _attend(self, query, kv_cache, lines: Lines, counts, out, lse=None) -> None:
+        """Rows take turns, as the ops want a list for every KV head."""
+        heads = kv_cache.shape[1]
+        at_once = max(1, LIST_BYTES // (4 * heads * lines.indices.shape[1]))
+        for first in range(0, len(counts), at_once):
+            part = slice(first, first + at_once)
+            self.ops.attend(
+                query[part],
+                kv_cache,
+                lines.block_table[part],
+                lines.seq_lens[part],
+                indices=lines.indices[part, None].expand(-1, heads, -1).contiguous(),
+                counts=counts[part, None].expand(-1, heads).contiguous(),
+                scale=self.shape.scale,
+                soft_cap=self.shape.soft_cap,
+                out=out[part],
+                fmt=self.shape.fmt,
+                lse=None if lse is None else lse[part],
+            )

@@ -96,9 +96,9 @@ class Lines:
     Attributes:
         block_table: [n, blocks] int32.
         seq_lens: [n] int32; 0: padding.
-        indices: [n, num_kv_heads, most] int32: anchors, then the own line.
-        counts: [n, num_kv_heads] int32; -1: padding.
-        anchors: [n, num_kv_heads] int32, how many of the list are anchors.
+        indices: [n, most] int32, of all KV heads: anchors, then the own line.
+        counts: [n] int32; -1: padding.
+        anchors: [n] int32, how many of the list are anchors.
     """
 
     block_table: torch.Tensor

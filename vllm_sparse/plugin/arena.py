@@ -143,6 +143,7 @@ def check_anchors(vllm_config: VllmConfig) -> None:
             scheduler.disable_hybrid_kv_cache_manager
         ),
         "remove --pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "remove --enable-dbo and --ubatch-size": parallel.use_ubatching,
         "choose ngram, or remove --speculative-config": (
             speculation is not None and speculation.method not in ("ngram", "suffix")
         ),
@@ -168,8 +169,19 @@ def add_arena(vllm_config: VllmConfig) -> None:
     }
     if any(isinstance(layer, AnchorCache) for layer in attention.values()):
         return
+    check_anchors(vllm_config)  # vLLM may have changed options since
     for name, layer in attention.items():
         _check(name, layer, vllm_config)
+    if len({layer.get_kv_cache_spec(vllm_config) for layer in attention.values()}) > 1:
+        raise SparseConfigError(
+            f"{BACKEND} serves models whose layers are all alike, and KV heads of this "
+            "one's differ: leave --attention-backend out"
+        )
+    if max(rules.line_ends, default=0) >= model.get_vocab_size():
+        raise SparseConfigError(
+            f"{FILE} names token {max(rules.line_ends)}, which the model has not: it "
+            "belongs to another tokenizer"
+        )
     by_number = {extract_layer_index(name): layer for name, layer in attention.items()}
     missing = {*rules.lower_layers, *rules.lower_layers.values()} - by_number.keys()
     if missing:

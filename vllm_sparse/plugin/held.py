@@ -15,7 +15,7 @@ class CountsBlocks:
         """Of every request that has some; blocks that requests share count for each."""
         null = self._null_block
         return {
-            name: sum(block != null for block in blocks)
+            name: sum(block is not null for block in blocks)
             for name, blocks in self.req_to_blocks.items()
             if blocks
         }
@@ -26,7 +26,7 @@ class CountsBlocks:
         # Those before are null already: vLLM, too, looks from the end for the first.
         blocks = self.req_to_blocks.get(request_id, ())[first_block:last_block]
         for block in reversed(blocks):
-            if block == self._null_block:
+            if block is self._null_block:
                 break
             self.given_back += 1
         super()._remove_blocks_in_range(request_id, first_block, last_block)

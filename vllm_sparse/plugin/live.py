@@ -114,12 +114,18 @@ def _waiting(collective_rpc: Callable) -> Callable:
 def _log_in(manager, vllm_config) -> None:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    from ..config import EVICTING
+    from ..config import BACKEND_DEFAULTS, EVICTING, SparseConfig
     from ..stats.prometheus import SparseStatLogger
     from .speculation.configure import options
 
     lossless = options(vllm_config) is not None
-    evicting = bool({*names_for_target(vllm_config)} & {*EVICTING})
+    configs = (
+        SparseConfig.from_additional_config(
+            vllm_config.additional_config, BACKEND_DEFAULTS[name.upper()]
+        )
+        for name in names_for_target(vllm_config)
+    )
+    evicting = any(config.selector in EVICTING for config in configs)
     for other in manager.stat_loggers:
         if isinstance(other, PrometheusStatLogger):
             ours = SparseStatLogger(

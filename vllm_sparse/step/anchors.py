@@ -32,6 +32,8 @@ class AnchorStep:
         Args:
             table: [num_reqs, max_blocks] int32 blocks of anchors.
         """
+        if self.table is not None:
+            raise RuntimeError("vLLM prepares anchors of two steps at a time")
         self.table = table
         self._complete()
 
@@ -40,6 +42,8 @@ class AnchorStep:
         Args:
             complete: called with the blocks of anchors.
         """
+        if self.lines is not None:
+            raise RuntimeError("vLLM prepares lines of two steps at a time")
         self.lines = complete
         self._complete()
 
@@ -62,6 +66,7 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         self.ends: torch.Tensor | None = None
 
     def _build(self, common: CommonAttentionMetadata, phase: Phase) -> SparseMetadata:
+        self.require_causal(common)
         n = common.num_actual_tokens
         metadata = SparseMetadata(
             phase=phase,
@@ -81,7 +86,7 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         return metadata
 
     def _complete(self, metadata, common, ids, table: torch.Tensor) -> None:
-        n, heads = metadata.num_actual_tokens, self.num_kv_heads
+        n = metadata.num_actual_tokens
         new = NewTokens.of(metadata.query_start_loc, metadata.seq_lens, n)
         marks = self._marks()
         stored = (metadata.slot_mapping >= 0) & (new.place >= 0)
@@ -102,7 +107,6 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
             metadata.block_table,
             longest=longest,
             most=-(-longest // LINE_GROUP) + 2 * BLOCK_SIZE,
-            num_kv_heads=heads,
             look_back=self.arena.rules.anchors_look_back,
         )
         counts = self._count(common, new, lines.counts, metadata.slot_mapping)
@@ -144,10 +148,11 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
             prompts = flags.to(slot.device)[new.request.clamp(max=len(flags) - 1)]
             prompts &= new.place >= 0
             slot = slot.masked_fill(prompts, -1)
-            counts = counts.masked_fill(prompts[:, None], -1)
+            counts = counts.masked_fill(prompts, -1)
         lens = (new.place + 1).int()
-        self.counter.add(lens, counts[:, 0].clamp(min=0), slot)
-        return counts
+        last = new.place + 1 == common.seq_lens[new.request]
+        self.counter.add(lens, counts.clamp(min=0), slot, last=last)
+        return counts[:, None].expand(-1, self.num_kv_heads).contiguous()
 
     def _marks(self) -> torch.Tensor:
         """[num_blocks, BLOCK_SIZE] uint8, behind the rows of the first layer's first KV
@@ -166,7 +171,10 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
     def _ends(self, ids: torch.Tensor) -> torch.Tensor:
         if self.ends is None:
             size = self.vllm_config.model_config.get_vocab_size()
-            ends = torch.zeros(size, dtype=torch.bool)
+            ends = torch.zeros(size + 1, dtype=torch.bool)
             ends[list(self.arena.rules.line_ends)] = True
             self.ends = ends.to(self.device)
-        return self.ends[ids.long().clamp(min=0)]
+        # Placeholders lie outside the vocabulary: they end no line.
+        size = len(self.ends) - 1
+        ids = ids.long()
+        return self.ends[torch.where((ids >= 0) & (ids < size), ids, size)]

@@ -216,12 +216,15 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             self.counter.add(rows.seq_lens, rows.budgets, slots)
             first += rows.num_rows
 
-    def _build(self, common: CommonAttentionMetadata, phase: Phase) -> SparseMetadata:
+    def require_causal(self, common: CommonAttentionMetadata) -> None:
         if common.causal is not True:
             raise NotImplementedError(
                 f"--attention-backend {self.backend} serves causal attention only, and "
                 "this model asks for both directions: leave --attention-backend out"
             )
+
+    def _build(self, common: CommonAttentionMetadata, phase: Phase) -> SparseMetadata:
+        self.require_causal(common)
         num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )

@@ -139,7 +139,6 @@ def lists(
     lines_table: torch.Tensor,
     longest: int,
     most: int,
-    num_kv_heads: int,
     look_back: bool,
 ) -> Lines:
     """
@@ -170,23 +169,20 @@ def lists(
     first = (place // BLOCK_SIZE - 1).clamp(min=0)
     own = place - starts + 1
     counts = (anchors + own).masked_fill(padding, -1)
-    j = torch.arange(most, device=place.device)
-    line = (blocks * BLOCK_SIZE + starts - first * BLOCK_SIZE - anchors)[:, None] + j
+    j = torch.arange(most, dtype=torch.int32, device=place.device)
+    line = (blocks * BLOCK_SIZE + starts - first * BLOCK_SIZE - anchors).int()
+    line = line[:, None] + j
     listed = packed[request, :most]
     if listed.shape[1] < most:
         listed = torch.nn.functional.pad(listed, (0, most - listed.shape[1]))
-    indices = torch.where(j < anchors[:, None], listed, line.int())
+    indices = torch.where(j < anchors[:, None], listed, line)
     near = torch.stack([first, first + 1], 1).clamp(max=lines_table.shape[1] - 1)
     near = lines_table[request[:, None], near]
     seq_lens = blocks * BLOCK_SIZE + place + 1 - first * BLOCK_SIZE
-
-    def of_heads(x: torch.Tensor) -> torch.Tensor:
-        return x.int()[:, None].expand(-1, num_kv_heads).contiguous()
-
     return Lines(
         block_table=torch.cat([table[request], near], 1),
         seq_lens=seq_lens.masked_fill(padding, 0).int(),
-        indices=indices[:, None].expand(-1, num_kv_heads, -1).contiguous(),
-        counts=of_heads(counts),
-        anchors=of_heads(anchors.masked_fill(padding, 0)),
+        indices=indices,
+        counts=counts.int(),
+        anchors=anchors.masked_fill(padding, 0).int(),
     )

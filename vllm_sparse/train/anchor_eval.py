@@ -63,8 +63,10 @@ def kept(anchored: Anchored, windows: torch.Tensor, count: int) -> dict[str, flo
     past = torch.arange(1, length + 1, dtype=torch.float)
     of = lambda ids: anchored.seen(ids.to(anchored.ends.device))[0].sum(-1).cpu()
     attended = torch.stack([of(ids) for ids in windows.split(1)]).float().mean(0)
-    # Of the line's blocks at most two, and a slot of each group of tokens.
-    held = past.clamp(max=2 * BLOCK_SIZE) + (past / LINE_GROUP).ceil()
+    # Whole blocks: of lines at most three, of which one is about to be given back, and
+    # those of anchors, a place for each group of tokens.
+    lines = (past / BLOCK_SIZE).ceil().clamp(max=3)
+    held = (lines + (past / (BLOCK_SIZE * LINE_GROUP)).ceil()) * BLOCK_SIZE
     found = {}
     for name, tokens in (("attended", attended), ("held", held)):
         found[f"{name}_share"] = round((tokens.sum() / past.sum()).item(), 4)

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from .. import checkpoint
-from ..anchor_config import AnchorConfig
+from ..anchor_config import FILE, AnchorConfig
 from .lora import factor_shapes
 
 KIND = "longcontext"
@@ -40,7 +40,8 @@ def merge(folder: Path, base: Path, out: Path) -> Path:
     checkpoint.check_shapes(trained, {n: tuple(size) for n, size in shapes.items()})
     out.mkdir(parents=True)
     for file in base.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
+        # What a base with anchors says of itself holds for it alone.
+        if file.is_file() and file.suffix != ".safetensors" and file.name != FILE:
             shutil.copy(file, out)
     for path in checkpoint.weight_files(base):
         weights = load_file(path)
