@@ -136,12 +136,12 @@ class Prompt:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("model", type=Path)
+    add("model", type=Path, help="folder of a llama model")
     add("checkpoint", type=Path, help="folder of LESS's features")
-    add("--length", type=int, default=4096)
-    add("--samples", type=int, default=10)
-    add("--kept", type=int, nargs="+", default=[1, 2, 4])
-    add("--output", type=Path, required=True)
+    add("--length", type=int, default=4096, help="tokens of a prompt (%(default)s)")
+    add("--samples", type=int, default=10, help="needles (%(default)s)")
+    add("--kept", type=int, nargs="+", default=[1, 2, 4], help="blocks that stay")
+    add("--output", type=Path, required=True, help="JSON")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 

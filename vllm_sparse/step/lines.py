@@ -63,6 +63,46 @@ def slots(table: torch.Tensor, request: torch.Tensor, place: torch.Tensor):
     return block, covered // LINE_GROUP % BLOCK_SIZE
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier steps found near a step's first tokens, [num_reqs] each.
+
+    Attributes:
+        last: place of the last anchor before them; -1: there is none.
+        in_block: whether their own block has one before them.
+        own_mark: of their own group; 0: it has none before them.
+    """
+
+    last: torch.Tensor
+    in_block: torch.Tensor
+    own_mark: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, first: torch.Tensor, marks: torch.Tensor, table: torch.Tensor
+    ) -> "Earlier":
+        """
+        Args:
+            first: [num_reqs] int64, places of the first tokens.
+            marks, table: as of :func:`mark`.
+        """
+        # The groups of their own blocks and of those before: a line begins in these.
+        per_block = BLOCK_SIZE // LINE_GROUP
+        own_block = (first // BLOCK_SIZE * per_block)[:, None]
+        groups = torch.arange(-per_block, per_block, device=first.device) + own_block
+        requests = torch.arange(len(first), device=first.device)[:, None]
+        at = slots(table, requests.expand_as(groups), groups * LINE_GROUP)
+        known = marks[at].long()
+        places = groups * LINE_GROUP + known - 1
+        valid = (groups >= 0) & (known > 0) & (places < first[:, None])
+        own_group = groups == (first // LINE_GROUP)[:, None]
+        return cls(
+            last=torch.where(valid, places, -1).amax(1),
+            in_block=(valid & (groups >= own_block)).any(1),
+            own_mark=(known * (valid & own_group)).amax(1),
+        )
+
+
 def mark(
     ends: torch.Tensor,
     new: NewTokens,
@@ -70,7 +110,8 @@ def mark(
     marks: torch.Tensor,
     table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find a step's anchors, and write their marks.
+    """Find a step's anchors (:func:`vllm_sparse.cache.lines.anchors`), and write their
+    marks.
 
     Args:
         ends: [n] bool, tokens that end a line.
@@ -82,50 +123,43 @@ def mark(
     Returns:
         [n] bool, anchors; [n] int64, places of the first tokens of the tokens' lines.
     """
-    request, place, first = new.request, new.place, new.first
-    n, group, block = len(place), place // LINE_GROUP, place // BLOCK_SIZE
-    token = torch.arange(n, device=place.device)
-    begins = place == first[request]
-    # The anchors of the first tokens' own blocks and of those before.
-    per_block = BLOCK_SIZE // LINE_GROUP
-    near = torch.arange(2 * per_block, device=place.device) - per_block
-    near = near + first[:, None] // BLOCK_SIZE * per_block
-    rows = torch.arange(len(first), device=place.device)[:, None]
-    at = slots(table, rows.expand_as(near), near * LINE_GROUP)
-    known = marks[at].long()
-    where = near * LINE_GROUP + known - 1
-    valid = (near >= 0) & (known > 0) & (where < first[:, None])
-    last = torch.where(valid, where, -1).amax(1)
-    in_block = (valid & (near >= (first // BLOCK_SIZE * per_block)[:, None])).any(1)
-    own = valid & (near == (first // LINE_GROUP)[:, None])
-    in_group = own.any(1)
+    request, place = new.request, new.place
+    first, earlier = new.first[request], Earlier.of(new.first, marks, table)
+    token = torch.arange(len(place), device=place.device)
 
-    def before(flags: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Flags before each token, from the last start on."""
-        start = torch.where(starts, token, 0).cummax(0).values
-        earlier = flags.cumsum(0) - flags.long()
-        return earlier - earlier[start]
+    def so_far(flags: torch.Tensor, size: int) -> torch.Tensor:
+        """Flags before each token among the step's tokens of its group of ``size``."""
+        begins = (place == first) | (place % size == 0)
+        start = torch.where(begins, token, 0).cummax(0).values
+        before = flags.cumsum(0) - flags.long()
+        return before - before[start]
+
+    def shared(size: int) -> torch.Tensor:
+        """Tokens whose group of ``size`` began in an earlier step."""
+        return place // size == first // size
 
     found = ends | (place == 0)
-    found &= ~((group == (first // LINE_GROUP)[request]) & in_group[request])
-    found &= before(found, begins | (place % LINE_GROUP == 0)) == 0
-    first_block = block == (first // BLOCK_SIZE)[request]
-    alone = before(found, begins | (place % BLOCK_SIZE == 0)) + found.long() == 0
-    alone &= ~(first_block & in_block[request])
-    found |= alone & (place % BLOCK_SIZE == BLOCK_SIZE - 1)
+    found &= ~(shared(LINE_GROUP) & (earlier.own_mark > 0)[request])
+    found &= so_far(found, LINE_GROUP) == 0
+    block_has = (so_far(found, BLOCK_SIZE) > 0) | found
+    block_has |= shared(BLOCK_SIZE) & earlier.in_block[request]
+    found |= (place % BLOCK_SIZE == BLOCK_SIZE - 1) & ~block_has
     found &= place >= 0
 
-    # Requests far apart in one order, so that a maximum never reaches into another.
+    # The place behind the last anchor before each token. Requests are far apart, so
+    # that a running maximum never reaches from one into the next.
     base = request << 32
-    after = torch.where(found, base + place + 1, base).cummax(0).values
-    after = torch.cat([base[:1], after[:-1]]).maximum(base) - base
-    starts = after.maximum(last[request] + 1)
+    behind = torch.where(found, base + place + 1, base).cummax(0).values
+    behind = torch.cat([base[:1], behind[:-1]]).maximum(base) - base
+    starts = behind.maximum(earlier.last[request] + 1)
 
-    at = slots(table, request, place)
-    at = (at[0].masked_fill(~stored, 0), at[1])
-    kept = (known * own).amax(1)[request] * begins
+    block, slot = slots(table, request, place)
+    at = block.masked_fill(~stored, 0), slot
+    # All groups of the step begin anew; one that an earlier step has marked keeps that.
+    kept = earlier.own_mark[request] * (place == first)
     value = found * (place % LINE_GROUP + 1) + kept
     marks[at] = 0
+    # At most one token of a group has a value: adding is writing, in any order.
     marks.index_put_(at, value.to(torch.uint8), accumulate=True)
     return found, starts
 
