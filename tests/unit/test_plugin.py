@@ -389,3 +389,17 @@ def test_bad_options_stop_the_platform_check_only_when_we_are_chosen():
     for backend in (None, CPU_ATTN):
         with pytest.raises(Reached):
             check(backend)
+
+
+def test_anchors_do_not_decide_on_the_size_of_blocks():
+    """Else lines would be given back a thousand tokens at a time."""
+    from vllm.platforms.interface import Platform
+
+    from vllm_sparse.plugin.arena import ArenaBackend
+    from vllm_sparse.plugin.backend import AnchorBackend
+
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+    for backends in ([AnchorBackend, ArenaBackend], [ArenaBackend, AnchorBackend]):
+        chosen = Platform._preferred_block_size_for_backends(backends, 16, config)
+        assert chosen == 128
+    assert ArenaBackend.get_supported_kernel_block_sizes(object()) == [1024]

@@ -70,7 +70,9 @@ class ArenaBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None):
-        return [BLOCK_SIZE * LINE_GROUP]
+        # Without a spec vLLM asks which size the model's blocks should have: lines'.
+        # With the layer's own it asks in what pieces kernels take them.
+        return [BLOCK_SIZE * (1 if kv_cache_spec is None else LINE_GROUP)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
