@@ -25,6 +25,7 @@ import torch
 from benchmarks.accuracy import run
 from vllm_sparse.cache.layout import BLOCK_SIZE, CODE_MAX
 from vllm_sparse.methods import METHODS, DecodeRows
+from vllm_sparse.methods.base import SelectingMethod
 from vllm_sparse.methods.sparq import Sparq
 from vllm_sparse.ops.reference import context_rows, forced_ranges
 from vllm_sparse.ops.reference.codes import quantise
@@ -73,7 +74,7 @@ class Sampled(Sparq):
         # By cache: the last token of each block as it was read, codes and params.
         self.blocks: dict[int, tuple[torch.Tensor, ...]] = {}
 
-    attend = Sparq.__mro__[1].attend  # the one of methods: select, then attend
+    attend = SelectingMethod.attend  # not Sparq's, which asks one op for both
 
     def sealed_codes(self, kv_cache, blocks):
         """Codes [blocks, KV heads, head_size, BLOCK_SIZE] and params of sealed blocks,

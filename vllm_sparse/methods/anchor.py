@@ -39,12 +39,6 @@ class Anchor(Method):
         groups = (lens + LINE_GROUP - 1) // LINE_GROUP
         return (groups + 2 * BLOCK_SIZE).minimum(lens).int()
 
-    def select(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
-    ) -> None:
-        """Never called: a step's lists hold for all layers (step/anchors.py)."""
-        raise NotImplementedError
-
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
         """Store the step's anchors a second time."""
         if meta.anchor_slots is None:

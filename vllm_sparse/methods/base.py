@@ -203,6 +203,26 @@ class Method(ABC):
         return ScoreBytes()
 
     @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: DecodeRows,
+        out: torch.Tensor,
+        layer_name: str,
+    ) -> None:
+        """Attend to what the method keeps.
+
+        Args:
+            query: [num_rows, num_heads, head_size].
+            out: [num_rows, num_heads, head_size], written.
+        """
+
+
+class SelectingMethod(Method):
+    """Chooses tokens for every row and KV head."""
+
+    @abstractmethod
     def select(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
     ) -> torch.Tensor | None:
@@ -223,11 +243,7 @@ class Method(ABC):
         out: torch.Tensor,
         layer_name: str,
     ) -> None:
-        """:meth:`select`, then exact attention over what it chose.
-
-        Args:
-            out: [num_rows, num_heads, head_size], written.
-        """
+        """:meth:`select`, then exact attention over what it chose."""
         kept_mass = self.select(query, kv_cache, rows)
         self.ops.attend(
             query,

@@ -13,11 +13,6 @@ class Dense(Method):
     devices = ("cpu", "cuda")
     dense_phases = frozenset(Phase)
 
-    def select(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
-    ) -> None:
-        rows.counts.fill_(-1)
-
     def attend(
         self,
         query: torch.Tensor,

@@ -6,10 +6,10 @@ Twilight's budgets (arXiv 2502.02770)."""
 import torch
 
 from ..ops import SparqOptions
-from .base import DecodeRows, Method, ScoreBytes
+from .base import DecodeRows, ScoreBytes, SelectingMethod
 
 
-class Sparq(Method):
+class Sparq(SelectingMethod):
     """Scores every token with the ``rank`` channels where the query is largest."""
 
     devices = ("cpu", "cuda")

@@ -35,12 +35,6 @@ class Streaming(Method):
         kept = lens - skipped * BLOCK_SIZE
         return kept.masked_fill(skipped == 0, -1).int()
 
-    def select(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows
-    ) -> None:
-        """Never called: :meth:`attend` needs no lists, as all heads share one."""
-        raise NotImplementedError
-
     def attend(
         self,
         query: torch.Tensor,

@@ -31,11 +31,19 @@ def install() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    _keep(GPUModelRunner, "_build_attention_metadata", lambda self: self.input_ids.gpu)
+    _keep(GPUModelRunner, "_build_attention_metadata", _of_v1)
     if current_platform.is_cuda():
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-        _keep(DefaultModelState, "prepare_attn", lambda self, batch: batch.input_ids)
+        _keep(DefaultModelState, "prepare_attn", _of_v2)
+
+
+def _of_v1(runner, *args) -> torch.Tensor:
+    return runner.input_ids.gpu
+
+
+def _of_v2(state, input_batch, *args) -> torch.Tensor:
+    return input_batch.input_ids
 
 
 def _keep(owner: type, name: str, ids) -> None:
@@ -46,7 +54,7 @@ def _keep(owner: type, name: str, ids) -> None:
     @wraps(original)
     def kept(self, *args, **kwargs):
         global _ids
-        _ids = ids(self, *args[: ids.__code__.co_argcount - 1])
+        _ids = ids(self, *args)
         try:
             return original(self, *args, **kwargs)
         finally:

@@ -11,10 +11,10 @@ from abc import abstractmethod
 import torch
 
 from ...ops.reference import context, forced_ranges, top_k_positions, top_p_count
-from ..base import DecodeRows, Method
+from ..base import DecodeRows, SelectingMethod
 
 
-class ScoredMethod(Method):
+class ScoredMethod(SelectingMethod):
     """Keeps the tokens whose :meth:`scores` are largest."""
 
     @abstractmethod

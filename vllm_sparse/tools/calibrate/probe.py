@@ -12,12 +12,13 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ...layer.impl import SparseAttentionImpl
-from ...methods import DecodeRows, Method
+from ...methods import DecodeRows
+from ...methods.base import SelectingMethod
 from ...worker import WorkerExtension
 from .measure import Setting, measure_row, read_context
 
 
-class Probe(Method):
+class Probe(SelectingMethod):
     """Dense attention; every decode row's :class:`RowResult` goes into ``notes``."""
 
     def __init__(self, impl: SparseAttentionImpl, settings: list[Setting]) -> None:
