@@ -5,7 +5,7 @@
 # One model, every method, on packed text (docs/training.md): an engine for each cache format and length, several
 # side by side on each GPU, as each mostly waits for its host.
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
-# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default). What is in OUT already is not run again; logs lie beside.
+# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16 of the bytes). What is in OUT already is not run again; logs lie beside.
 # Needs JOBS x (SAMPLES x length x the model's bytes a token x 1.2) of GPU memory, and a core for each job.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,24 +22,29 @@ job() {
   [ -f "$file.done" ] && return
   CUDA_VISIBLE_DEVICES=$gpu python3 -m benchmarks.accuracy.run --model "$model" --texts "$data" --lengths "$3" \
     --max-model-len $(($3 + 256)) --samples "${SAMPLES:-24}" --max-num-seqs "${SAMPLES:-24}" \
-    --kv-cache-gib $(($3 / 1024 * 3 / 4 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
+    --kv-cache-gib $(($3 / 1024 * ${SAMPLES:-24} / 32 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
     >"$file.log" 2>&1 && touch "$file.done" || echo "$file failed: $(tail -n 1 "$file.log")"
 }
 export -f job
 export model data out
 
-index=0
-for length in $(printf '%s\n' "$@" | sort -rn); do # the longest take longest
-  for line in \
-    "auto $length --tasks $needles $tails --methods ${METHODS:-sparq:top_k=0.125 sparq:top_p=0.9}" \
-    "k8v4 $length --tasks $needles $tails --methods sparq:top_k=0.125 --kv-format k8v4" \
-    "int8 $length --tasks $needles $tails --methods sparq:top_k=0.125 --kv-format int8" \
-    "quest $length --tasks needle needle_4keys needle_code repetition --methods quest --budgets 0.18" \
-    "window $length --tasks needle needle_4keys needle_code repetition --methods window --budgets 0.18"; do
-    gpu=${gpus[index++ % ${#gpus[@]}]}
-    echo "$gpu $line" >>"$out/jobs_$gpu.txt"
+read -ra lengths <<<"$(printf '%s\n' "$@" | sort -n | xargs)"
+few="needle needle_4keys needle_code repetition"
+{
+  for ((i = ${#lengths[@]} - 1; i >= 0; i--)); do # the longest take longest
+    echo "auto ${lengths[i]} --tasks $needles $tails --methods ${METHODS:-sparq:top_k=0.125 sparq:top_p=0.9 sparq:rank=12} --budgets 0.0625"
   done
-done
+  for length in "${lengths[@]}"; do
+    for format in k8v4 int8; do
+      echo "$format $length --tasks $needles $tails --methods sparq:top_k=0.125 --kv-format $format"
+    done
+  done
+  for length in "${lengths[@]}"; do
+    for method in quest window; do
+      echo "$method $length --tasks $few --methods $method --budgets 0.0625"
+    done
+  done
+} | awk -v "gpus=${gpus[*]}" -v "out=$out" '{ n = split(gpus, g, " "); gpu = g[(NR - 1) % n + 1]; print gpu, $0 > (out "/jobs_" gpu ".txt") }'
 for gpu in "${gpus[@]}"; do
   # shellcheck disable=SC2016
   [ -f "$out/jobs_$gpu.txt" ] && xargs -a "$out/jobs_$gpu.txt" -P "${JOBS:-4}" -I{} bash -c 'job {}' &
