@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def check(folder, prompts, outputs, rules: str = "plain", gap: float = 0.3) -> None:
+def check(folder, prompts, outputs, rules: str = "plain", gap: float = 0.4) -> None:
     """No token is less likely than the likeliest by more than ``gap`` nats."""
     for prompt, output in zip(prompts, outputs, strict=True):
         answer = list(output.outputs[0].token_ids)
@@ -78,7 +78,8 @@ def test_answers_and_memory(folder, rules):
 
 def test_drafts(folder):
     prompts = [PROMPTS[3][:150] * 3, PROMPTS[0]]
-    with anchored(folder, speculative_config=NGRAM, **OPTIONS) as llm:
+    options = OPTIONS | {"async_scheduling": False}  # vLLM's ngram has none
+    with anchored(folder, speculative_config=NGRAM, **options) as llm:
         for _ in range(2):
             outputs = generate(llm, prompts, greedy(150, detokenize=False))
             check(folder, prompts, outputs)

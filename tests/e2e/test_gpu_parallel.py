@@ -70,12 +70,17 @@ def test_ranks_serve_as_one_does(executor, sparse, model, expected):
         distributed_executor_backend=executor,
     ) as llm:
         got = generate(llm, PROMPTS, PARAMS)
-        assert tokens(generate(llm, PROMPTS, PARAMS)) == tokens(got)
+        again = generate(llm, PROMPTS, PARAMS)
         stats = llm.collective_rpc("sparse_stats")
         counts = speculated(llm) if sparse is LOSSLESS else {}
     assert len(stats) == ranks
     assert len({rank["kv_bytes_read"] for rank in stats}) == 1
     assert all(rank["sparse_rows"] > 0 for rank in stats)
-    if sparse is LOSSLESS:
+    if sparse is not LOSSLESS:
+        assert tokens(again) == tokens(got)
+    else:
+        # Asynchronous scheduling decides how many drafts a step verifies, which decides
+        # on rounding.
+        assert_same_but_for_ties(again, got, GAP, most=5)
         assert_same_but_for_ties(got, expected, GAP, most=5)
         assert 0 < counts["accepted_tokens"] < counts["draft_tokens"]
