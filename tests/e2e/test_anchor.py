@@ -150,6 +150,52 @@ def test_what_old_lines_held_is_given_back(folder):
     assert figures.blocks_given_back in (lines - 1, lines - 2)
 
 
+def decode_together(llm, prompts, params) -> tuple[list[list[int]], int, int]:
+    """Answers, the most requests that decoded in one step, and how often requests were
+    preempted."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    decoding, preempted = [], {}
+
+    def watch():
+        decoding.append(sum(r.num_output_tokens > 0 for r in scheduler.running))
+        found = scheduled(llm).items()
+        preempted.update({name: r.num_preemptions for name, r in found})
+
+    for i, prompt in enumerate(prompts):
+        add(llm, str(i), prompt, params)
+    finished = step_until_done(llm, watch)
+    answers = [finished[str(i)] for i in range(len(prompts))]
+    return answers, max(decoding), sum(preempted.values())
+
+
+def cache_bytes(llm) -> int:
+    """Lines and anchors lie in the same ones."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    (size,) = {tensor.size for tensor in scheduler.kv_cache_config.kv_cache_tensors}
+    return size
+
+
+def test_a_batch_that_does_not_fit_densely(folder, monkeypatch):
+    """The same memory: with dense attention two requests of six run at a time, here all
+    decode at once, and say what they say alone."""
+    # It would replace the size that is asked for.
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    batch = random_prompts(*[1900] * 6)
+    params = greedy(60, detokenize=False, **COLD)
+    memory = 5000 * 3 * 2 * 2 * 64 * 4  # tokens, layers, heads, K and V in fp32
+    options = dict(kv_cache_memory_bytes=memory)
+    options |= dict(max_num_seqs=len(batch), max_num_batched_tokens=256)
+    with anchored(folder, attention_backend="CPU_ATTN", **options) as llm:
+        dense = cache_bytes(llm)
+        _, most, _ = decode_together(llm, batch, params)
+        assert most == 2
+    with anchored(folder, **options) as llm:
+        assert cache_bytes(llm) <= dense <= memory
+        answers, most, preemptions = decode_together(llm, batch, params)
+        assert most == len(batch) and not preemptions
+        assert answers == [tokens(generate(llm, [p], params))[0] for p in batch]
+
+
 def test_preempted_requests_give_the_same_answers(folder):
     prompts, names = random_prompts(129, 130, 131), "abc"
     preempted = set()
