@@ -8,8 +8,6 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from vllm_sparse.methods.anchor import Anchor  # noqa: E402
-
 from .engines import (  # noqa: E402
     COLD,
     NGRAM,
@@ -31,12 +29,6 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    # Until this file has passed on a GPU, engines there are refused.
-    monkeypatch.setattr(Anchor, "devices", ("cpu", "cuda"))
 
 
 @pytest.fixture(scope="module")

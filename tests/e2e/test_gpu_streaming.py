@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("vllm")
 import torch  # noqa: E402
 
-from vllm_sparse.methods.streaming import Streaming  # noqa: E402
-
 from .engines import (  # noqa: E402
     COLD,
     add,
@@ -39,12 +37,6 @@ OPTIONS = dict(
     enforce_eager=False,
     compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 )
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    # Until this file has passed on a GPU, engines there are refused.
-    monkeypatch.setattr(Streaming, "devices", ("cpu", "cuda"))
 
 
 @pytest.fixture(scope="module")

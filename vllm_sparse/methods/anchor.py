@@ -29,6 +29,7 @@ class Anchor(Method):
             anchors); None: none. Whoever makes the layers sets it.
     """
 
+    devices = ("cpu", "cuda")
     dense_phases = frozenset()
     prompts_as_rows = True
     lower: Any = None

@@ -15,6 +15,8 @@ from .base import Compact, DecodeRows, LayerShape, Method, Phase
 class Streaming(Method):
     """Attends to a compact context (:mod:`vllm_sparse.cache.eviction`)."""
 
+    devices = ("cpu", "cuda")
+
     def __init__(self, config: SparseConfig, shape: LayerShape, ops: Ops) -> None:
         super().__init__(config, shape, ops)
         self.kept = self.eviction(config)
