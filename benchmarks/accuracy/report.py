@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Turn a result file into a Markdown table and a plot.
+"""Turn result files into Markdown tables and a plot.
 
 python -m benchmarks.accuracy.report benchmarks/results/accuracy_4k.json
+
+Of several files the first one's dense records are the baseline; the others have other
+caches, which their methods are named after.
 """
 
 import argparse
@@ -100,8 +103,8 @@ def _kept(record: dict) -> str:
 
 def plot(result: dict, path: Path, metrics: Sequence[str] = PLOTTED) -> None:
     """Metric against the measured share of KV bytes: a row per task and metric, a
-    column per length; error bars are standard errors of the paired difference.
-    Methods that differ in ``top_p`` alone share a line."""
+    column per length (one length: three panels a row); error bars are standard errors
+    of the paired difference. Methods that differ in ``top_p`` alone share a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,21 +122,24 @@ def plot(result: dict, path: Path, metrics: Sequence[str] = PLOTTED) -> None:
             if name == task
         )
     ]
+    panels = [(*row, length) for row in rows for length in lengths]
+    columns = len(lengths) if len(lengths) > 1 else min(3, len(panels))
+    height = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(
-        len(rows),
-        len(lengths),
-        figsize=(4 * len(lengths) + 2, 3 * len(rows)),
+        height,
+        columns,
+        figsize=(4 * columns + 2, 3 * height),
         squeeze=False,
         layout="constrained",
     )
-    for row, (task, metric) in enumerate(rows):
-        for column, length in enumerate(lengths):
-            axis = axes[row][column]
-            if (task, length) in grouped:
-                _panel(axis, grouped[task, length], metric)
-            axis.set_title(f"{task}, {length} tokens", fontsize=9)
-            axis.set_ylabel(COLUMNS.get(metric, (f"{metric} to dense", 0))[0])
-            axis.set_xlabel("share of KV bytes read")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (task, metric, length) in zip(axes.flat, panels, strict=False):
+        if (task, length) in grouped:
+            _panel(axis, grouped[task, length], metric)
+        axis.set_title(f"{task}, {length} tokens", fontsize=9)
+        axis.set_ylabel(COLUMNS.get(metric, (f"{metric} to dense", 0))[0])
+        axis.set_xlabel("share of KV bytes read")
     axes[0][0].legend(fontsize=7)
     figure.suptitle(_subtitle(result["header"]), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +161,8 @@ def _panel(axis, group: list[dict], metric: str) -> None:
         label = method + " (oracle)" * method.startswith("exact")
         axis.errorbar(shares, values, yerr=errors, marker="o", ms=3, label=label)
     axis.set_xscale("log", base=2)
+    if metric == "hit":
+        axis.set_ylim(0, 1.05)
     if metric == "kl":
         axis.set_yscale("log")
     shares = [r["kv_share"] for r in measured]
@@ -182,16 +190,36 @@ def _subtitle(header: dict) -> str:
     )
 
 
+def joined(results: Sequence[dict], tasks=None, lengths=None) -> dict:
+    """The first result with the records of all.
+
+    Args:
+        tasks, lengths: those that are kept; None: all.
+    """
+    records = []
+    for number, result in enumerate(results):
+        cache = f", {result['header']['engine'].get('kv_format', 'auto')}"
+        for record in result["records"]:
+            chosen = not tasks or record["task"] in tasks
+            if chosen and (not lengths or record["length"] in lengths):
+                method = record["method"] + cache * (number > 0)
+                records.append(record | {"method": method})
+    return results[0] | {"records": records}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
+    parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--plots", type=Path, default=PLOTS)
     parser.add_argument("--metrics", nargs="+", default=PLOTTED, help="in the plot")
+    parser.add_argument("--tasks", nargs="+", help="not all")
+    parser.add_argument("--lengths", nargs="+", type=int, help="not all")
     args = parser.parse_args()
-    result = json.loads(args.result.read_text("utf-8"))
+    read = [json.loads(path.read_text("utf-8")) for path in args.results]
+    result = joined(read, args.tasks, args.lengths)
     print(_subtitle(result["header"]).replace("\n", " ") + "\n")
     print(markdown(result["records"]))
-    plot(result, args.plots / f"{args.result.stem}.png", args.metrics)
+    plot(result, args.plots / f"{args.results[0].stem}.png", args.metrics)
 
 
 if __name__ == "__main__":

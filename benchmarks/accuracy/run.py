@@ -172,14 +172,24 @@ def write_result(
 
 
 def to_json(value: dict) -> str:
-    """Indented, but lists of plain values stand on one line."""
+    """Indented, but lists and objects of plain values stand on one line."""
 
     def one_line(match: re.Match) -> str:
-        return "[" + re.sub(r"\n\s+", " ", match[1]) + "]"
+        return match[0][0] + re.sub(r"\n\s+", " ", match[1]) + match[0][-1]
 
     # A line break is never part of a string in JSON.
-    text = json.dumps(value, indent=1)
-    return re.sub(r"\[\n\s+([^][{}]*?)\n\s*\]", one_line, text)
+    text = json.dumps(_rounded(value), indent=1)
+    text = re.sub(r"\[\n\s+([^][{}]*?)\n\s*\]", one_line, text)
+    return re.sub(r"\{\n\s+([^][{}]*?)\n\s*\}", one_line, text)
+
+
+def _rounded(value):
+    """Numbers of five digits: a sample's error is larger, and files are read."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def main(text: str = __doc__) -> None:

@@ -166,9 +166,11 @@ def test_samples_per_length():
 
 def test_json_keeps_plain_lists_on_one_line():
     data = {"kept": {"layer": [[1.5, 2], []]}, "text": "[\n  1,\n  2 ]"}
+    data["samples"] = [{"hit": 1.0, "text": "{\n}"}, {"hit": 0.0}]
     text = to_json(data)
-    assert "[1.5, 2]" in text
+    assert "[1.5, 2]" in text and '{"hit": 0.0}' in text
     assert json.loads(text) == data
+    assert json.loads(to_json({"kl": [0.123456789]})) == {"kl": [0.12346]}
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from .positions import default_theta
 from .synthetic import Synthetic
 
 NEEDS = """needs, for SmolLM2-135M and the defaults (98 million tokens): a GPU of 40 GB
-(24 GB with --checkpointing), 4 GB of host memory, and by estimate 12 to 16 minutes of
-an H200. On a CPU toy sizes only: some hundred tokens a second."""
+(24 GB with --checkpointing), 4 GB of host memory, and 18 minutes of an
+H200. On a CPU toy sizes only: some hundred tokens a second."""
 
 
 class LongContext:

@@ -31,7 +31,7 @@ from .options import parser_of, print_state
 from .wordings import Wordings
 
 NEEDS = """needs, for the defaults (59 million parameters, 260 million tokens): a GPU of
-40 GB, 4 GB of host memory, and by estimate 12 to 20 minutes of an H200. On a CPU toy
+40 GB, 4 GB of host memory, and 20 minutes of an H200. On a CPU toy
 sizes only."""
 
 
