@@ -11,13 +11,9 @@ from typing import Any
 import torch
 
 from vllm_sparse.anchor_config import FILE
+from vllm_sparse.plugin.registry import BACKENDS
 
-OURS = (
-    "sparq",
-    "twilight",
-    "streaming",
-    "anchor",
-)  # backends that take options of ours
+OURS = tuple(name.lower() for name in BACKENDS)  # they take options of ours
 # Name on the command line -> arguments of vllm.LLM; other names are backends.
 ENGINES = {
     "flash_attn_fp8": {"attention_backend": "flash_attn", "kv_cache_dtype": "fp8"}
