@@ -31,9 +31,9 @@ from .loop import Optimisation, train
 from .options import parser_of, print_state
 from .recorded import attending, causal
 
-NEEDS = """needs, for SmolLM2-135M: 75 MB of memory a text of 2,048 tokens beside 2 GB;
-on one thread of a CPU 6 seconds to record a text and 0.5 a step; a GPU was not
-tried."""
+NEEDS = """needs, for SmolLM2-135M: 62 MB of memory a text of 2,048 tokens beside 3 GB;
+on one thread of a CPU 8 seconds to record a text and 0.3 a step; by estimate 10
+milliseconds a step on a GPU."""
 CALIBRATION_TEXTS = 4
 # A scale's logarithm is trained divided by this, so that it moves faster than weights.
 SCALE = 10.0
