@@ -17,9 +17,9 @@ from .forward import hidden_states, token_losses
 from .less_rows import Kept, Rows, attended, logits_of
 from .recorded import attending, causal
 
-# By device, of positions whose logits are in memory at once: few stay in a CPU's caches,
-# many are few kernels.
-BLOCKS_AT_ONCE = {"cpu": 1, "cuda": 32}
+# Of positions whose logits are in memory at once, by device: few stay in a CPU's caches,
+# many are few kernels (32).
+BLOCKS_AT_ONCE = {"cpu": 1}
 
 
 def state_tokens(head_size: int, kept: Kept) -> int:
@@ -45,7 +45,7 @@ def attend_exactly(
     sinks = torch.arange(kept.sinks, device=device)
     window = torch.arange(-kept.window, BLOCK_SIZE, device=device)
     parts = []
-    for some in rows.split(BLOCKS_AT_ONCE[device.type]):
+    for some in rows.split(BLOCKS_AT_ONCE.get(device.type, 32)):
         # Sinks, and what any position of a block has in its window; none twice.
         near = some[:, :1] + window
         near = near.masked_fill(near < kept.sinks, end)
@@ -55,9 +55,8 @@ def attend_exactly(
         q, k, v = (t.transpose(0, 1) for t in given)
         parts.append(attended(logits_of(q, k, kept.mask(some, tokens), scale), v))
     exact, lse = (torch.cat(part).transpose(0, 1).flatten(1, 2) for part in zip(*parts))
-    return exact[:, first - begin : length - begin], lse[
-        :, first - begin : length - begin
-    ]
+    asked = slice(first - begin, length - begin)
+    return exact[:, asked], lse[:, asked]
 
 
 def nats(
