@@ -15,7 +15,12 @@ from vllm_sparse.methods.less import KIND, Kernels, add_state, load_kernels
 from vllm_sparse.train import less
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import load_model
-from vllm_sparse.train.less_evaluate import attend_exactly, nats, state_tokens
+from vllm_sparse.train.less_evaluate import (
+    BLOCKS_AT_ONCE,
+    attend_exactly,
+    nats,
+    state_tokens,
+)
 from vllm_sparse.train.less_rows import Kept, Rows, attended, logits_of, recorded
 
 SINKS, WINDOW = 128, 128
@@ -95,7 +100,9 @@ def test_states_are_sums_over_what_has_left(kept):
 
 
 @pytest.mark.parametrize("kept", [*KEPT, Kept(0, 700, 1), Kept(5, 150, 1)])
-def test_blocks_of_positions_attend_as_single_ones(kept):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_blocks_of_positions_attend_as_single_ones(kept, at_once, monkeypatch):
+    monkeypatch.setitem(BLOCKS_AT_ONCE, "cpu", at_once)
     query, key, value = random_text(700)
     positions = torch.arange(301, 700)
     rows = rows_of(kept, positions, query, key, value)
