@@ -17,8 +17,8 @@ from .forward import hidden_states, token_losses
 from .less_rows import Kept, Rows, attended, logits_of
 from .recorded import attending, causal
 
-# Of positions whose logits are in memory at once, by device: few stay in the caches of a
-# CPU, many are few kernels (32).
+# Of positions whose logits are in memory at once, by device: few stay in the caches of
+# a CPU, many are few kernels (32).
 BLOCKS_AT_ONCE = {"cpu": 1}
 
 
