@@ -61,10 +61,8 @@ class Kernels:
 
     def psi(self, key: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, n, D] keys after RoPE -> [num_kv_heads, n, STATE_RANK]."""
-        u = (
-            F.gelu(F.gelu(key.float() @ self.k1) @ self.k2)
-            * self.s1.abs()[..., None, :]
-        )
+        u = F.gelu(F.gelu(key.float() @ self.k1) @ self.k2)
+        u = u * self.s1.abs()[..., None, :]
         return (u + u @ self.k3 * self.s2[..., None, :]).abs()
 
 
