@@ -3,7 +3,7 @@
 """Training a state for what has left, at toy size."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,8 +15,13 @@ from vllm_sparse.methods.less import KIND, Kernels, add_state, load_kernels
 from vllm_sparse.train import less
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import load_model
-from vllm_sparse.train.less_evaluate import nats, state_tokens
-from vllm_sparse.train.less_rows import FEW_EDGES, Kept, Rows, attend_exactly
+from vllm_sparse.train.less_evaluate import (
+    BLOCKS_AT_ONCE,
+    attend_exactly,
+    nats,
+    state_tokens,
+)
+from vllm_sparse.train.less_rows import Kept, Rows, attended, logits_of, recorded
 
 SINKS, WINDOW = 128, 128
 
@@ -37,21 +42,28 @@ def random_kernels(heads=4, kv_heads=2, size=16, hidden=8) -> Kernels:
     )
 
 
+def random_text(length: int) -> list[torch.Tensor]:
+    """Query, key and value, [heads, length, size]."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(n, length, 16, generator=generator) for n in (4, 2, 2)]
+
+
+def rows_of(kept: Kept, positions, query, key, value) -> Rows:
+    mask = kept.mask(positions, torch.arange(key.shape[1]))
+    logits = logits_of(query[:, positions], key, mask, 0.25)
+    return Rows.of(kept, positions, query, key, value, *attended(logits, value))
+
+
 def test_serving_computes_what_is_trained():
     """States of blocks and merged results equal the trainer's sums over tokens."""
     kernels, length, size = random_kernels(), 1000, 16
-    generator = torch.Generator().manual_seed(3)
-    query, key, value = (
-        torch.randn(n, length, size, generator=generator) for n in (4, 2, 2)
-    )
+    query, key, value = random_text(length)
     positions = torch.tensor([300, 511, 512, 640, 999])
     kept = Kept(SINKS, WINDOW, BLOCK_SIZE)
-    given = (positions, query, key, value, 0.25, kept)
-    alone, found_lse = attend_exactly(*given)
-    rows = Rows(kept, positions, query[:, positions], key, value, alone, found_lse)
-    expected, _ = rows.merged(kernels)
+    rows = rows_of(kept, positions, query, key, value)
+    alone, (expected, _) = rows.exact, rows.merged(rows.sums(kernels))
     # Exact attention, and states, as the engine makes them.
-    near = kept.mask(positions, length)
+    near = kept.mask(positions, torch.arange(length))
     left = (torch.arange(length) <= positions[:, None]) & ~near
     keys, values = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
     logits = query[:, positions] @ keys.mT * 0.25
@@ -70,21 +82,52 @@ def test_serving_computes_what_is_trained():
     assert state[0, 0].numel() * 4 == state_bytes(size)
 
 
-def test_states_of_many_positions_are_those_of_few(monkeypatch):
-    """Both ways to sum what has left."""
-    monkeypatch.setitem(FEW_EDGES, "cpu", 64)
-    kernels, generator = random_kernels(), torch.Generator().manual_seed(4)
-    query, key, value = (
-        torch.randn(n, 300, 16, generator=generator) for n in (4, 2, 2)
+KEPT = [Kept(5, 40, 1), Kept(0, 3, 1), Kept(SINKS, WINDOW, BLOCK_SIZE)]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_states_are_sums_over_what_has_left(kept):
+    """Whatever a sum's run of tokens leaves over."""
+    kernels, (query, key, value) = random_kernels(), random_text(700)
+    positions = torch.arange(kept.tokens, 700, 7)
+    found = rows_of(kept, positions, query, key, value).states(kernels)
+    tokens = torch.arange(700)
+    left = (tokens <= positions[:, None]) & ~kept.mask(positions, tokens)
+    given = torch.cat([value, torch.ones(2, 700, 1)], -1)[:, None]
+    each = (kernels.psi(key)[:, None] * left[..., None]).mT
+    torch.testing.assert_close(found, each @ given, atol=2e-3, rtol=1e-4)
+    assert left[-1].any()
+
+
+@pytest.mark.parametrize("kept", [*KEPT, Kept(0, 700, 1), Kept(5, 150, 1)])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_blocks_of_positions_attend_as_single_ones(kept, at_once, monkeypatch):
+    monkeypatch.setitem(BLOCKS_AT_ONCE, "cpu", at_once)
+    query, key, value = random_text(700)
+    positions = torch.arange(301, 700)
+    rows = rows_of(kept, positions, query, key, value)
+    exact, lse = attend_exactly(301, query, key, value, 0.25, kept)
+    torch.testing.assert_close(exact, rows.exact, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lse, rows.lse, atol=1e-5, rtol=1e-4)
+
+
+def test_all_layers_at_once_give_what_each_gives():
+    kernels, kept = random_kernels(), Kept(5, 40, 1)
+    other = Kernels(**{f.name: getattr(kernels, f.name) / 2 for f in fields(Kernels)})
+    positions, query, key, value = torch.arange(50, 300, 3), *random_text(300)
+    one = rows_of(kept, positions, query, key, value)
+    one = replace(one, expected=one.exact, whole=one.lse)
+    text = recorded([one, one])
+    both = Kernels(
+        *(
+            torch.stack([getattr(kernels, f.name), getattr(other, f.name)])
+            for f in fields(Kernels)
+        )
     )
-    kept, positions = Kept(5, 40, 1), torch.arange(20, 300)
-
-    def found(at):
-        near = attend_exactly(at, query, key, value, 0.25, kept)
-        return Rows(kept, at, query[:, at], key, value, *near).merged(kernels)[0]
-
-    parts = [found(at) for at in positions.split(50)]
-    torch.testing.assert_close(found(positions), torch.cat(parts, 1))
+    assert text.key.dtype == torch.float16 and text.lse.dtype == torch.float32
+    for found, each in zip(text.sums(both), (kernels, other)):
+        expected = recorded([one]).sums(each)[0]
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.fixture
@@ -102,6 +145,14 @@ def arguments(model_folder, data_folder, tmp_path):
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
     return argv
+
+
+def test_layers_of_unlike_shapes_are_refused(arguments, model_folder, data_folder):
+    model = load_model(model_folder, torch.device("cpu"))
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = torch.nn.Linear(8, 8, bias=False)
+    with pytest.raises(ValueError, match="same shapes"):
+        less.LessTrainee(model, Corpus(data_folder), less.arguments_of(arguments))
 
 
 def test_the_command_trains_resumes_and_writes_a_checkpoint(

@@ -97,6 +97,17 @@ def test_another_recipe_is_refused(tmp_path):
         train(Line(), OPTIMISATION, tmp_path, {"name": "other"})
 
 
+def test_parameters_of_other_names_are_refused(tmp_path):
+    run(tmp_path, minutes=0)
+
+    class Renamed(Line):
+        def parameters(self):
+            return {f"other.{n}": p for n, p in super().parameters().items()}
+
+    with pytest.raises(ValueError, match="give another --out"):
+        run(tmp_path, Renamed())
+
+
 def test_a_broken_loss_is_an_error(tmp_path):
     class Broken(Line):
         def losses(self, step):

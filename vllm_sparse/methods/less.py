@@ -36,7 +36,9 @@ LEAST = 1e-30  # of phi(q) . z, before its logarithm
 
 @dataclass(frozen=True)
 class Kernels:
-    """phi of every query head and psi of every KV head of a layer, fp32.
+    """phi of every query head and psi of every KV head of a layer, fp32; or of all
+    layers at once, each tensor with a dimension of layers in front, and so what phi and
+    psi are given and give.
 
     Attributes:
         q1, q2: [num_heads, D, hidden], [num_heads, hidden, STATE_RANK].
@@ -59,8 +61,9 @@ class Kernels:
 
     def psi(self, key: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, n, D] keys after RoPE -> [num_kv_heads, n, STATE_RANK]."""
-        u = F.gelu(F.gelu(key.float() @ self.k1) @ self.k2) * self.s1.abs()[:, None]
-        return (u + u @ self.k3 * self.s2[:, None]).abs()
+        u = F.gelu(F.gelu(key.float() @ self.k1) @ self.k2)
+        u = u * self.s1.abs()[..., None, :]
+        return (u + u @ self.k3 * self.s2[..., None, :]).abs()
 
 
 def state_of_blocks(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:

@@ -26,14 +26,14 @@ from ..methods.less import KIND, Kernels, described
 from .corpus import Corpus
 from .forward import load_model
 from .less_evaluate import Evaluation, forward
-from .less_rows import Kept, Rows
+from .less_rows import Kept, Rows, attended, logits_of, recorded
 from .loop import Optimisation, train
 from .options import parser_of, print_state
 from .recorded import attending, causal
 
-NEEDS = """needs, for SmolLM2-135M: 75 MB of memory a text of 2,048 tokens beside 2 GB;
-on one thread of a CPU 6 seconds to record a text and 0.5 a step; a GPU was not
-tried."""
+NEEDS = """needs, for SmolLM2-135M: 62 MB of memory a text of 2,048 tokens beside 3 GB;
+on one thread of a CPU 8 seconds to record a text and 0.3 a step; by estimate 10
+milliseconds a step on a GPU."""
 CALIBRATION_TEXTS = 4
 # A scale's logarithm is trained divided by this, so that it moves faster than weights.
 SCALE = 10.0
@@ -68,76 +68,87 @@ def new_kernels(config, hidden: int, seed: int) -> list[Kernels]:
     return [of_layer() for _ in range(config.num_hidden_layers)]
 
 
+def _projections(model) -> torch.Tensor:
+    """Output projections: [layers, hidden size, heads * head size] fp32.
+
+    Raises:
+        ValueError: layers differ in shape, which one batch of all cannot have.
+    """
+    weights = [layer.self_attn.o_proj.weight for layer in model.model.layers]
+    shapes = {tuple(weight.shape) for weight in weights}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"output projections of the layers have shapes {sorted(shapes)}; `less` "
+            "trains models whose layers have the same shapes"
+        )
+    return torch.stack(weights).float()
+
+
 class LessTrainee:
     """Features of all layers; windows of a corpus."""
 
     def __init__(self, model, corpus: Corpus, args) -> None:
         self.model, self.corpus, self.args = model, corpus, args
         self.kept = Kept(args.sinks, args.window, args.block)
-        self._recorded: dict[int, list[Rows]] = {}
+        self._recorded: dict[int, Rows] = {}
         self._evaluation: Evaluation | None = None
-        kernels = [
-            {f.name: getattr(k, f.name).to(model.device) for f in fields(Kernels)}
-            for k in new_kernels(model.config, args.hidden, args.seed)
-        ]
-        self._parameters = [
-            {name: torch.nn.Parameter(t) for name, t in of_layer.items()}
-            for of_layer in kernels
-        ]
+        self._project = _projections(model)
+        layers = new_kernels(model.config, args.hidden, args.seed)
+        self._parameters = {
+            f.name: torch.nn.Parameter(
+                torch.stack([getattr(k, f.name) for k in layers]).to(model.device)
+            )
+            for f in fields(Kernels)
+        }
         texts = [self._text(i) for i in range(min(CALIBRATION_TEXTS, args.texts))]
+        with torch.no_grad():
+            self._parameters["s1"] += self._scale(texts)[..., None] / SCALE
+            errors = [self._error(rows, rows.exact.float()) for rows in texts]
         # What errors are shares of, by layer.
-        self.alone = [0.0] * len(kernels)
-        for layer, parameters in enumerate(self._parameters):
-            rows = [text[layer] for text in texts]
-            with torch.no_grad():
-                scale = self._scale(layer, rows)
-                parameters["s1"] += scale[:, None] / SCALE
-                errors = [self._error(layer, r, r.exact.float()) for r in rows]
-            self.alone[layer] = float(torch.stack(errors).mean())
+        self.alone = torch.stack(errors).mean(0)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Of all layers at once, as they are served."""
+        # A state must take as much mass as what has left had, which differs by many
+        # orders of magnitude between heads: as a logarithm any is near.
+        scale = (self._parameters["s1"] * SCALE).exp()
+        return Kernels(**self._parameters | {"s1": scale})
 
     @property
     def layers(self) -> list[Kernels]:
-        """As they are served."""
-        return [self._kernels(layer) for layer in range(len(self._parameters))]
+        kernels = self.kernels
+        each = (getattr(kernels, f.name).detach() for f in fields(Kernels))
+        return [Kernels(*tensors) for tensors in zip(*each)]
 
-    def _kernels(self, layer: int, scale: torch.Tensor | float = 0.0) -> Kernels:
-        """
-        Args:
-            scale: [kv heads], added to the logarithm of the state's mass.
-        """
-        given = self._parameters[layer]
-        # A state must take as much mass as what has left had, which differs by many
-        # orders of magnitude between heads: as a logarithm any is near.
-        more = torch.as_tensor(scale, device=given["s1"].device)[..., None]
-        return Kernels(**given | {"s1": (given["s1"] * SCALE + more).exp()})
-
-    def _scale(self, layer: int, rows: list[Rows]) -> torch.Tensor:
+    def _scale(self, texts: list[Rows]) -> torch.Tensor:
         """What makes a head's squared error least, which is near where the state's mass
-        is that of what has left: a logarithm, [kv heads]."""
-        shape = (rows[0].key.shape[0], -1)
-        apart = [r.mass_left() - r.merged(self._kernels(layer))[1] for r in rows]
-        middle = torch.cat([a.reshape(shape) for a in apart], 1).median(1).values
+        is that of what has left: a logarithm, [layers, kv heads]."""
+        grouped = (1, (self.model.config.num_key_value_heads, -1))
+        kernels = self.kernels
+        given = [(rows, rows.sums(kernels)) for rows in texts]
+        apart = [rows.mass_left() - rows.merged(sums)[1] for rows, sums in given]
+        by_head = [a.unflatten(*grouped).flatten(2) for a in apart]
+        middle = torch.cat(by_head, 2).median(2).values
         errors = []
         for offset in OFFSETS:
-            scale = middle + offset
-            error = 0.0
-            for r in rows:
-                found = r.merged(self._kernels(layer, scale))[0] - r.expected.float()
-                error = error + found.square().reshape(shape).sum(1)
+            scale = (middle + offset).exp()[..., None, None, None]
+            error = torch.zeros_like(middle)
+            for rows, sums in given:
+                scaled = (sums.unflatten(*grouped) * scale).flatten(1, 2)
+                found = rows.merged(scaled)[0] - rows.expected.float()
+                error += found.square().unflatten(*grouped).sum((2, 3, 4))
             errors.append(error)
         return middle + middle.new_tensor(OFFSETS)[torch.stack(errors).argmin(0)]
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {
-            f"layers.{layer}.{name}": parameter
-            for layer, parameters in enumerate(self._parameters)
-            for name, parameter in parameters.items()
-        }
+        """Each with a dimension of layers in front."""
+        return self._parameters
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Of a checkpoint."""
         return {
-            f"layers.{layer}.{f.name}": getattr(kernels, f.name).detach()
+            f"layers.{layer}.{f.name}": getattr(kernels, f.name)
             for layer, kernels in enumerate(self.layers)
             for f in fields(Kernels)
         }
@@ -147,14 +158,12 @@ class LessTrainee:
         epoch, place = divmod(step * args.batch, args.texts)
         order = np.random.default_rng([args.seed, epoch, 1]).permutation(args.texts)
         for number in order[place : place + args.batch]:
-            text = self._text(int(number))
-            for layer, rows in enumerate(text):
-                found = rows.merged(self._kernels(layer))[0]
-                share = self._error(layer, rows, found) / self.alone[layer]
-                # Layers are independent: each has a graph of its own.
-                yield share / len(text) / args.batch, args.length // len(text)
+            rows = self._text(int(number))
+            found = rows.merged(rows.sums(self.kernels))[0]
+            shares = self._error(rows, found) / self.alone
+            yield shares.mean() / args.batch, args.length
 
-    def _text(self, number: int) -> list[Rows]:
+    def _text(self, number: int) -> Rows:
         """What all layers make of a text; recorded when first asked for."""
         if number in self._recorded:
             return self._recorded[number]
@@ -165,24 +174,27 @@ class LessTrainee:
         candidates = np.arange(self.kept.tokens, args.length)
         chosen = rng.choice(candidates, min(args.rows, len(candidates)), replace=False)
         rows = torch.from_numpy(chosen).sort().values.to(self.model.device)
-        found: list[Rows] = []
+        tokens = torch.arange(args.length, device=rows.device)
+        seen, near = tokens <= rows[:, None], self.kept.mask(rows, tokens)
+        layers: list[Rows] = []
 
         def record(layer, query, key, value, scale):
             out = causal(layer, query, key, value, scale)
-            given = (rows, query, key, value, scale, self.kept)
-            found.append(Rows.recorded(*given, out))
+            logits = logits_of(query[:, rows], key, seen, scale)
+            exact = attended(logits.masked_fill(~near, -math.inf), value)
+            dense = (out[:, rows], logits.logsumexp(-1))
+            layers.append(Rows.of(self.kept, rows, query, key, value, *exact, *dense))
             return out
 
         with attending(self.model, record):
             forward(self.model, ids)
-        self._recorded[number] = found
-        return found
+        self._recorded[number] = recorded(layers)
+        return self._recorded[number]
 
-    def _error(self, layer: int, rows: Rows, found: torch.Tensor) -> torch.Tensor:
-        """Mean square behind the output projection."""
-        project = self.model.model.layers[layer].self_attn.o_proj
-        apart = (found - rows.expected.float()).transpose(0, 1).flatten(1)
-        return (apart @ project.weight.float().T).square().mean()
+    def _error(self, rows: Rows, found: torch.Tensor) -> torch.Tensor:
+        """Mean square behind the output projection, by layer."""
+        apart = (found - rows.expected.float()).transpose(1, 2).flatten(2)
+        return (apart @ self._project.mT).square().mean((1, 2))
 
     @torch.no_grad()
     def evaluate(self) -> dict:

@@ -14,10 +14,12 @@ from ..cache.layout import BLOCK_SIZE, STATE_RANK
 from ..methods.less import Kernels
 from .corpus import Corpus
 from .forward import hidden_states, token_losses
-from .less_rows import Kept, Rows, attend_exactly
+from .less_rows import Kept, Rows, attended, logits_of
 from .recorded import attending, causal
 
-ROWS_AT_ONCE = 128
+# Of positions whose logits are in memory at once, by device: few stay in the caches of
+# a CPU, many are few kernels (32).
+BLOCKS_AT_ONCE = {"cpu": 1}
 
 
 def state_tokens(head_size: int, kept: Kept) -> int:
@@ -25,6 +27,36 @@ def state_tokens(head_size: int, kept: Kept) -> int:
     or one where no blocks are kept."""
     states = math.ceil(kept.tokens / BLOCK_SIZE) if kept.block == BLOCK_SIZE else 1
     return math.ceil(states * 4 * STATE_RANK * (head_size + 1) / (4 * head_size))
+
+
+def attend_exactly(
+    first: int, query, key, value, scale: float, kept: Kept
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """To what positions from ``first`` on keep: the result [H, n, D] and its lse
+    [H, n], fp32.
+
+    Args:
+        query: [H, length, D]; key, value: [G, length, D].
+    """
+    length, device = key.shape[1], key.device
+    begin = first // BLOCK_SIZE * BLOCK_SIZE
+    end = math.ceil(length / BLOCK_SIZE) * BLOCK_SIZE
+    rows = torch.arange(begin, end, device=device).view(-1, BLOCK_SIZE)
+    sinks = torch.arange(kept.sinks, device=device)
+    window = torch.arange(-kept.window, BLOCK_SIZE, device=device)
+    parts = []
+    for some in rows.split(BLOCKS_AT_ONCE.get(device.type, 32)):
+        # Sinks, and what any position of a block has in its window; none twice.
+        near = some[:, :1] + window
+        near = near.masked_fill(near < kept.sinks, end)
+        tokens = torch.cat([sinks.expand(len(some), -1), near], 1)
+        at, tokens_at = (t.clamp(max=length - 1) for t in (some, tokens))
+        given = (query[:, at], key[:, tokens_at], value[:, tokens_at])
+        q, k, v = (t.transpose(0, 1) for t in given)
+        parts.append(attended(logits_of(q, k, kept.mask(some, tokens), scale), v))
+    exact, lse = (torch.cat(part).transpose(0, 1).flatten(1, 2) for part in zip(*parts))
+    asked = slice(first - begin, length - begin)
+    return exact[:, asked], lse[:, asked]
 
 
 def nats(
@@ -42,15 +74,11 @@ def nats(
             return causal(layer, query, key, value, scale)
         before = slice(0, scored - 1)
         out = causal(layer, *(t[:, before] for t in (query, key, value)), scale)
-        rows = torch.arange(scored - 1, len(ids), device=query.device)
-        parts = [
-            attend_exactly(part, query, key, value, scale, kept)
-            for part in rows.split(ROWS_AT_ONCE)
-        ]
-        exact, lse = (torch.cat(tensors, 1) for tensors in zip(*parts))
+        exact, lse = attend_exactly(scored - 1, query, key, value, scale, kept)
         if layers is not None:
-            found = Rows(kept, rows, query[:, rows], key, value, exact, lse)
-            exact = found.merged(layers[layer])[0]
+            rows = torch.arange(scored - 1, len(ids), device=query.device)
+            found = Rows.of(kept, rows, query, key, value, exact, lse)
+            exact, _ = found.merged(found.sums(layers[layer]))
         return torch.cat([out, exact], 1)
 
     with attending(model, attend), torch.no_grad():

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What features are trained on: of some positions of a text, what a layer's dense
-attention gives and what sinks and window alone give; and the same with a state.
+"""What features are trained on: of some positions of a text, what dense attention gives
+and what sinks and window alone give, of all layers at once; and the same with a state.
 
-Everything but the state is computed once, whatever the number of epochs.
+Everything but the state is computed once, whatever the number of epochs. Nothing here
+waits for a device.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..methods.less import LEAST, Kernels
 
-# By device, of states: so many are sums over runs of tokens, more are found among those
-# of all tokens. A CPU loops fast, other devices wait for their host (64).
-FEW_EDGES = {"cpu": 512}
+# Tokens that are summed at once, for all positions; or a block, if that is more.
+RUN = 16
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Kept:
     """Which tokens a position attends to exactly.
 
     Attributes:
-        sinks: first tokens of a text.
-        window: tokens before the block that a position is in.
+        sinks: first tokens of a text; whole blocks.
+        window: tokens before the block that a position is in; whole blocks.
         block: tokens of a block; 1: every position has a window of its own.
     """
 
@@ -37,46 +37,44 @@ class Kept:
         """The most that a position attends to."""
         return self.sinks + self.window + self.block
 
-    def first(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the windows of positions begin: [n] int64."""
-        return (rows // self.block * self.block - self.window).clamp(min=0)
+    def left(self, rows: torch.Tensor) -> torch.Tensor:
+        """How many tokens behind the sinks have left, for positions: [n] int64."""
+        first = rows // self.block * self.block - self.window
+        return (first - self.sinks).clamp(min=0)
 
-    def mask(self, rows: torch.Tensor, length: int) -> torch.Tensor:
-        """What positions attend to: [n, length] bool."""
-        token = torch.arange(length, device=rows.device)
-        kept = (token < self.sinks) | (token >= self.first(rows)[:, None])
-        return kept & (token <= rows[:, None])
+    def mask(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens positions attend to: [..., n], [..., m] -> [..., n, m] bool."""
+        rows, tokens = rows[..., None], tokens[..., None, :]
+        behind = tokens - self.sinks
+        return ((behind < 0) | (behind >= self.left(rows))) & (tokens <= rows)
 
 
-def attend_exactly(
-    rows: torch.Tensor, query, key, value, scale: float, kept: Kept
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """To what positions keep: the result [H, n, D] and its lse [H, n], fp32.
+def logits_of(query, key, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """[..., H, n, D], [..., G, m, D], [..., n, m] bool -> [..., H, n, m] fp32."""
+    grouped = query.float().reshape(*key.shape[:-2], -1, key.shape[-1])
+    logits = (grouped @ key.float().mT * scale).reshape(*query.shape[:-1], -1)
+    return logits.masked_fill(~mask[..., None, :, :], -torch.inf)
 
-    Args:
-        rows: [n]; few that follow each other are fast, as they keep the same tokens.
-        query: [H, length, D] of all positions; key, value: [G, length, D].
-    """
-    group = query.shape[0] // key.shape[0]
-    mask = kept.mask(rows, key.shape[1])
-    some = mask.any(0).nonzero().squeeze(1)
-    keys, values = (
-        t[:, some].repeat_interleave(group, 0).float() for t in (key, value)
-    )
-    logits = query[:, rows].float() @ keys.mT * scale
-    logits = logits.masked_fill(~mask[:, some], -math.inf)
+
+def attended(logits, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., H, n, m], [..., G, m, D] -> the result [..., H, n, D], its lse [..., H, n],
+    fp32."""
     lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp() @ values, lse
+    weights = (logits - lse[..., None]).exp()
+    grouped = weights.reshape(*value.shape[:-2], -1, value.shape[-2])
+    return (grouped @ value.float()).reshape(*lse.shape, -1), lse
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Of one layer, query heads H, KV heads G, n positions of a text.
+    """n positions of a text, query heads H, KV heads G; in front of each tensor but
+    ``left`` may be a dimension of layers.
 
     Attributes:
         kept: what ``exact`` and ``lse`` attend to.
-        rows: [n] int64.
-        query: [H, n, D]; key, value: [G, length, D], after RoPE.
+        left: [n] int64, how many of ``key`` have left.
+        query: [H, n, D]; key, value: [G, m, D], those behind the sinks that can have
+            left; after RoPE.
         exact: [H, n, D], what sinks and window give; lse: [H, n] fp32, its logarithm
             of the sum of weights.
         expected: [H, n, D], what dense attention gives; whole: [H, n] fp32, its lse;
@@ -84,7 +82,7 @@ class Rows:
     """
 
     kept: Kept
-    rows: torch.Tensor
+    left: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
@@ -94,49 +92,70 @@ class Rows:
     whole: torch.Tensor | None = None
 
     @classmethod
-    def recorded(cls, rows, query, key, value, scale, kept: Kept, out) -> "Rows":
-        """To be kept for long: in 16 bits.
+    def of(cls, kept: Kept, rows, query, key, value, *exact) -> "Rows":
+        """Of one layer.
 
         Args:
-            query, out: [H, length, D] of all positions, ``out`` dense attention's.
+            rows: [n] int64.
+            query: [H, length, D] of all positions; key, value: [G, length, D].
+            exact: the other fields.
         """
-        exact, lse = attend_exactly(rows, query, key, value, scale, kept)
-        everything = Kept(0, query.shape[1], 1)
-        whole = attend_exactly(rows, query, key, value, scale, everything)[1]
-        long = (query[:, rows], key, value, exact, out[:, rows])
-        query, key, value, exact, expected = (tensor.half() for tensor in long)
-        return cls(kept, rows, query, key, value, exact, lse, expected, whole)
+        most = int(kept.left(torch.tensor(key.shape[1] - 1)))
+        can = slice(kept.sinks, kept.sinks + most)
+        given = (query[:, rows], key[:, can], value[:, can])
+        return cls(kept, kept.left(rows), *given, *exact)
 
     def states(self, kernels: Kernels) -> torch.Tensor:
-        """Of what has left, as each position finds it: [n, G, STATE_RANK, D + 1]."""
-        psi, value = kernels.psi(self.key), self.value.float()
-        given = torch.cat([value, torch.ones_like(value[..., :1])], -1)
-        sinks = self.kept.sinks
-        first = self.kept.first(self.rows).clamp(min=sinks)
-        edges, where = first.unique(return_inverse=True)
-        if len(edges) > FEW_EDGES.get(psi.device.type, 64):
-            each = psi[:, sinks:, :, None] * given[:, sinks:, None]
-            sums = torch.nn.functional.pad(each.cumsum(1), (0, 0, 0, 0, 1, 0))
-            return sums[:, first - sinks].transpose(0, 1)
-        begins = [sinks, *edges.tolist()]
-        parts = [
-            psi[:, begin:end].mT @ given[:, begin:end]
-            for begin, end in zip(begins, begins[1:])
-        ]
-        return torch.stack(parts).cumsum(0)[where]
+        """Of what has left, by position: [..., G, n, STATE_RANK, D + 1]."""
+        psi, given = kernels.psi(self.key), F.pad(self.value.float(), (0, 1), value=1.0)
+        run = max(RUN, self.kept.block)
+        count = psi.shape[-2] // run
+        each, value = (
+            t[..., : count * run, :].unflatten(-2, (count, run)) for t in (psi, given)
+        )
+        sums = F.pad((each.mT @ value).cumsum(-3), (0, 0, 0, 0, 1, 0))
+        states = sums.index_select(-3, self.left // run)
+        if self.kept.block % run == 0:
+            return states
+        # And the tokens of a run of which only the first have left.
+        token = self.left[:, None] // run * run
+        token = token + torch.arange(run, device=token.device)
+        gone = (token < self.left[:, None])[..., None]
+        token = token.clamp(max=psi.shape[-2] - 1)
+        each, value = (
+            t.index_select(-2, token.flatten()).unflatten(-2, token.shape)
+            for t in (psi, given)
+        )
+        return states + (each * gone).mT @ value
 
-    def merged(self, kernels: Kernels) -> tuple[torch.Tensor, torch.Tensor]:
-        """With the state: the result [H, n, D] fp32, and the logarithm of what the
-        state takes for the sum of the weights of what has left, [H, n]."""
-        phi = kernels.phi(self.query).transpose(0, 1)
-        grouped = phi.unflatten(1, (self.key.shape[0], -1))
-        sums = (grouped @ self.states(kernels)).flatten(1, 2).transpose(0, 1)
+    def sums(self, kernels: Kernels) -> torch.Tensor:
+        """Of queries and states: [..., H, n, D + 1] fp32, the last one of weights."""
+        phi = kernels.phi(self.query).unflatten(-3, (self.key.shape[-3], -1))
+        found = phi.transpose(-3, -2) @ self.states(
+            kernels
+        )  # [..., G, n, H / G, D + 1]
+        return found.transpose(-3, -2).flatten(-4, -3)
+
+    def merged(self, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """With the state: the result [..., H, n, D] fp32, and the logarithm of what the
+        state takes for the sum of the weights of what has left, [..., H, n]."""
         mass = sums[..., -1].clamp(min=LEAST).log()
         total = torch.logaddexp(self.lse, mass)
         near = self.exact.float() * (self.lse - total).exp()[..., None]
         return near + sums[..., :-1] * (-total).exp()[..., None], mass
 
     def mass_left(self) -> torch.Tensor:
-        """Of what has left, the logarithm of the sum of its weights: [H, n]."""
+        """Of what has left, the logarithm of the sum of its weights: [..., H, n]."""
         share = -torch.expm1(self.lse - self.whole)
         return self.whole + share.clamp(min=1e-6).log()
+
+
+def recorded(layers: list[Rows]) -> Rows:
+    """Of one text, to be kept for long: together, in 16 bits."""
+
+    def together(name: str) -> torch.Tensor:
+        tensors = torch.stack([getattr(rows, name) for rows in layers])
+        return tensors if name in ("lse", "whole") else tensors.half()
+
+    names = ("query", "key", "value", "exact", "lse", "expected", "whole")
+    return Rows(layers[0].kept, layers[0].left, *map(together, names))

@@ -170,6 +170,11 @@ def _resume(out: Path, recipe: dict, parameters: dict, optimiser) -> dict | None
             f"{out} holds a run that differs in {', '.join(sorted(differing))}; give "
             "the same options, or another --out"
         )
+    if state["parameters"].keys() != parameters.keys():
+        raise ValueError(
+            f"{out} holds a run of a version that named parameters otherwise; give "
+            "another --out"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
