@@ -102,6 +102,10 @@ def test_wording_is_not_that_of_the_benchmarks():
         *synthetic.QUALITIES.split(),
     }
     assert synthetic.HELD_OUT_FACT not in forms
+    # Nor does the room's own held-out form share a run of words with what it trains.
+    trained = runs(" ".join(map(" ".join, forms)))
+    held_out = runs(" ".join(synthetic.HELD_OUT_FACT))
+    assert not {r for r in held_out & trained if "{key}" not in r}
 
 
 def mixture(corpus, made, **options) -> Mixture:

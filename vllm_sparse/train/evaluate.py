@@ -9,7 +9,7 @@ import torch
 
 from .corpus import Corpus
 from .forward import hidden_states, token_losses
-from .synthetic import HELD_OUT_FACT, Synthetic
+from .synthetic import Synthetic
 
 SCORED_TOKENS = 1024
 
@@ -62,7 +62,7 @@ def _needles(model, synthetic: Synthetic, window, length: int, count: int, rng) 
     hits, nats = 0, []
     for i in range(count):
         depth = 0.1 + 0.8 * i / max(1, count - 1)
-        sample = synthetic.facts(HELD_OUT_FACT, window, length, rng, depth=depth)
+        sample = synthetic.held_out(window, length, rng, depth)
         losses, right = _last(model, sample.ids, sample.answer)
         hits += bool(right.all())
         nats.append(losses.sum().item())

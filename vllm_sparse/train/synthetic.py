@@ -144,6 +144,10 @@ class Synthetic:
             start = place
         return join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
 
+    def held_out(self, window, length: int, rng, depth: float) -> Sample:
+        """One fact in the form that is never trained on, for evaluation."""
+        return self.facts(HELD_OUT_FACT, window, length, rng, depth=depth)
+
     def copies(self, kind: str, text: np.ndarray, rng, most: int = 3) -> Sample:
         """One to ``most`` passages of the text begun again at its end and continued."""
         length, again = len(text), self.encode("\n\n" + AGAIN[kind])
