@@ -24,7 +24,7 @@ job() {
   [ -f "$file.done" ] && return
   CUDA_VISIBLE_DEVICES=$gpu python3 -m benchmarks.accuracy.run --model "$model" --texts "$data" --lengths "$3" \
     --max-model-len $(($3 + 256)) --samples "${SAMPLES:-24}" --max-num-seqs "${SAMPLES:-24}" \
-    --kv-cache-gib $(($3 / 1024 * ${SAMPLES:-24} / 32 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
+    --kv-cache-gib $(($3 * ${SAMPLES:-24} / 32768 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
     >"$file.log" 2>&1 && touch "$file.done" || echo "$file failed: $(tail -n 1 "$file.log")"
 }
 export -f job
