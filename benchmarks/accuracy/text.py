@@ -129,11 +129,9 @@ class PackedTexts(TextSources):
     @cached_property
     def synthetic(self) -> "Synthetic":
         """The training room's maker of samples, to ask as it does."""
-        from vllm_sparse.train.synthetic import Synthetic
+        from vllm_sparse.train.wordings import Wordings
 
-        return Synthetic(
-            self.encode, lambda token: self.decode([token]), len(self.tokenizer)
-        )
+        return Wordings.of(self.tokenizer)
 
     @cached_property
     def prose(self) -> list[list[int]]:

@@ -39,17 +39,26 @@ SHAPE = ModelShape(head_size=64, num_layers=30)
 CONTEXT = 1024
 
 
+# Keys of facts come from them; their ids are no characters of any text.
+FIRST_WORD = 0xE000
+WORDS = [f" {a}{b}word" for a in "bcdfghkl" for b in "aeiouy"]
+
+
 class CharTokenizer:
-    """One token per character."""
+    """One token per character; its vocabulary has words that it does not use."""
 
     def encode(self, text, add_special_tokens=True):
         return [ord(char) for char in text]
 
     def decode(self, token_ids):
-        return "".join(map(chr, token_ids))
+        return "".join(map(self.text, token_ids))
+
+    def text(self, token):
+        word = token - FIRST_WORD
+        return WORDS[word] if 0 <= word < len(WORDS) else chr(token)
 
     def __len__(self):
-        return 256
+        return FIRST_WORD + len(WORDS)
 
 
 class FakeEngine:
