@@ -86,7 +86,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--batch-tokens", type=int, default=65536, help="of a step")
     add("--micro-tokens", type=int, default=32768, help="computed at a time")
     add("--full-share", type=float, default=0.3, help="of steps: at full length")
-    add("--synthetic", type=float, default=0.2, help="of windows: made on the spot")
+    add("--synthetic", type=float, default=0.25, help="of windows: made on the spot")
     add("--replay", type=float, default=0.2, help="of windows: plain positions")
     add("--answer-weight", type=float, default=20.0, help="of synthetic answers")
     add("--forms", type=int, default=8, help="most wordings of facts in a window")

@@ -103,7 +103,8 @@ class Wordings(Synthetic):
         if which < 0:
             return self.repeats(length, rng)
         if which < 0.25 / 0.85:
-            return self.copies(kind, window(length), rng, 3 * times)
+            # Copied tokens are many and soon easy: not beyond what 8K windows have.
+            return self.copies(kind, window(length), rng, 3 * min(times, 4))
         if which < 0.45 / 0.85:
             return super().sample(kind, window, length, rng)
         number = int(rng.choice([1, 2, 4, 8, 16])) * times
