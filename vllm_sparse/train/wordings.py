@@ -122,7 +122,7 @@ class Wordings(Synthetic):
         noun = one(NOUNS.split())
         if kind == "code":
             asked, answer = one(CODE_ASK)
-            if rng.random() < self.comments:
+            if self.comments and rng.random() < self.comments:
                 question = self._question(noun, one(LINKS), one(TELL), one)
                 asked = "# " + question.strip().replace("\n", "\n# ")
                 asked = asked.replace("{key}", one(NAMES))
