@@ -5,7 +5,9 @@
 # One model, every method, on packed text (docs/training.md): an engine for each cache format and length, several
 # side by side on each GPU, as each mostly waits for its host.
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
-# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16 of the bytes). What is in OUT already is not run again; logs lie beside.
+# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16
+# of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
+# others). What is in OUT already is not run again; logs lie beside.
 # Needs JOBS x (SAMPLES x length x the model's bytes a token x 1.2) of GPU memory, and a core for each job.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +15,7 @@ model=$1 data=$2 out=$3
 shift 3
 read -ra gpus <<<"${GPUS:-0}"
 tails="repetition code prose"
-needles="needle needle_2keys needle_4keys needle_code needle_code_2keys needle_code_4keys"
+needles=${NEEDLES:-needle needle_2keys needle_4keys needle_code needle_code_2keys needle_code_4keys}
 mkdir -p "$out"
 
 # GPU, name, length, options of benchmarks.accuracy.run
@@ -22,14 +24,14 @@ job() {
   [ -f "$file.done" ] && return
   CUDA_VISIBLE_DEVICES=$gpu python3 -m benchmarks.accuracy.run --model "$model" --texts "$data" --lengths "$3" \
     --max-model-len $(($3 + 256)) --samples "${SAMPLES:-24}" --max-num-seqs "${SAMPLES:-24}" \
-    --kv-cache-gib $(($3 / 1024 * ${SAMPLES:-24} / 32 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
+    --kv-cache-gib $(($3 * ${SAMPLES:-24} / 32768 + 2)) --gpu-memory-utilization 0.1 --output "$file.json" "${@:4}" \
     >"$file.log" 2>&1 && touch "$file.done" || echo "$file failed: $(tail -n 1 "$file.log")"
 }
 export -f job
 export model data out
 
 read -ra lengths <<<"$(printf '%s\n' "$@" | sort -n | xargs)"
-few="needle needle_4keys needle_code repetition"
+few="${NEEDLES:-needle needle_4keys needle_code} repetition"
 {
   for ((i = ${#lengths[@]} - 1; i >= 0; i--)); do # the longest take longest
     echo "auto ${lengths[i]} --tasks $needles $tails --methods ${METHODS:-sparq:top_k=0.125 sparq:top_p=0.9 sparq:rank=12} --budgets 0.0625"
@@ -41,7 +43,7 @@ few="needle needle_4keys needle_code repetition"
   done
   for length in "${lengths[@]}"; do
     for method in quest window; do
-      echo "$method $length --tasks $few --methods $method --budgets 0.0625"
+      echo "$method $length --tasks $few --methods $method --budgets 0.0625 0.18"
     done
   done
 } | awk -v "gpus=${gpus[*]}" -v "out=$out" '{ n = split(gpus, g, " "); gpu = g[(NR - 1) % n + 1]; print gpu, $0 > (out "/jobs_" gpu ".txt") }'

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import metrics
 from benchmarks.accuracy.methods import Method, options_for, parse_method
 from benchmarks.accuracy.metrics import ForcedResult
-from benchmarks.accuracy.tasks import TASKS, Sample, make_samples
+from benchmarks.accuracy.tasks import PACKED_TASKS, TASKS, Sample, make_samples
 from benchmarks.accuracy.text import PackedTexts, TextSources
 from vllm_sparse.cache.formats import FORMATS
 from vllm_sparse.methods import METHODS
@@ -197,7 +197,9 @@ def main(text: str = __doc__) -> None:
 
     parser = argparse.ArgumentParser(description=text.split("\n\n")[0])
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=["repetition", "needle", "code"])
+    tasks, usual = [*TASKS, *PACKED_TASKS], ["repetition", "needle", "code"]
+    held_out = f"{' and '.join(PACKED_TASKS)} need --texts"
+    add("--tasks", nargs="+", choices=tasks, default=usual, help=held_out)
     add("--lengths", nargs="+", type=int, default=[4096])
     names = ", ".join(SELECTORS)
     methods = f"selector[:option=value]..., selector one of {names}"
@@ -221,6 +223,9 @@ def main(text: str = __doc__) -> None:
     args = parser.parse_args()
     if len(args.samples) not in (1, len(args.lengths)):
         parser.error(f"--samples takes 1 or {len(args.lengths)} numbers")
+    if args.texts is None and (packed_only := PACKED_TASKS.keys() & args.tasks):
+        names = ", ".join(sorted(packed_only))
+        parser.error(f"{names}: asked in packed text, give --texts DATA")
     counts = args.samples if len(args.samples) > 1 else args.samples[0]
     plan = Plan(args.tasks, args.lengths, args.methods, args.budgets, counts)
     plan.runs()  # a typing error shows before the model loads

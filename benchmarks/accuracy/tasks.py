@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from benchmarks.accuracy.text import TextSources
+import numpy as np
+
+from benchmarks.accuracy.text import PackedTexts, TextSources
 
 TAIL_TOKENS = 128
 # SparQ's repetition task begins the passage again with 256 characters.
@@ -130,6 +132,29 @@ def tail(
     return Sample(prompt_ids=window[:length], forced_ids=window[length:])
 
 
+def fact(
+    sources: PackedTexts, length: int, rng: Random, index: int, kind: str
+) -> Sample:
+    """The training room's held-out fact, made as its evaluation makes it: for models
+    of its own that are too small for other questions."""
+    seed, depth = rng.getrandbits(64), DEPTHS[index % len(DEPTHS)]
+
+    def made(total: int):
+        draws = np.random.default_rng(seed)
+        window = partial(sources.corpus.window, f"heldout-{kind}", rng=draws)
+        return sources.synthetic.held_out(window, total, draws, depth)
+
+    # The room counts the answer, whose size is drawn, into the length.
+    total = length + made(length).answer
+    ids = made(total).ids.tolist()
+    return Sample(
+        prompt_ids=ids[:length],
+        forced_ids=ids[length:],
+        answer=sources.decode(ids[length:]).strip(),
+        depth=depth,
+    )
+
+
 TaskBuilder = Callable[[TextSources, int, Random, int], Sample]
 
 TASKS: dict[str, TaskBuilder] = {
@@ -143,6 +168,11 @@ TASKS: dict[str, TaskBuilder] = {
     "prose": partial(tail, kind="prose"),
     "code": partial(tail, kind="code"),
 }
+# Only with packed text, whose held-out streams they ask in.
+PACKED_TASKS = {
+    "fact": partial(fact, kind="prose"),
+    "fact_code": partial(fact, kind="code"),
+}
 
 
 def make_samples(
@@ -153,9 +183,12 @@ def make_samples(
 
     Raises:
         KeyError: unknown task.
-        ValueError: the text sources are shorter than ``length``.
+        ValueError: the text sources are shorter than ``length``, or not packed text
+            where the task needs it.
     """
-    builder = TASKS[task]
+    if task in PACKED_TASKS and not isinstance(sources, PackedTexts):
+        raise ValueError(f"the task {task!r} needs packed text: give --texts")
+    builder: TaskBuilder = (TASKS | PACKED_TASKS)[task]
     prefix = sources.prefix
     samples = []
     for index in range(count):

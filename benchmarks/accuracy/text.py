@@ -10,7 +10,10 @@ from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vllm_sparse.train.synthetic import Synthetic
 
 CODE_MODULES = ("argparse", "ast", "zipfile", "tarfile", "inspect", "typing")
 
@@ -21,6 +24,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, token_ids: list[int]) -> str: ...
+
+    def __len__(self) -> int: ...
 
 
 class TextSources:
@@ -120,6 +125,13 @@ class PackedTexts(TextSources):
     @property
     def origin(self) -> str:
         return f"held-out streams of packed text, sha256 {self.corpus.digest}"
+
+    @cached_property
+    def synthetic(self) -> "Synthetic":
+        """The training room's maker of samples, to ask as it does."""
+        from vllm_sparse.train.wordings import Wordings
+
+        return Wordings.of(self.tokenizer)
 
     @cached_property
     def prose(self) -> list[list[int]]:

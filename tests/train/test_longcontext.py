@@ -51,7 +51,8 @@ def test_the_run_says_what_it_did(trained, model_folder):
     before, after = report["evaluations"][0], report["evaluations"][-1]
     for kind in ("code", "prose"):
         assert after["perplexity"][kind]["256"] < before["perplexity"][kind]["256"]
-    assert after["needle"]["512"]["samples"] == 2
+    for needle in ("needle", "needle_code"):
+        assert after[needle]["512"]["samples"] == 2
     recipe = report["recipe"]
     assert recipe["base_sha256"] == checkpoint.base_hash(model_folder)
     assert recipe["rope_theta"] > 10_000 and len(recipe["data_sha256"]) == 64

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Positions, samples made on the spot, and the mixture of a step."""
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,8 @@ from vllm_sparse.train import synthetic
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.mixture import Mixture
 from vllm_sparse.train.positions import default_theta, skipped
-from vllm_sparse.train.synthetic import Synthetic
+from vllm_sparse.train.synthetic import Synthetic, token_text
+from vllm_sparse.train.wordings import Wordings
 
 
 @pytest.mark.parametrize("length, target", [(16, 64), (100, 400), (8, 8), (2, 9)])
@@ -64,12 +68,64 @@ def test_every_fact_is_stated_and_asked_for(made, corpus, tokenizer, kind):
     rng = np.random.default_rng(0)
     for form in synthetic.FACTS[kind]:
         window = lambda n: corpus.window("train-code", n, rng)
-        sample = made.facts(form, window, 1900, rng, number=4)
+        sample = made.facts([form], window, 1900, rng, number=4)
         assert len(sample.ids) == len(sample.weights) == 1900
         assert sample.weights[-sample.answer :].min() == made.answer_weight
         values = [a.strip(" .") for a in answers(sample, made, tokenizer)]
         text = tokenizer.decode(sample.ids)
         assert len(values) == 4 and all(text.count(v) == 2 for v in values)
+
+
+@pytest.mark.parametrize("kind", ["prose", "code"])
+def test_several_wordings_in_a_window(corpus, tokenizer, kind):
+    """Each fact is asked for as its own wording asks; longer windows ask more."""
+    wide = Wordings.of(tokenizer, repeats=0.0, forms=8, comments=1.0)
+    rng = np.random.default_rng(0)
+    forms = [(f"{{name}} {n} {{value}};", f"{n} {{name}}?", " {value}") for n in "pq"]
+    window = partial(corpus.window, "train-code", rng=rng)
+    text = tokenizer.decode(wide.facts(forms, window, 1900, rng, 6).ids)
+    asked = re.findall(r"([pq]) (\w+)\? (\d+)", text)
+    stated = re.findall(r"(\w+) ([pq]) (\d+);", text)
+    assert sorted(stated) == sorted((name, n, value) for n, name, value in asked)
+    assert sorted(n for n, _, _ in asked) == [*"pppqqq"]
+
+    wide.words = [f"word{i}" for i in range(999)]
+
+    def answered(length: int) -> float:
+        samples = [
+            wide.sample(kind, lambda n: np.zeros(n, np.int64), length, rng)
+            for _ in range(40)
+        ]
+        return np.mean([(np.diff(s.weights) > 0).sum() for s in samples])
+
+    assert answered(16384) > 2 * answered(2048)
+
+
+def test_questions_in_comments(tokenizer):
+    """One line each, in other words than the code that says it."""
+    wide, rng = Wordings.of(tokenizer, comments=1.0), np.random.default_rng(0)
+    for _ in range(100):
+        stated, asked, _ = wide.wording("code", rng)
+        assert all(line.startswith("# ") for line in asked.split("\n"))
+        assert "{name}" in asked and "{key}" not in asked and "{value}" in stated
+    silent = Wordings.of(tokenizer)
+    asked = [silent.wording("code", rng)[1] for _ in range(100)]
+    assert any(not line.startswith("#") for line in asked)
+
+
+def test_tokens_are_read_within_a_text():
+    """Tokenizers like SentencePiece's drop the space before a text's first word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"▁a": 0, "▁word": 1, "\n": 2, "<unk>": 3}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert tokenizer.decode([1]) == "word"
+    text = token_text(tokenizer)
+    assert [text(1), text(2)] == [" word", "\n"]
 
 
 def test_copies_are_copies(made, corpus, tokenizer):
@@ -84,7 +140,7 @@ def test_copies_are_copies(made, corpus, tokenizer):
     assert found > 20
 
 
-def test_wording_is_not_that_of_the_benchmarks():
+def test_wording_is_not_that_of_the_benchmarks(tokenizer):
     """No key and no three words in a row of the benchmark's sentences."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
@@ -95,13 +151,22 @@ def test_wording_is_not_that_of_the_benchmarks():
     for form in tasks.FORMS.values():
         evaluated |= runs(form.header) | runs(form.hidden) | runs(form.question)
     forms = [form for forms in synthetic.FACTS.values() for form in forms]
-    for form in [*forms, synthetic.HELD_OUT_FACT]:
+    held_out = [synthetic.HELD_OUT_FACT, synthetic.HELD_OUT_CODE]
+    for form in [*forms, *held_out]:
         assert not runs(" ".join(form)) & evaluated
+    wide = Wordings.of(tokenizer, comments=0.5)
+    rng = np.random.default_rng(0)
+    for kind in ("prose", "code"):
+        for _ in range(1000):
+            assert not runs(" ".join(wide.wording(kind, rng))) & evaluated
     assert not set(tasks.KEYS) & {
         *synthetic.THINGS.split(),
         *synthetic.QUALITIES.split(),
     }
-    assert synthetic.HELD_OUT_FACT not in forms
+    # Nor do the room's own held-out forms share a run of words with what it trains.
+    trained = runs(" ".join(map(" ".join, forms)))
+    shared = runs(" ".join(map(" ".join, held_out))) & trained
+    assert not {run for run in shared if "{key}" not in run}
 
 
 def mixture(corpus, made, **options) -> Mixture:

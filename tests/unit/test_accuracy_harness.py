@@ -4,6 +4,7 @@
 
 import json
 import math
+from functools import partial
 from random import Random
 
 import pytest
@@ -19,8 +20,8 @@ from benchmarks.accuracy.methods import (
 )
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.report import markdown, paired, plot
-from benchmarks.accuracy.run import Plan, run, to_json
-from benchmarks.accuracy.tasks import TASKS, make_samples
+from benchmarks.accuracy.run import Plan, main, run, to_json
+from benchmarks.accuracy.tasks import DEPTHS, PACKED_TASKS, TASKS, make_samples
 from benchmarks.accuracy.text import PackedTexts, TextSources
 from tests.ops.inputs import (
     filled,
@@ -38,14 +39,26 @@ SHAPE = ModelShape(head_size=64, num_layers=30)
 CONTEXT = 1024
 
 
+# Keys of facts come from them; their ids are no characters of any text.
+FIRST_WORD = 0xE000
+WORDS = [f" {a}{b}word" for a in "bcdfghkl" for b in "aeiouy"]
+
+
 class CharTokenizer:
-    """One token per character."""
+    """One token per character; its vocabulary has words that it does not use."""
 
     def encode(self, text, add_special_tokens=True):
         return [ord(char) for char in text]
 
     def decode(self, token_ids):
-        return "".join(map(chr, token_ids))
+        return "".join(map(self.text, token_ids))
+
+    def text(self, token):
+        word = token - FIRST_WORD
+        return WORDS[word] if 0 <= word < len(WORDS) else chr(token)
+
+    def __len__(self):
+        return FIRST_WORD + len(WORDS)
 
 
 class FakeEngine:
@@ -157,6 +170,48 @@ def test_packed_texts_name_themselves_and_their_tokenizer(packed, tmp_path):
     (tmp_path / "tokenizer.json").write_text("other")
     with pytest.raises(ValueError, match="tokenised for another model"):
         PackedTexts(CharTokenizer(), folder, tmp_path)
+
+
+@pytest.mark.parametrize("task", PACKED_TASKS)
+def test_facts_are_the_training_rooms(task, packed):
+    """Stated once, in held-out text, and as the room's evaluation makes them."""
+    import numpy as np
+
+    sources = PackedTexts(CharTokenizer(), *packed)
+    kind = "code" if task == "fact_code" else "prose"
+    samples = make_samples(task, sources, CONTEXT, 6)
+    assert samples[:2] == make_samples(
+        task, PackedTexts(CharTokenizer(), *packed), CONTEXT, 2
+    )
+    assert [s.depth for s in samples] == [*DEPTHS, DEPTHS[0]]
+    assert len({s.answer for s in samples}) == 6
+    for index, sample in enumerate(samples):
+        prompt = sources.decode(sample.prompt_ids)
+        assert len(sample.prompt_ids) == CONTEXT and f"{kind} of line" in prompt
+        assert sources.decode(sample.forced_ids) == f" {sample.answer}"
+        assert prompt.count(sample.answer) == 1
+        asked = prompt.rpartition("says that the ")[2].removesuffix(" was")
+        stated = f"visitors' book, the {asked} was {sample.answer}.\n"
+        assert abs(prompt.index(stated) / CONTEXT - sample.depth) < 0.15
+        rng = np.random.default_rng(Random(f"{task}/{CONTEXT}/{index}").getrandbits(64))
+        room = sources.synthetic.held_out(
+            partial(sources.corpus.window, f"heldout-{kind}", rng=rng),
+            CONTEXT + len(sample.forced_ids),
+            rng,
+            sample.depth,
+        )
+        assert sample.prompt_ids + sample.forced_ids == room.ids.tolist()
+        assert room.answer == len(sample.forced_ids)
+
+
+def test_facts_without_packed_text_are_refused(sources, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="'fact' needs packed text: give --texts"):
+        make_samples("fact", sources, CONTEXT, 1)
+    argv = ["run", "--tasks", "needle", "fact", "--output", "none.json"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit):
+        main()
+    assert "fact: asked in packed text, give --texts DATA" in capsys.readouterr().err
 
 
 def test_samples_per_length():

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """What a model makes of held-out text at several context lengths."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from .corpus import Corpus
 from .forward import hidden_states, token_losses
-from .synthetic import HELD_OUT_FACT, Synthetic
+from .synthetic import HELD_OUT_CODE, Sample, Synthetic
 
 SCORED_TOKENS = 1024
 
@@ -36,6 +37,8 @@ def evaluate(
         needle: {2048: {"hits", "samples", "nats"}}: one fact in held-out prose, asked
         for in a form that is not trained on. A hit: each token of the answer is the
         likeliest one after those before it, hence greedy completion gives the answer.
+        needle_code: the same in held-out code, in another form that is not trained on,
+        whose question is a comment: nothing of its syntax says that a number follows.
     """
     rng = np.random.default_rng(0)
     scored = min(SCORED_TOKENS, min(lengths) // 2)
@@ -50,19 +53,30 @@ def evaluate(
                 _last(model, ids[-length:], scored)[0].mean().item() for ids in drawn
             ]
             perplexity[kind][length] = round(float(np.exp(np.mean(nats))), 4)
-    prose = partial(corpus.window, "heldout-prose", rng=rng)
-    needle = {
-        length: _needles(model, synthetic, prose, length, needles, rng)
-        for length in lengths
+    prose, code = (
+        partial(corpus.window, f"heldout-{kind}", rng=rng) for kind in ("prose", "code")
+    )
+    makers: dict[str, Callable[[int, float], Sample]] = {
+        "needle": lambda n, depth: synthetic.held_out(prose, n, rng, depth),
+        "needle_code": lambda n, depth: synthetic.facts(
+            [HELD_OUT_CODE], code, n, rng, depth=depth
+        ),
     }
-    return {"perplexity": perplexity, "needle": needle}
+    found = {
+        name: {
+            length: _needles(model, partial(make, length), needles)
+            for length in lengths
+        }
+        for name, make in makers.items()
+    }
+    return {"perplexity": perplexity, **found}
 
 
-def _needles(model, synthetic: Synthetic, window, length: int, count: int, rng) -> dict:
+def _needles(model, make: Callable[[float], Sample], count: int) -> dict:
     hits, nats = 0, []
     for i in range(count):
         depth = 0.1 + 0.8 * i / max(1, count - 1)
-        sample = synthetic.facts(HELD_OUT_FACT, window, length, rng, depth=depth)
+        sample = make(depth)
         losses, right = _last(model, sample.ids, sample.answer)
         hits += bool(right.all())
         nats.append(losses.sum().item())

@@ -27,11 +27,11 @@ from .merge import KIND
 from .mixture import Mixture
 from .options import parser_of, print_state
 from .positions import default_theta
-from .synthetic import Synthetic
+from .wordings import Wordings
 
 NEEDS = """needs, for SmolLM2-135M and the defaults (98 million tokens): a GPU of 40 GB
-(24 GB with --checkpointing), 4 GB of host memory, and 18 minutes of an
-H200. On a CPU toy sizes only: some hundred tokens a second."""
+(24 GB with --checkpointing), 4 GB of host memory, and 17 to 19 minutes of an H200. On a
+CPU toy sizes only: some hundred tokens a second."""
 
 
 class LongContext:
@@ -85,10 +85,13 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--rope-theta", type=float, help="RoPE's base; None: from how much longer")
     add("--batch-tokens", type=int, default=65536, help="of a step")
     add("--micro-tokens", type=int, default=32768, help="computed at a time")
-    add("--full-share", type=float, default=0.15, help="of steps: at full length")
-    add("--synthetic", type=float, default=0.15, help="of windows: made on the spot")
+    add("--full-share", type=float, default=0.3, help="of steps: at full length")
+    add("--synthetic", type=float, default=0.25, help="of windows: made on the spot")
     add("--replay", type=float, default=0.2, help="of windows: plain positions")
     add("--answer-weight", type=float, default=20.0, help="of synthetic answers")
+    add("--forms", type=int, default=8, help="most wordings of facts in a window")
+    asked = "of the questions in code: as a comment, in words"
+    add("--comments", type=float, default=0.5, help=asked)
     add("--rank", type=int, default=32, help="of the changes")
     add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
     add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
@@ -106,7 +109,8 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 
 # What decides on the outcome; the rest is where and how fast.
 MIXTURE = "context window batch_tokens steps full_share synthetic code replay seed"
-RECIPE = [*MIXTURE.split(), "answer_weight", "rank", "alpha", "modules"]
+SYNTHETIC = "answer_weight forms comments"
+RECIPE = [*MIXTURE.split(), *SYNTHETIC.split(), "rank", "alpha", "modules"]
 
 
 def main(argv: list[str]) -> None:
@@ -130,11 +134,12 @@ def main(argv: list[str]) -> None:
     if args.compile:
         for layer in model.model.layers:
             layer.compile()
-    synthetic = Synthetic(
-        lambda text: tokenizer.encode(text, add_special_tokens=False),
-        lambda token: str(tokenizer.decode([token])),
-        len(tokenizer),
-        args.answer_weight,
+    synthetic = Wordings.of(
+        tokenizer,
+        answer_weight=args.answer_weight,
+        repeats=0.0,
+        forms=args.forms,
+        comments=args.comments,
     )
     chosen = {name: getattr(args, name) for name in MIXTURE.split()}
     lengths, samples = sorted(args.evaluate_lengths), args.evaluate_samples

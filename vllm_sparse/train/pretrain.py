@@ -184,12 +184,7 @@ def main(argv: list[str]) -> None:
     corpus = Corpus(args.data, args.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     model = build(args, tokenizer, torch.device(args.device))
-    made = Wordings(
-        lambda text: tokenizer.encode(text, add_special_tokens=False),
-        lambda token: str(tokenizer.decode([token])),
-        len(tokenizer),
-        args.answer_weight,
-    )
+    made = Wordings.of(tokenizer, answer_weight=args.answer_weight)
     chosen = {name: getattr(args, name) for name in CURRICULUM.split()}
     lengths, samples = sorted(args.evaluate_lengths), args.evaluate_samples
     trainee = Pretraining(

@@ -3,12 +3,14 @@
 """Samples made on the spot: facts to look up and passages to copy, in prose and code.
 
 Their wording differs from that of benchmarks/accuracy on purpose: what those measure is
-the ability, not this format. ``HELD_OUT_FACT`` is never trained on either.
+the ability, not this format. ``HELD_OUT_FACT`` and ``HELD_OUT_CODE`` are never trained
+on either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Self
 
 import numpy as np
 
@@ -54,6 +56,11 @@ FACTS: dict[str, tuple[Fact, ...]] = {
 HELD_OUT_FACT: Fact = (
     "According to the visitors' book, the number of the {key} was {value}.",
     "The visitors' book says that the number of the {key} was",
+    " {value}",
+)
+HELD_OUT_CODE: Fact = (
+    'tickets.issue("{name}", serial={value})',
+    '# Serial on the ticket that was issued to "{name}" is',
     " {value}",
 )
 AGAIN = {"prose": "Once more, from above:\n", "code": "# The same lines again:\n"}
@@ -105,6 +112,16 @@ class Synthetic:
         # [vocabulary] bool
         self.ends_line = np.array([decode(i).endswith("\n") for i in range(vocabulary)])
 
+    @classmethod
+    def of(cls, tokenizer, **options) -> Self:
+        """From a tokenizer of transformers'."""
+        return cls(
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            token_text(tokenizer),
+            len(tokenizer),
+            **options,
+        )
+
     def sample(self, kind: str, window, length: int, rng) -> Sample:
         """Facts or, one time in three, copies.
 
@@ -116,22 +133,33 @@ class Synthetic:
             return self.copies(kind, window(length), rng)
         facts = min(int(rng.choice([1, 2, 4, 8, 16])), max(1, length // 128))
         form = FACTS[kind][rng.integers(len(FACTS[kind]))]
-        return self.facts(form, window, length, rng, facts)
+        return self.facts([form], window, length, rng, facts)
 
     def facts(
-        self, form: Fact, window, length: int, rng, number: int = 1, depth=None
+        self,
+        forms: Sequence[Fact],
+        window,
+        length: int,
+        rng,
+        number: int = 1,
+        depth: float | None = None,
     ) -> Sample:
-        """``number`` facts of one form in a text, all asked for at its end.
+        """``number`` facts in a text, all asked for at its end in any order.
 
         Args:
+            forms: what they are stated in, one after the other, and again.
             depth: where the only fact stands, 0 to 1; by itself anywhere.
         """
         facts = [{"value": self.value(rng)} | key for key in self.keys(rng, number)]
-        stated = [self.encode("\n" + form[0].format(**fact) + "\n") for fact in facts]
+        said = [
+            [part.format(**fact) for part in forms[i % len(forms)]]
+            for i, fact in enumerate(facts)
+        ]
+        stated = [self.encode(f"\n{fact}\n") for fact, _, _ in said]
         asked: list[tuple[list[int], float]] = []
         for i in rng.permutation(number):
-            asked.append((self.encode("\n\n" + form[1].format(**facts[i])), 1.0))
-            asked.append((self.encode(form[2].format(**facts[i])), self.answer_weight))
+            asked.append((self.encode("\n\n" + said[i][1]), 1.0))
+            asked.append((self.encode(said[i][2]), self.answer_weight))
         room = length - sum(map(len, stated)) - sum(len(ids) for ids, _ in asked)
         if room < 1:
             raise ValueError(f"{number} facts do not fit into {length} tokens")
@@ -143,6 +171,10 @@ class Synthetic:
             pieces += [text[start:place], statement]
             start = place
         return join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
+
+    def held_out(self, window, length: int, rng, depth: float) -> Sample:
+        """One fact in the form that is never trained on, for evaluation."""
+        return self.facts([HELD_OUT_FACT], window, length, rng, depth=depth)
 
     def copies(self, kind: str, text: np.ndarray, rng, most: int = 3) -> Sample:
         """One to ``most`` passages of the text begun again at its end and continued."""
@@ -183,6 +215,13 @@ class Synthetic:
         """The first place from ``start`` on behind a line's end, or ``start``."""
         ends = np.flatnonzero(self.ends_line[text[start : start + reach]])
         return start + 1 + int(ends[0]) if len(ends) else start
+
+
+def token_text(tokenizer) -> Callable[[int], str]:
+    """Text of a token within a text: alone, some tokenizers drop the space before."""
+    first = tokenizer.encode("a", add_special_tokens=False)
+    before = tokenizer.decode(first)
+    return lambda token: str(tokenizer.decode([*first, token])).removeprefix(before)
 
 
 def join(pieces) -> Sample:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Samples in thousands of wordings, for a model that knows no language yet.
+"""Samples in thousands of wordings.
 
-A model trained from random weights on a few fixed forms learns those forms. Here keys
-are any words of the vocabulary, sentences are put together at random and asked for in
-other words than they were stated in, and whole windows repeat random tokens, which is
-what makes heads that look back appear early.
+A model trained on a few fixed forms learns those forms: what it is asked in other words
+it answers in words of its own. Here keys are any words of the vocabulary, sentences are
+put together at random and asked for in other words than they were stated in. For models
+from random weights whole windows repeat random tokens, too, which is what makes heads
+that look back appear early.
 """
 
 from collections.abc import Callable
@@ -50,6 +51,8 @@ CODE_ASK = (
     ('# What {call} knows as {noun} of "{name}":', " {value}"),
     ("{name}_{noun} =", " {value}"),
 )
+# How a comment names what it asks about.
+NAMES = ("{name}", "`{name}`")
 # Never a key: what benchmarks/accuracy asks for, which a test compares.
 NOT_KEYS = "apple river window guitar planet market forest bridge"
 
@@ -60,6 +63,11 @@ class Wordings(Synthetic):
     Args:
         decode: one token id to its text; its words are the keys.
         reserved: that many ids at the vocabulary's start are no text.
+        repeats: share of samples that are random tokens again and again.
+        forms: most wordings in a window. Answers to the first question of a wording
+            cannot follow the form of those before.
+        comments: share of questions in code that are asked in words, as a comment,
+            where no syntax says that a number follows.
     """
 
     def __init__(
@@ -69,6 +77,9 @@ class Wordings(Synthetic):
         vocabulary: int,
         answer_weight: float = 10.0,
         reserved: int = 32,
+        repeats: float = 0.15,
+        forms: int = 1,
+        comments: float = 0.0,
     ):
         super().__init__(encode, decode, vocabulary, answer_weight)
         texts = [decode(i) for i in range(vocabulary)]
@@ -76,26 +87,31 @@ class Wordings(Synthetic):
         plain = (w for w in words if len(w) > 2 and w.isascii() and w.islower())
         self.words = sorted(set(plain) - set(NOT_KEYS.split()))
         self.tokens = (reserved, vocabulary)
+        self.repeated, self.forms, self.comments = repeats, forms, comments
         if len(self.words) < 32:
             raise ValueError(
                 f"the tokenizer has {len(self.words)} whole words, keys need 32 or more"
             )
 
     def sample(self, kind: str, window, length: int, rng) -> Sample:
-        """Random tokens again and again (15 %), copies (25 %), facts in fixed forms
-        (20 %) or random wordings (40 %); as ``Synthetic.sample``."""
+        """Random tokens again and again, and of the rest copies (29 %), facts in fixed
+        forms (24 %; a third of them copies, too) or random wordings (47 %); as
+        ``Synthetic.sample``."""
         # More to look up in longer windows, or it would count less and less.
         times = max(1, length // 2048)
-        which = rng.random()
-        if which < 0.15:
+        which = (rng.random() - self.repeated) / (1 - self.repeated)
+        if which < 0:
             return self.repeats(length, rng)
-        if which < 0.4:
-            return self.copies(kind, window(length), rng, 3 * times)
-        if which < 0.6:
+        if which < 0.25 / 0.85:
+            # Copied tokens are many and soon easy: not beyond what 8K windows have.
+            return self.copies(kind, window(length), rng, 3 * min(times, 4))
+        if which < 0.45 / 0.85:
             return super().sample(kind, window, length, rng)
         number = int(rng.choice([1, 2, 4, 8, 16])) * times
-        number = min(number, max(1, length // 256))
-        return self.facts(self.wording(kind, rng), window, length, rng, number)
+        number = min(number, max(1, length // 256), len(self.words) // 2)
+        most = min(number, self.forms)
+        forms = [self.wording(kind, rng) for _ in range(rng.integers(1, most + 1))]
+        return self.facts(forms, window, length, rng, number)
 
     def wording(self, kind: str, rng) -> Fact:
         """A form of this sample's own."""
@@ -106,6 +122,10 @@ class Wordings(Synthetic):
         noun = one(NOUNS.split())
         if kind == "code":
             asked, answer = one(CODE_ASK)
+            if self.comments and rng.random() < self.comments:
+                question = self._question(noun, one(LINKS), one(TELL), one)
+                asked = "# " + question.strip().replace("\n", "\n# ")
+                asked = asked.replace("{key}", one(NAMES))
             parts = [one(CODE), asked, answer]
             call = self.words[rng.integers(len(self.words))]
             fixed = [p.replace("{noun}", noun).replace("{call}", call) for p in parts]
@@ -113,8 +133,12 @@ class Wordings(Synthetic):
         link, tell = one(LINKS), one(TELL)
         again = tell if rng.random() < 0.5 else one(TELL)
         stated = f"{one(OPENINGS)} {noun} {link} {tell} {{value}}{one(CLOSINGS)}"
+        return stated, self._question(noun, link, again, one), " {value}"
+
+    @staticmethod
+    def _question(noun: str, link: str, tell: str, one) -> str:
         ask = one(ASK).replace("{noun}", noun).replace("{link}", link)
-        return stated, f"{ask} {noun} {link}{one(MEANWHILE)} {again}", " {value}"
+        return f"{ask} {noun} {link}{one(MEANWHILE)} {tell}"
 
     def repeats(self, length: int, rng) -> Sample:
         """A run of random tokens over and over; repetitions count, half as answers do.
