@@ -58,6 +58,7 @@ TUNED = {
     f"{DEFAULT}-{made}": (DEFAULT, f"SmolLM2-135M-Instruct-{made}")
     for made in ("32k", "anchor", "anchor-control")
 }
+NAMES = (*SOURCES, *TUNED)
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
 
@@ -71,7 +72,7 @@ def get_model(name: str = DEFAULT) -> Path:
     """Return the folder of the bf16 checkpoint, making it on the first call.
 
     Args:
-        name: one of ``SOURCES`` or ``TUNED``.
+        name: one of ``NAMES``.
 
     Raises:
         ValueError: no such name; a checkpoint that is not for its base model.
@@ -81,8 +82,7 @@ def get_model(name: str = DEFAULT) -> Path:
     if name in TUNED:
         return _get_tuned(name)
     if name not in SOURCES:
-        known = ", ".join([*SOURCES, *TUNED])
-        raise ValueError(f"unknown model {name!r}; one of {known}")
+        raise ValueError(f"unknown model {name!r}; one of {', '.join(NAMES)}")
     source = SOURCES[name]
 
     def make(work: Path, checkpoint: Path) -> None:
@@ -209,7 +209,7 @@ def _convert(source: Path, checkpoint: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=[*SOURCES, *TUNED], default=DEFAULT)
+    parser.add_argument("--model", choices=NAMES, default=DEFAULT)
     try:
         print(get_model(parser.parse_args().model))
     except (RuntimeError, ValueError) as error:

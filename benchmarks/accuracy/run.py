@@ -251,10 +251,10 @@ def main(text: str = __doc__) -> None:
 
 def model_path(model: str | None) -> str:
     """Folder of a model that get_model.py knows, None being its default."""
-    from scripts.get_model import DEFAULT, SOURCES, get_model
+    from scripts.get_model import DEFAULT, NAMES, get_model
 
     name = model or DEFAULT
-    return str(get_model(name)) if name in SOURCES else name
+    return str(get_model(name)) if name in NAMES else name
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.accuracy.methods import (
 )
 from benchmarks.accuracy.metrics import ForcedResult
 from benchmarks.accuracy.report import markdown, paired, plot
-from benchmarks.accuracy.run import Plan, main, run, to_json
+from benchmarks.accuracy.run import Plan, main, model_path, run, to_json
 from benchmarks.accuracy.tasks import DEPTHS, PACKED_TASKS, TASKS, make_samples
 from benchmarks.accuracy.text import PackedTexts, TextSources
 from tests.ops.inputs import (
@@ -212,6 +212,13 @@ def test_facts_without_packed_text_are_refused(sources, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "fact: asked in packed text, give --texts DATA" in capsys.readouterr().err
+
+
+def test_models_by_name(monkeypatch):
+    monkeypatch.setattr("scripts.get_model.get_model", lambda name: f"made of {name}")
+    for name in ("smollm2-135m", "smollm2-135m-32k"):
+        assert model_path(name) == f"made of {name}"
+    assert model_path("folder/of/a/model") == "folder/of/a/model"
 
 
 def test_samples_per_length():
