@@ -190,11 +190,16 @@ def test_facts_are_the_training_rooms(task, packed):
         assert len(sample.prompt_ids) == CONTEXT and f"{kind} of line" in prompt
         assert sources.decode(sample.forced_ids) == f" {sample.answer}"
         assert prompt.count(sample.answer) == 1
-        asked = prompt.rpartition("says that the ")[2].removesuffix(" was")
-        stated = f"visitors' book, the {asked} was {sample.answer}.\n"
+        if kind == "code":
+            asked = prompt.rpartition("issued to ")[2].removesuffix(" is")
+            stated = f"tickets.issue({asked}, serial={sample.answer})\n"
+        else:
+            asked = prompt.rpartition("says that the ")[2].removesuffix(" was")
+            stated = f"visitors' book, the {asked} was {sample.answer}.\n"
         assert abs(prompt.index(stated) / CONTEXT - sample.depth) < 0.15
         rng = np.random.default_rng(Random(f"{task}/{CONTEXT}/{index}").getrandbits(64))
         room = sources.synthetic.held_out(
+            kind,
             partial(sources.corpus.window, f"heldout-{kind}", rng=rng),
             CONTEXT + len(sample.forced_ids),
             rng,
