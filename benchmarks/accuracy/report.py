@@ -5,7 +5,8 @@
 python -m benchmarks.accuracy.report benchmarks/results/accuracy_4k.json
 
 Of several files the first one's dense records are the baseline; the others have other
-caches, which their methods are named after.
+caches, which their methods are named after. Agreement and KL stay as they were
+measured: to dense attention with the record's own cache.
 """
 
 import argparse
@@ -195,16 +196,48 @@ def joined(results: Sequence[dict], tasks=None, lengths=None) -> dict:
 
     Args:
         tasks, lengths: those that are kept; None: all.
+
+    Raises:
+        ValueError: no record is kept; one has no counterpart in the first result, of
+            the same model and texts, that it could be paired with.
     """
-    records = []
+    first, records = results[0], []
+    baseline = {
+        (record["task"], record["length"]): _indices(record)
+        for record in first["records"]
+        if record["method"] == "dense"
+    }
     for number, result in enumerate(results):
+        if _measured(result) != _measured(first):
+            raise ValueError(
+                f"samples differ: one file is of {' on '.join(_measured(first))}, "
+                f"another of {' on '.join(_measured(result))}"
+            )
         cache = f", {result['header']['engine'].get('kv_format', 'auto')}"
         for record in result["records"]:
-            chosen = not tasks or record["task"] in tasks
-            if chosen and (not lengths or record["length"] in lengths):
-                method = record["method"] + cache * (number > 0)
-                records.append(record | {"method": method})
-    return results[0] | {"records": records}
+            task, length = record["task"], record["length"]
+            if (tasks and task not in tasks) or (lengths and length not in lengths):
+                continue
+            known = baseline.get((task, length))
+            if known is None or not _indices(record) <= known:
+                raise ValueError(
+                    f"the first file has no dense baseline for all samples of {task} "
+                    f"at {length} tokens: leave them out by --tasks or --lengths"
+                )
+            records.append(record | {"method": record["method"] + cache * (number > 0)})
+    if not records:
+        raise ValueError("no record is of these tasks and lengths")
+    return first | {"records": records}
+
+
+def _indices(record: dict) -> set[int]:
+    return {sample["index"] for sample in record.get("samples", ())}
+
+
+def _measured(result: dict) -> tuple[str, str]:
+    """Model and texts: what samples are functions of."""
+    header = result["header"]
+    return header["engine"]["model"], header.get("texts", "unnamed texts")
 
 
 def main() -> None:
@@ -216,7 +249,10 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="not all")
     args = parser.parse_args()
     read = [json.loads(path.read_text("utf-8")) for path in args.results]
-    result = joined(read, args.tasks, args.lengths)
+    try:
+        result = joined(read, args.tasks, args.lengths)
+    except ValueError as error:
+        parser.error(str(error))
     print(_subtitle(result["header"]).replace("\n", " ") + "\n")
     print(markdown(result["records"]))
     plot(result, args.plots / f"{args.results[0].stem}.png", args.metrics)

@@ -135,14 +135,15 @@ def tail(
 def fact(
     sources: PackedTexts, length: int, rng: Random, index: int, kind: str
 ) -> Sample:
-    """The training room's held-out fact, made as its evaluation makes it: for models
-    of its own that are too small for other questions."""
+    """The training room's held-out fact, made as its evaluation makes it (``needle``
+    and ``needle_code`` there): for models of its own that are too small for other
+    questions."""
     seed, depth = rng.getrandbits(64), DEPTHS[index % len(DEPTHS)]
 
     def made(total: int):
         draws = np.random.default_rng(seed)
         window = partial(sources.corpus.window, f"heldout-{kind}", rng=draws)
-        return sources.synthetic.held_out(window, total, draws, depth)
+        return sources.synthetic.held_out(kind, window, total, draws, depth)
 
     # The room counts the answer, whose size is drawn, into the length.
     total = length + made(length).answer

@@ -147,6 +147,16 @@ def arguments(model_folder, data_folder, tmp_path):
     return argv
 
 
+@pytest.mark.parametrize("name", ["sinks", "window", "evaluate-windows"])
+def test_parts_of_blocks_are_refused(arguments, name, capsys):
+    """Their states would leave out what is not a whole block."""
+    with pytest.raises(SystemExit):
+        less.arguments_of([*arguments, f"--{name}", "200"])
+    assert f"--{name} must be a multiple of 128" in capsys.readouterr().err
+    one_by_one = [*arguments, "--block", "1", f"--{name}", "20"]
+    assert less.arguments_of(one_by_one).block == 1
+
+
 def test_layers_of_unlike_shapes_are_refused(arguments, model_folder, data_folder):
     model = load_model(model_folder, torch.device("cpu"))
     attention = model.model.layers[1].self_attn

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import torch
 
-from benchmarks.accuracy import approximate, metrics
+from benchmarks.accuracy import approximate
 from benchmarks.accuracy.methods import (
     Method,
     ModelShape,
@@ -190,11 +190,16 @@ def test_facts_are_the_training_rooms(task, packed):
         assert len(sample.prompt_ids) == CONTEXT and f"{kind} of line" in prompt
         assert sources.decode(sample.forced_ids) == f" {sample.answer}"
         assert prompt.count(sample.answer) == 1
-        asked = prompt.rpartition("says that the ")[2].removesuffix(" was")
-        stated = f"visitors' book, the {asked} was {sample.answer}.\n"
+        if kind == "code":
+            asked = prompt.rpartition("issued to ")[2].removesuffix(" is")
+            stated = f"tickets.issue({asked}, serial={sample.answer})\n"
+        else:
+            asked = prompt.rpartition("says that the ")[2].removesuffix(" was")
+            stated = f"visitors' book, the {asked} was {sample.answer}.\n"
         assert abs(prompt.index(stated) / CONTEXT - sample.depth) < 0.15
         rng = np.random.default_rng(Random(f"{task}/{CONTEXT}/{index}").getrandbits(64))
         room = sources.synthetic.held_out(
+            kind,
             partial(sources.corpus.window, f"heldout-{kind}", rng=rng),
             CONTEXT + len(sample.forced_ids),
             rng,
@@ -306,31 +311,6 @@ def test_options_leave_nothing_of_the_previous_method_behind():
 
 def test_budget_below_the_estimate_is_reported_as_impossible():
     assert options_for(Method("quest"), 1 / 16, 4096, SHAPE) is None
-
-
-def test_kl_is_zero_for_itself_and_a_lower_bound_otherwise():
-    rng = Random(0)
-
-    def full():
-        weights = [rng.expovariate(1) ** 3 for _ in range(100)]
-        return [w / sum(weights) for w in weights]
-
-    def top(p):
-        best = sorted(range(100), key=lambda t: -p[t])[:20]
-        return ForcedResult([0.0] * 2, [{t: math.log(p[t]) for t in best}] * 2)
-
-    for _ in range(50):
-        p, q = full(), full()
-        true = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        assert metrics.kl_nats(top(p), top(p)) == pytest.approx(0, abs=1e-9)
-        assert 0 < metrics.kl_nats(top(q), top(p)) <= true
-
-
-def test_first_forced_token_does_not_count():
-    top = [{1: -0.1, 2: -3.0}, {1: -0.1, 2: -3.0}]
-    result = ForcedResult([-100.0, -math.log(2)], top)
-    assert metrics.bits_per_char(result, 2) == pytest.approx(0.5)
-    assert metrics.top1(result, [2, 1]) == 1.0
 
 
 def test_run_and_report(tmp_path):

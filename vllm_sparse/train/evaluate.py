@@ -10,7 +10,7 @@ import torch
 
 from .corpus import Corpus
 from .forward import hidden_states, token_losses
-from .synthetic import HELD_OUT_CODE, Sample, Synthetic
+from .synthetic import Sample, Synthetic
 
 SCORED_TOKENS = 1024
 
@@ -53,21 +53,17 @@ def evaluate(
                 _last(model, ids[-length:], scored)[0].mean().item() for ids in drawn
             ]
             perplexity[kind][length] = round(float(np.exp(np.mean(nats))), 4)
-    prose, code = (
-        partial(corpus.window, f"heldout-{kind}", rng=rng) for kind in ("prose", "code")
-    )
-    makers: dict[str, Callable[[int, float], Sample]] = {
-        "needle": lambda n, depth: synthetic.held_out(prose, n, rng, depth),
-        "needle_code": lambda n, depth: synthetic.facts(
-            [HELD_OUT_CODE], code, n, rng, depth=depth
-        ),
-    }
+
+    def made(kind: str, length: int, depth: float) -> Sample:
+        window = partial(corpus.window, f"heldout-{kind}", rng=rng)
+        return synthetic.held_out(kind, window, length, rng, depth)
+
     found = {
         name: {
-            length: _needles(model, partial(make, length), needles)
+            length: _needles(model, partial(made, kind, length), needles)
             for length in lengths
         }
-        for name, make in makers.items()
+        for name, kind in (("needle", "prose"), ("needle_code", "code"))
     }
     return {"perplexity": perplexity, **found}
 

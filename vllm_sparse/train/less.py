@@ -249,12 +249,12 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         help="to evaluate; by default that which is trained",
     )
     args = parser.parse_args(argv)
-    least = {"sinks": 0, "window": args.block}
-    for name in least:
-        if getattr(args, name) % args.block or getattr(args, name) < least[name]:
-            parser.error(
-                f"--{name} must be a multiple of {args.block} from {least[name]} on"
-            )
+    # States are sums over whole blocks, whatever window is evaluated.
+    evaluated = [("evaluate-windows", n) for n in args.evaluate_windows or []]
+    for name, tokens in [("sinks", args.sinks), ("window", args.window), *evaluated]:
+        least = 0 if name == "sinks" else args.block
+        if tokens % args.block or tokens < least:
+            parser.error(f"--{name} must be a multiple of {args.block} from {least} on")
     longest = max(args.evaluate_windows or [], default=0)
     if args.length <= args.sinks + max(args.window, longest) + 2 * args.block:
         parser.error("--length leaves nothing that has left the window")

@@ -172,9 +172,11 @@ class Synthetic:
             start = place
         return join([(p, 1.0) for p in [*pieces, text[start:]]] + asked)
 
-    def held_out(self, window, length: int, rng, depth: float) -> Sample:
-        """One fact in the form that is never trained on, for evaluation."""
-        return self.facts([HELD_OUT_FACT], window, length, rng, depth=depth)
+    def held_out(self, kind: str, window, length: int, rng, depth: float) -> Sample:
+        """One fact in a form that is never trained on, for evaluation; ``sample``'s
+        ``kind`` and ``window``."""
+        form = HELD_OUT_CODE if kind == "code" else HELD_OUT_FACT
+        return self.facts([form], window, length, rng, depth=depth)
 
     def copies(self, kind: str, text: np.ndarray, rng, most: int = 3) -> Sample:
         """One to ``most`` passages of the text begun again at its end and continued."""
