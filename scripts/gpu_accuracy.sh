@@ -7,8 +7,8 @@
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
 # GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16
 # of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
-# others). What is in OUT already is not run again; logs lie beside.
-# Needs JOBS x (SAMPLES x length x the model's bytes a token x 1.2) of GPU memory, and a core for each job.
+# others), FEW samples (8) for quest and window, which take a step ten seconds. What is in OUT already is not run again;
+# logs lie beside; it fails where a job does. Each job takes SAMPLES x length x 32 KiB of GPU memory, and a core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=$1 data=$2 out=$3
@@ -43,7 +43,7 @@ few="${NEEDLES:-needle needle_4keys needle_code} repetition"
   done
   for length in "${lengths[@]}"; do
     for method in quest window; do
-      echo "$method $length --tasks $few --methods $method --budgets 0.0625 0.18"
+      echo "$method $length --tasks $few --methods $method --budgets 0.0625 0.18 --samples ${FEW:-8}"
     done
   done
 } | awk -v "gpus=${gpus[*]}" -v "out=$out" '{ n = split(gpus, g, " "); gpu = g[(NR - 1) % n + 1]; print gpu, $0 > (out "/jobs_" gpu ".txt") }'
@@ -52,5 +52,7 @@ for gpu in "${gpus[@]}"; do
   [ -f "$out/jobs_$gpu.txt" ] && xargs -a "$out/jobs_$gpu.txt" -P "${JOBS:-4}" -I{} bash -c 'job {}' &
 done
 wait
-rm -f "$out"/jobs_*.txt
 ls "$out"
+for log in "$out"/*.log; do [ -f "${log%.log}.done" ] || failed=1; done
+rm -f "$out"/jobs_*.txt
+exit "${failed:-0}"

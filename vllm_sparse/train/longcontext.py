@@ -100,6 +100,8 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     lengths = [2048, 8192, 32768]
     add("--evaluate-lengths", type=int, nargs="+", default=lengths, help="tokens")
     args = parser.parse_args(argv)
+    if args.forms < 1:
+        parser.error("--forms must be at least 1")
     if args.window > args.context:
         parser.error("--window is longer than --context")
     if max(args.evaluate_lengths) > args.context:
