@@ -7,6 +7,7 @@ differ in the score alone, so that a table of methods compares like with like.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import torch
 
@@ -47,8 +48,6 @@ class ScoredMethod(SelectingMethod):
             if budget < 0 or budget >= length or recent <= config.sink_tokens:
                 rows.counts[row] = -1
                 continue
-            forced = sinks + length - recent
-            most = max(0, budget - forced)
             blocks = rows.block_table[row]
             key = torch.stack(
                 [
@@ -57,17 +56,26 @@ class ScoredMethod(SelectingMethod):
                 ]
             )
             scores = self.scores(grouped[row], key)
-            if config.top_p is not None:
-                scores *= shape.num_queries_per_kv / scores.sum(-1, keepdim=True)
-            scores = scores[:, sinks:recent]
-            for head in range(shape.num_kv_heads):
-                wanted = most
-                if config.top_p is not None:
-                    enough = top_p_count(scores[head], config.top_p)
-                    wanted = min(max(enough, config.min_tokens - forced), most)
-                best = top_k_positions(scores[head], wanted) + sinks
-                first = torch.arange(sinks, device=best.device)
-                last = torch.arange(recent, length, device=best.device)
-                kept = torch.cat([first, best, last])
-                rows.indices[row, head, : len(kept)] = kept.int()
-                rows.counts[row, head] = len(kept)
+            forced = torch.cat([torch.arange(sinks), torch.arange(recent, length)]).to(
+                scores.device
+            )
+            most = max(0, budget - len(forced))
+            for heads, wanted in self._wanted(scores, sinks, recent, most):
+                best = top_k_positions(scores[heads, sinks:recent], wanted) + sinks
+                kept = torch.cat([forced.expand(len(best), -1), best], 1).sort(1).values
+                rows.indices[row, heads, : kept.shape[1]] = kept.int()
+                rows.counts[row, heads] = kept.shape[1]
+
+    def _wanted(
+        self, scores: torch.Tensor, sinks: int, recent: int, most: int
+    ) -> Iterator[tuple[slice, int]]:
+        """How many tokens between ``sinks`` and ``recent`` to keep: heads, number."""
+        config, length = self.config, scores.shape[1]
+        if config.top_p is None:
+            yield slice(None), most
+            return
+        share = self.shape.num_queries_per_kv / scores.sum(-1, keepdim=True)
+        least = config.min_tokens - (sinks + length - recent)
+        for head, found in enumerate((scores * share)[:, sinks:recent]):
+            enough = top_p_count(found, config.top_p)
+            yield slice(head, head + 1), min(max(enough, least), most)

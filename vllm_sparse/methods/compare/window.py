@@ -11,5 +11,5 @@ class Window(ScoredMethod):
     """Scores a token by its position: the budget goes to the most recent."""
 
     def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(key.shape[1], dtype=torch.float32)
+        position = torch.arange(key.shape[1], dtype=torch.float32, device=key.device)
         return position.expand(key.shape[0], -1)

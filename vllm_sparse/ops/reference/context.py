@@ -44,7 +44,7 @@ def _read(kv_cache, blocks, length, head, head_size, fmt, sealed):
     """K and V, those of the first ``sealed`` blocks from their codes."""
     lay = BlockLayout(head_size, kv_cache.element_size(), fmt)
     parts = [read_block(kv_cache[int(blocks[i]), head], lay) for i in range(sealed)]
-    position = torch.arange(sealed * BLOCK_SIZE, length)
+    position = torch.arange(sealed * BLOCK_SIZE, length, device=blocks.device)
     rows = context_rows(kv_cache[:, head, None], blocks, position, lay)[:, 0]
     parts.append(rows.float().split(head_size, dim=-1))
     return tuple(torch.cat(part) for part in zip(*parts))

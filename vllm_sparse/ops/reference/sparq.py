@@ -60,8 +60,13 @@ def forced_ranges(
 
 
 def top_k_positions(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Positions of the k largest scores, ascending; ties go to the lower position."""
-    return scores.argsort(descending=True, stable=True)[:k].sort().values
+    """Positions of the k largest scores, ascending; ties go to the lower position.
+
+    Args:
+        scores: [..., tokens].
+    """
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    return best[..., :k].sort(-1).values
 
 
 def top_p_count(scores: torch.Tensor, top_p: float) -> int:
