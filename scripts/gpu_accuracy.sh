@@ -37,9 +37,8 @@ few="${NEEDLES:-needle needle_4keys needle_code} repetition"
     echo "auto ${lengths[i]} --tasks $needles $tails --methods ${METHODS:-sparq:top_k=0.125 sparq:top_p=0.9 sparq:rank=12} --budgets 0.0625"
   done
   for length in "${lengths[@]}"; do
-    for format in k8v4 int8; do
-      echo "$format $length --tasks $needles $tails --methods sparq:top_k=0.125 --kv-format $format"
-    done
+    echo "k8v4 $length --tasks $needles $tails --methods sparq:top_k=0.125 sparq:rank=18:top_k=0.05 --kv-format k8v4"
+    echo "int8 $length --tasks $needles $tails --methods sparq:top_k=0.125 --kv-format int8"
   done
   for length in "${lengths[@]}"; do
     for method in quest window; do

@@ -112,7 +112,10 @@ def describe(folder: Path, *kinds: str) -> dict:
         ValueError: it is of another format, or of none of the kinds.
     """
     if not (folder / DESCRIPTION).is_file():
-        raise FileNotFoundError(f"no checkpoint in {folder}: {DESCRIPTION} is missing")
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: {DESCRIPTION} is missing; give the folder "
+            "checkpoint/ that a training command has made"
+        )
     description = json.loads((folder / DESCRIPTION).read_text())
     if description["format"] != FORMAT:
         raise ValueError(

@@ -174,6 +174,11 @@ def test_questions_without_an_answer(folder):
     assert parse_config("twilight", {}).top_p == 0.9
 
 
+def test_contexts_that_the_model_does_not_take(folder, capsys):
+    assert cli.main(["--model", folder(LLAMA), "--context", "8192", "999999"]) == 1
+    assert "tokens at most" in capsys.readouterr().out
+
+
 def test_gain_is_the_ratio_of_bytes(folder):
     model = inspect(folder(LLAMA))
     config = SparseConfig(rank=32, top_k=1024, dense_below=4096)

@@ -135,11 +135,10 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         """
         device = current_platform.device_type
         if device not in METHODS[config.selector].devices:
-            serving = [name for name, m in METHODS.items() if device in m.devices]
             raise SparseConfigError(
-                f"sparse.selector = {config.selector!r} is not served on GPUs; it "
-                f"must be one of {', '.join(serving)} there. Example: "
-                "--attention-backend sparq --additional-config.sparse.selector sparq"
+                f"sparse.selector = {config.selector!r} is not served on GPUs: leave "
+                "it out, or choose another --attention-backend (streaming in place of "
+                "window). Example: --attention-backend sparq"
             )
         if self.shape.sinks is not None:
             if config.mean_value is True:

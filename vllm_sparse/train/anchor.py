@@ -34,8 +34,8 @@ from .merge import ANCHOR_KINDS
 from .options import parser_of, print_state
 
 NEEDS = """needs, for SmolLM2-135M and the defaults (49 million tokens): a GPU of 80 GB
-(of 40 GB with --micro-tokens 16384), 4 GB of host memory and, by estimate, 11 to 13
-minutes of an H200 for the anchors, 6 for the control. The mask is dense, and goes
+(of 40 GB with --micro-tokens 16384), 4 GB of host memory and 10 minutes
+of an H200 for the anchors, 9 for the control. The mask is dense, and goes
 through PyTorch's memory-efficient kernels, or cuDNN's (--cudnn: try which are faster).
 On a CPU toy sizes only: some hundred tokens a second. --full needs 4 GB of GPU memory
 more, and its checkpoint has the model's size instead of 15 MB."""

@@ -30,9 +30,8 @@ from .mixture import Batch, Curriculum
 from .options import parser_of, print_state
 from .wordings import Wordings
 
-NEEDS = """needs, for the defaults (59 million parameters, 260 million tokens): a GPU of
-40 GB, 4 GB of host memory, and 20 minutes of an H200. On a CPU toy
-sizes only."""
+NEEDS = """needs, for the defaults (60 million parameters, 260 million tokens): a GPU of
+40 GB, 4 GB of host memory, and 20 minutes of an H200. On a CPU toy sizes only."""
 
 
 def build(args: argparse.Namespace, tokenizer, device: torch.device):

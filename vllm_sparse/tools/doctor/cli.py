@@ -94,7 +94,7 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from .gain import expected_gain, lossless_gain, memory
-    from .model import inspect_model, parse_config, why_slow
+    from .model import DoctorError, inspect_model, parse_config, why_slow
 
     config = parse_config(args.attention_backend, args.additional_config)
     model = inspect_model(
@@ -106,6 +106,10 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
         trust_remote_code=args.trust_remote_code,
         language_model_only=args.language_model_only,
     )
+    if (longest := max(args.context or [0])) > model.max_model_len:
+        raise DoctorError(
+            f"--context {longest}: the model takes {model.max_model_len} tokens at most"
+        )
     report = {
         "model": asdict(model),
         "options": asdict(config),
