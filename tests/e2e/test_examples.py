@@ -57,6 +57,7 @@ def folders(tmp_path_factory):
     return anchor, control
 
 
+@pytest.mark.slow
 def test_both_arms_complete_a_file(folders, file):
     done = complete_code(*folders, "--file", file, "--tokens", "8")
     assert done.returncode == 0, done.stderr[-4000:]

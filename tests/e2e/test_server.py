@@ -188,6 +188,7 @@ def answers(llm) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.slow  # families with windows always run
 def test_sliding_window_layers_beside_ours(hybrid_model):
     """Two KV cache groups whose pages differ in size, one of them with a sidecar."""
     with engine(hybrid_model, attention_backend="CPU_ATTN") as llm:
