@@ -7,7 +7,7 @@
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
 # GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16
 # of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
-# others), FEW samples (8) for quest and window, which take a step ten seconds. What is in OUT already is not run again;
+# others), FEW samples (8) for quest and window, which loop over rows on the host. What is in OUT already is not run again;
 # logs lie beside; it fails where a job does. Each job takes SAMPLES x length x 32 KiB of GPU memory, and a core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -80,7 +80,7 @@ def test_ranks_serve_as_one_does(executor, sparse, model, expected):
         assert tokens(again) == tokens(got)
     else:
         # Asynchronous scheduling decides how many drafts a step verifies, which decides
-        # on rounding.
-        assert_same_but_for_ties(again, got, GAP, most=5)
-        assert_same_but_for_ties(got, expected, GAP, most=5)
+        # on rounding: all may part, but only where two tokens are nearly equal.
+        assert_same_but_for_ties(again, got, GAP, most=len(PROMPTS))
+        assert_same_but_for_ties(got, expected, GAP, most=len(PROMPTS))
         assert 0 < counts["accepted_tokens"] < counts["draft_tokens"]

@@ -13,6 +13,8 @@ from vllm.platforms.interface import DeviceCapability, PlatformEnum  # noqa: E40
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
+from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
+from vllm_sparse.layer.impl import SparseAttentionImpl  # noqa: E402
 from vllm_sparse.plugin.platform import SparseCpuPlatform, honouring  # noqa: E402
 
 from .test_plugin import SPARQ, SPARQ_PATH, layer  # noqa: E402
@@ -205,3 +207,20 @@ def test_sinks_of_many_heads_on_gpus():
         check_sinks(layer)
     shape.flash_attention = None  # CPUs
     check_sinks(layer)
+
+
+@pytest.mark.parametrize("selector", ["exact", "quest", "window"])
+def test_selectors_that_loop_on_the_host_are_refused_on_gpus(selector, monkeypatch):
+    """With a way out that is itself served there."""
+    layer_on = lambda device: monkeypatch.setattr(
+        "vllm_sparse.layer.impl.current_platform", SimpleNamespace(device_type=device)
+    )
+    shape = SimpleNamespace(sinks=None, num_queries_per_kv=4)
+    given = SimpleNamespace(shape=shape, head_size=64)
+    config = SparseConfig(selector=selector)
+    layer_on("cpu")
+    assert SparseAttentionImpl.check(given, config).selector == selector
+    layer_on("cuda")
+    with pytest.raises(SparseConfigError, match="choose another --attention-backend"):
+        SparseAttentionImpl.check(given, config)
+    assert SparseAttentionImpl.check(given, SparseConfig()).selector == "sparq"

@@ -56,9 +56,8 @@ class ScoredMethod(SelectingMethod):
                 ]
             )
             scores = self.scores(grouped[row], key)
-            forced = torch.cat([torch.arange(sinks), torch.arange(recent, length)]).to(
-                scores.device
-            )
+            position = torch.arange(length, device=scores.device)
+            forced = torch.cat([position[:sinks], position[recent:]])
             most = max(0, budget - len(forced))
             for heads, wanted in self._wanted(scores, sinks, recent, most):
                 best = top_k_positions(scores[heads, sinks:recent], wanted) + sinks
