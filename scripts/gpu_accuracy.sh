@@ -7,8 +7,8 @@
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
 # GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16
 # of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
-# others), FEW samples (8) for quest and window, which loop over rows on the host. What is in OUT already is not run again;
-# logs lie beside; it fails where a job does. Each job takes SAMPLES x length x 32 KiB of GPU memory, and a core.
+# others), FEW samples (8) for quest and window, which loop over rows on the host, ONLY ("auto k8v4 int8 quest window":
+# kinds of jobs). What is in OUT already is not run again; logs lie beside; it fails where a job does. Each job takes SAMPLES x length x 32 KiB of GPU memory, and a core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=$1 data=$2 out=$3
@@ -16,6 +16,7 @@ shift 3
 read -ra gpus <<<"${GPUS:-0}"
 tails="repetition code prose"
 needles=${NEEDLES:-needle needle_2keys needle_4keys needle_code needle_code_2keys needle_code_4keys}
+only=${ONLY:-auto k8v4 int8 quest window}
 mkdir -p "$out"
 
 # GPU, name, length, options of benchmarks.accuracy.run
@@ -45,7 +46,7 @@ few="${NEEDLES:-needle needle_4keys needle_code} repetition"
       echo "$method $length --tasks $few --methods $method --budgets 0.0625 0.18 --samples ${FEW:-8}"
     done
   done
-} | awk -v "gpus=${gpus[*]}" -v "out=$out" '{ n = split(gpus, g, " "); gpu = g[(NR - 1) % n + 1]; print gpu, $0 > (out "/jobs_" gpu ".txt") }'
+} | grep -E "^(${only// /|}) " | awk -v "gpus=${gpus[*]}" -v "out=$out" '{ n = split(gpus, g, " "); gpu = g[(NR - 1) % n + 1]; print gpu, $0 > (out "/jobs_" gpu ".txt") }'
 for gpu in "${gpus[@]}"; do
   # shellcheck disable=SC2016
   [ -f "$out/jobs_$gpu.txt" ] && xargs -a "$out/jobs_$gpu.txt" -P "${JOBS:-4}" -I{} bash -c 'job {}' &

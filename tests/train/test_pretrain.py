@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.accuracy import tasks
 from vllm_sparse import checkpoint
-from vllm_sparse.train import pretrain, wordings
+from vllm_sparse.train import pretrain, qk_norm, wordings
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import hidden_states, load_model
 from vllm_sparse.train.mixture import Batch, Curriculum
@@ -132,6 +132,44 @@ def test_the_folder_is_a_qwen3_and_its_hash_is_kept(trained, model_folder):
     saved = model.get_parameter(name)
     torch.testing.assert_close(saved, state[name], atol=1e-2, rtol=1e-2)
     assert hidden_states(model, torch.ones(1, 8).long(), torch.arange(8)[None]).any()
+
+
+def test_a_llama_gets_qk_norm_and_heads_of_twice_the_size(
+    model_folder, data_folder, tmp_path
+):
+    more = ["--llama", str(model_folder), "--workers", "0", "--learning-rate", "0.003"]
+    pretrain.main(command(model_folder, data_folder, tmp_path, *more))
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert report["recipe"]["llama_sha256"] == checkpoint.base_hash(model_folder)
+    assert "heads" not in report["recipe"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    llama = json.loads((model_folder / "config.json").read_text())
+    assert config["head_dim"] == 2 * llama["head_dim"]
+    assert config["max_position_embeddings"] == 256
+    before, after = report["evaluations"][0], report["evaluations"][-1]
+    for kind in ("code", "prose"):
+        assert after["perplexity"][kind]["256"] < before["perplexity"][kind]["256"]
+
+
+def test_without_its_norms_the_wide_model_computes_the_llama(model_folder):
+    """And its norms leave logits as large as the mean ones were."""
+    llama = load_model(model_folder, torch.device("cpu"))
+    ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(64).expand(2, -1)
+    wide = qk_norm.widened(llama, ids, odd=0.0)
+    size = llama.config.head_dim
+    lengths = qk_norm._lengths(llama, ids, size)
+    for layer, (query, key) in zip(wide.model.layers, lengths, strict=True):
+        attention = layer.self_attn
+        both = attention.q_norm.weight * attention.k_norm.weight
+        normed = 2 * size * both * attention.scaling
+        torch.testing.assert_close(
+            normed, torch.full_like(both, query * key / size**0.5)
+        )
+        attention.q_norm = attention.k_norm = torch.nn.Identity()
+        attention.scaling = size**-0.5
+    expected = hidden_states(llama, ids, positions)
+    torch.testing.assert_close(hidden_states(wide, ids, positions), expected)
 
 
 def test_shares_that_do_not_fit_are_refused(model_folder, data_folder, tmp_path):

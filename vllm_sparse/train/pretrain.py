@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``pretrain``: a small Qwen3 that retrieves, from random weights.
+"""``pretrain``: a small Qwen3 that retrieves, from random weights or out of a Llama.
 
 For what no small model at hand has: QK-norm at head size 128. Windows grow over the
 run; half of them are facts to look up and passages to copy. OUT gets ``model/`` (bf16,
@@ -17,21 +17,34 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .. import checkpoint
 from .corpus import Corpus
 from .evaluate import evaluate
-from .forward import chunk_losses, hidden_states, placed, token_losses
+from .forward import chunk_losses, hidden_states, load_model, placed, token_losses
 from .loop import Optimisation, train
 from .merge import edit_json
 from .mixture import Batch, Curriculum
 from .options import parser_of, print_state
+from .qk_norm import widened
 from .wordings import Wordings
 
 NEEDS = """needs, for the defaults (60 million parameters, 260 million tokens): a GPU of
 40 GB, 4 GB of host memory, and 20 minutes of an H200. On a CPU toy sizes only."""
+
+
+def out_of_llama(args: argparse.Namespace, corpus: Corpus, device: torch.device):
+    """``args.llama`` as a Qwen3, fp32."""
+    rng = np.random.default_rng(args.seed)
+    streams, length = ("train-code", "train-prose"), min(args.lengths)
+    ids = np.stack([corpus.window(stream, length, rng) for stream in streams])
+    llama = load_model(args.llama, device)
+    model = widened(llama, torch.from_numpy(ids).to(device))
+    model.config.max_position_embeddings = max(args.lengths)
+    return model
 
 
 def build(args: argparse.Namespace, tokenizer, device: torch.device):
@@ -140,6 +153,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, help="folder: the text's")
+    add("--llama", type=Path, help="folder of a Llama to begin with; it has the shape")
     add("--layers", type=int, default=10)
     add("--hidden", type=int, default=512, help="size of hidden states")
     add("--intermediate", type=int, default=1408, help="size within MLPs")
@@ -170,7 +184,6 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 
 CURRICULUM = "batch_tokens steps synthetic code seed lengths shares"
 SHAPE = "layers hidden intermediate heads kv_heads head_size rope_theta"
-RECIPE = [*CURRICULUM.split(), *SHAPE.split(), "answer_weight"]
 
 
 def main(argv: list[str]) -> None:
@@ -182,7 +195,11 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(args.seed)
     corpus = Corpus(args.data, args.tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    model = build(args, tokenizer, torch.device(args.device))
+    device = torch.device(args.device)
+    if args.llama:
+        model = out_of_llama(args, corpus, device)
+    else:
+        model = build(args, tokenizer, device)
     made = Wordings.of(tokenizer, answer_weight=args.answer_weight)
     chosen = {name: getattr(args, name) for name in CURRICULUM.split()}
     lengths, samples = sorted(args.evaluate_lengths), args.evaluate_samples
@@ -197,7 +214,10 @@ def main(argv: list[str]) -> None:
         for layer in model.model.layers:
             layer.compile()
         trainee.chunk_losses = torch.compile(chunk_losses)
-    recipe = {name: getattr(args, name) for name in RECIPE}
+    shape = {name: getattr(args, name) for name in SHAPE.split()}
+    if args.llama:
+        shape = {"llama_sha256": checkpoint.base_hash(args.llama)}
+    recipe = chosen | shape | {"answer_weight": args.answer_weight}
     report = train(
         trainee,
         Optimisation(args.steps, args.learning_rate, args.warmup, args.weight_decay),
