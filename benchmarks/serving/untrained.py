@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """An untrained checkpoint of ``less`` for a shape, to measure speed with dummy weights.
 
-    python -m benchmarks.serving.untrained llama-3.1-8b FOLDER --window 1024
+python -m benchmarks.serving.untrained llama-3.1-8b FOLDER --window 1024
 """
 
 import argparse
