@@ -15,12 +15,14 @@ from vllm_sparse.methods.less import KIND, Kernels, add_state, load_kernels
 from vllm_sparse.train import less
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import load_model
+from vllm_sparse.train.less import LessTrainee
 from vllm_sparse.train.less_evaluate import (
     BLOCKS_AT_ONCE,
     attend_exactly,
     nats,
     state_tokens,
 )
+from vllm_sparse.train.less_joint import JointTrainee, divergences
 from vllm_sparse.train.less_rows import Kept, Rows, attended, logits_of, recorded
 
 SINKS, WINDOW = 128, 128
@@ -197,6 +199,41 @@ def test_losses_fall(arguments, tmp_path):
     losses = [loss for _, loss, _ in report["losses"]]
     # The state is useful from the first step on, and more so later.
     assert losses[0] < 1 and sum(losses[-4:]) < 0.88 * sum(losses[:4])
+
+
+def test_all_layers_together_learn_from_the_dense_model(
+    arguments, model_folder, data_folder, tmp_path
+):
+    args = less.arguments_of([*arguments, "--joint-steps", "3", "--joint-batch", "2"])
+    corpus, cpu = Corpus(data_folder, model_folder), torch.device("cpu")
+    trainee = LessTrainee(load_model(model_folder, cpu), corpus, args)
+    joint = JointTrainee(trainee)
+
+    def loss() -> torch.Tensor:
+        return sum(part for part, _ in joint.losses(0))
+
+    optimiser = torch.optim.Adam(joint.parameters().values(), lr=0.01)
+    first = loss()
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss().backward()
+        assert all(p.grad.isfinite().all() for p in joint.parameters().values())
+        optimiser.step()
+    assert loss() < 0.9 * first
+    less.main([*arguments, "--joint-steps", "3", "--steps", "2"])
+    run = tmp_path / "run"
+    report = json.loads((run / "joint" / "run.json").read_text())
+    assert report["finished"] and report["recipe"]["joint_steps"] == 3
+    made = checkpoint.load(run / "checkpoint", KIND, model_folder)
+    state = torch.load(run / "joint" / "state.pt", weights_only=True)["parameters"]
+    torch.testing.assert_close(made.tensors["layers.1.q1"], state["q1"][1])
+    assert made.description["recipe"]["steps_done"] == 3
+
+
+def test_the_dense_model_is_nowhere_from_itself():
+    hidden, head = torch.randn(3, 8), torch.randn(20, 8)
+    assert divergences(hidden, head, hidden).abs().max() < 1e-5
+    assert divergences(hidden, head, hidden + 1).min() > 0
 
 
 def test_any_sinks_and_windows_are_evaluated(arguments, tmp_path):

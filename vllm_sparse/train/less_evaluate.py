@@ -5,6 +5,7 @@ dense; sinks and window; the same with the state's bytes spent on more tokens; w
 state."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..methods.less import Kernels
 from .corpus import Corpus
 from .forward import hidden_states, token_losses
 from .less_rows import Kept, Rows, attended, logits_of
-from .recorded import attending, causal
+from .recorded import Attention, attending, causal
 
 # Of positions whose logits are in memory at once, by device: few stay in the caches of
 # a CPU, many are few kernels (32).
@@ -59,6 +60,27 @@ def attend_exactly(
     return exact[:, asked], lse[:, asked]
 
 
+def serving(scored: int, kept: Kept, layers: Sequence[Kernels] | None) -> Attention:
+    """Attention as it is served, of the positions that predict the tokens of a text
+    from ``scored`` on; positions before those attend to everything.
+
+    Args:
+        layers: the states' kernels; None: there is no state.
+    """
+
+    def attend(layer, query, key, value, scale):
+        before = slice(0, scored - 1)
+        out = causal(layer, *(t[:, before] for t in (query, key, value)), scale)
+        exact, lse = attend_exactly(scored - 1, query, key, value, scale, kept)
+        if layers is not None:
+            rows = torch.arange(scored - 1, key.shape[1], device=query.device)
+            found = Rows.of(kept, rows, query, key, value, exact, lse)
+            exact, _ = found.merged(found.sums(layers[layer]))
+        return torch.cat([out, exact], 1)
+
+    return attend
+
+
 def nats(
     model, ids: np.ndarray, scored: int, kept: Kept | None, layers: list[Kernels] | None
 ) -> float:
@@ -68,20 +90,8 @@ def nats(
         kept: what positions attend to; None: everything.
         layers: the states' kernels; None: there is no state.
     """
-
-    def attend(layer, query, key, value, scale):
-        if kept is None:
-            return causal(layer, query, key, value, scale)
-        before = slice(0, scored - 1)
-        out = causal(layer, *(t[:, before] for t in (query, key, value)), scale)
-        exact, lse = attend_exactly(scored - 1, query, key, value, scale, kept)
-        if layers is not None:
-            rows = torch.arange(scored - 1, len(ids), device=query.device)
-            found = Rows.of(kept, rows, query, key, value, exact, lse)
-            exact, _ = found.merged(found.sums(layers[layer]))
-        return torch.cat([out, exact], 1)
-
-    with attending(model, attend), torch.no_grad():
+    attention = serving(scored, kept, layers) if kept else causal
+    with attending(model, attention), torch.no_grad():
         hidden = forward(model, ids)[0, scored - 1 : -1]
     targets = torch.from_numpy(ids[scored:]).to(hidden.device)
     return float(token_losses(hidden, model.lm_head.weight, targets).mean())
@@ -91,8 +101,7 @@ def forward(model, ids: np.ndarray) -> torch.Tensor:
     """Last hidden states of a text: [1, length, hidden size]."""
     tokens = torch.from_numpy(ids)[None].to(model.device)
     positions = torch.arange(len(ids), device=model.device)[None]
-    with torch.no_grad():
-        return hidden_states(model, tokens, positions)
+    return hidden_states(model, tokens, positions)
 
 
 class Evaluation:
