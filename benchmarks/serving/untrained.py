@@ -16,7 +16,7 @@ from benchmarks.serving.shapes import save_shape
 from vllm_sparse import checkpoint
 from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.methods.less import KIND, described
-from vllm_sparse.train.less import new_kernels
+from vllm_sparse.train.less_layers import new_kernels
 
 
 def write(shape: str, folder: Path, hidden: int, sinks: int, window: int) -> None:

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.serving import untrained
 from vllm_sparse import checkpoint
 from vllm_sparse.cache.layout import BLOCK_SIZE, STATE_RANK, state_bytes
-from vllm_sparse.methods.less import KIND, Kernels, add_state, load_kernels
+from vllm_sparse.methods.less import (
+    KIND,
+    Kernels,
+    add_state,
+    load_kernels,
+    tensor_shapes,
+)
 from vllm_sparse.train import less
 from vllm_sparse.train.corpus import Corpus
 from vllm_sparse.train.forward import load_model
-from vllm_sparse.train.less import LessTrainee
 from vllm_sparse.train.less_evaluate import (
     BLOCKS_AT_ONCE,
     attend_exactly,
@@ -23,6 +29,7 @@ from vllm_sparse.train.less_evaluate import (
     state_tokens,
 )
 from vllm_sparse.train.less_joint import JointTrainee, divergences
+from vllm_sparse.train.less_layers import LessTrainee
 from vllm_sparse.train.less_rows import Kept, Rows, attended, logits_of, recorded
 
 SINKS, WINDOW = 128, 128
@@ -228,6 +235,12 @@ def test_all_layers_together_learn_from_the_dense_model(
     state = torch.load(run / "joint" / "state.pt", weights_only=True)["parameters"]
     torch.testing.assert_close(made.tensors["layers.1.q1"], state["q1"][1])
     assert made.description["recipe"]["steps_done"] == 3
+
+
+def test_untrained_features_are_a_checkpoint_of_their_shape(tmp_path):
+    untrained.write("llama-3.1-8b:1", tmp_path, hidden=8, sinks=128, window=128)
+    made = checkpoint.load(tmp_path, KIND, None)
+    checkpoint.check_shapes(made, tensor_shapes(made.description["config"]))
 
 
 def test_the_dense_model_is_nowhere_from_itself():

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from ..methods.less import Kernels
 from .forward import token_losses
-from .less import LessTrainee
 from .less_evaluate import forward, serving
+from .less_layers import LessTrainee
 from .recorded import attending, causal
 
 
