@@ -62,10 +62,10 @@ ACCEPTED_SPILLS = {
     ("attend_rows_kernel", "6__halfLi256ELi16ELb0"): 912,
     ("attend_rows_kernel", "13__nv_bfloat16Li256ELi8ELb0"): 136,
     ("attend_rows_kernel", "6__halfLi256ELi8ELb0"): 136,
-    ("decode_kernel", "13__nv_bfloat16Li128ELb1ELb0ELb0"): 48,
+    ("decode_kernel", "13__nv_bfloat16Li128ELb1ELb0ELb0"): 32,
     ("decode_kernel", "13__nv_bfloat16Li128ELb1ELb1ELb0"): 28,
     ("decode_kernel", "13__nv_bfloat16Li128ELb0ELb1ELb0"): 8,
-    ("decode_kernel", "6__halfLi128ELb1ELb0ELb0"): 48,
+    ("decode_kernel", "6__halfLi128ELb1ELb0ELb0"): 32,
     ("decode_kernel", "6__halfLi128ELb1ELb1ELb0"): 28,
     ("decode_kernel", "6__halfLi128ELb0ELb1ELb0"): 8,
 }

@@ -4,12 +4,15 @@
 long rows, workspaces, graphs. What all kernels must do: the other files here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from vllm_sparse.cache.formats import resolve_format
 from vllm_sparse.ops import reference
 
-from .compare import assert_close
+from .compare import TOLERANCE, assert_close
 from .generate import paged_context
 from .inputs import (
     BF16,
@@ -114,7 +117,7 @@ def test_select_for_every_rank(kernels, rank, workspace):
     check_select(kernels, ctx, 8, [200, 300], options, workspace)
 
 
-# Clusters shrink from 8 thread blocks to 2 as the batch grows.
+# Clusters shrink from 8 thread blocks to 2 as the batch grows, or to 1.
 @pytest.mark.parametrize("rows", [1, 12, 25, 36, 50, 60, 80, 100, 200, 400])
 def test_select_for_every_batch(kernels, rows, workspace):
     lens = [(700, 130, 1111, 385, 384, 2049, 383)[i % 7] for i in range(rows)]
@@ -138,6 +141,48 @@ def test_select_one_long_row_beside_short_ones(kernels, place, rows, length, wor
     options = sparq_options(32, 0.1, local_window=64)
     ctx = filled(lens, 1, 128, BF16, by=kernels)
     check_select(kernels, ctx, 4, budgets, options, workspace)
+
+
+# Thread blocks of a pair part where rows are alike and fill more than half of a wave,
+# which is two items for each multiprocessor.
+@pytest.mark.parametrize("kv_format", ["auto", "k8v4"])
+@pytest.mark.parametrize(
+    ("lens", "budgets", "again"),
+    [
+        ([30000, 29990, 30020], [512, 512, 512], [0, 1, 2]),  # beyond shared memory
+        ([700, 690, 695], [-1, -1, -1], [0, 1, 2]),
+        ([3000, 1, 3010], [200, -1, 200], [0, 1, 2]),  # as in a graph for more rows
+        ([60000, 1500, 700], [512, 300, -1], [1, 2]),
+    ],
+    ids=["sparse", "dense", "some empty", "one long row"],
+)
+def test_select_for_every_wave(kernels, lens, budgets, again, kv_format, workspace):
+    """Rows that are the same get the same; one of each is compared."""
+    fmt = resolve_format(kv_format, None, 128, has_mean=False)
+    ctx = filled(lens, 2, 128, BF16, fmt, by=kernels)
+    query, options = random_query(ctx, 8, BF16), sparq_options(32, 0.1)
+    want = select(reference, ctx, query, budgets, options, False, fmt=fmt)
+    num_sms = torch.cuda.get_device_properties(kernels.device).multi_processor_count
+    for waves, more in [(1, -2), (1, 0), (1, 2), (2, 0), (2, 2), (4, 0), (8, 2)]:
+        rows = (waves * num_sms + more) // 2
+        of = [0, 1, 2, *(again[i % len(again)] for i in range(rows - 3))]
+        many = replace(
+            ctx,
+            block_table=ctx.block_table[of],
+            seq_lens=ctx.seq_lens[of],
+            keys=[ctx.keys[i] for i in of],
+        )
+        out = torch.full_like(query[of], torch.nan)
+        given = (many, query[of], [budgets[i] for i in of], options, False)
+        got = select(kernels, *given, out=out, workspace=workspace, fmt=fmt)
+        for t in (got["indices"], got["counts"], out):
+            assert torch.equal(t, t[of]), rows
+        lists = {name: t if t is None else t[:3] for name, t in got.items()}
+        as_good = dict(tolerance=kernels.tolerance, lost=0.002, fmt=fmt)
+        assert_same_lists(lists, want, ctx, query, options, **as_good)
+        attended = attend(reference, ctx, query, lists, scale=options.scale, fmt=fmt)
+        # Few rows, which do not average out how fp16 rounds scaled queries over codes.
+        assert_close(out[:3], attended, (1.5 if fmt.quantised else 1) * TOLERANCE[BF16])
 
 
 # The same clusters, of one kernel and of the chain.

@@ -82,6 +82,7 @@ struct DecodeArgs : SelectArgs {
   SharedParts* shared;
   float* part_results;  // [items, kMaxParts + 1, partial_size]
   int max_parts;        // of an item; 0: lists are not shared
+  int num_sms;          // where clusters of two may part, see decode/waves.cuh; else 0
 };
 
 struct AttendArgs : AttendParams {

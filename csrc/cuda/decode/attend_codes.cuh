@@ -89,10 +89,11 @@ __device__ void attend_tail(const DecodeArgs& p,
                             int head,
                             const T* query,
                             int rank,
+                            int C,
                             float scale,
                             CodeAccumulator<T, D>& a) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first = ((kWarps - 1 - warp) * p.cluster + p.cluster - 1 - rank) * kTile;
+  const int first = ((kWarps - 1 - warp) * C + C - 1 - rank) * kTile;
   const int left = length - sealed * kBlockSize - first;
   if (left <= 0) return;
   const auto row_of = [&](int t) {

@@ -52,7 +52,7 @@ __device__ void score_part(const DecodeArgs& p,
                            const PreparedItem& prepared,
                            const int32_t* table,
                            int head,
-                           int rank,
+                           const int& C,
                            const Part& part,
                            uint32_t ring,
                            const Scores& scores,
@@ -70,7 +70,7 @@ __device__ void score_part(const DecodeArgs& p,
   __syncwarp();
   const auto tail = [&]() {
     // Groups go to the thread blocks and warps that have least to score.
-    const int group = (kWarps - 1 - warp) * p.cluster + p.cluster - 1 - rank;
+    const int group = (kWarps - 1 - warp) * C + C - 1 - rank_of(C);
     if (plan.sealed * kBlockSize + group * kTailTokens < plan.length) {
       score_tail<T, kGroups != 0, kGroups != 0>(
           p, prepared, table, head, plan.length, group, shared.select.stats[kWarps + warp]);
@@ -116,8 +116,9 @@ __device__ inline float2 combine(float2 x) {
 // What weighs a head's probabilities before they are pooled: a lane has head lane % 8. The shift is
 // such that pooled probabilities have a largest value near 2^14 and never reach fp16's end; `unit`
 // is what a head's are together then. The cluster meets.
-__device__ inline float log_weight(const DecodeArgs& p, int rank, Shared& shared, float& unit) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, C = p.cluster;
+__device__ inline float log_weight(
+    const DecodeArgs& p, int rank, int C, Shared& shared, float& unit) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float2 mine =
       combine(lane < 2 * kWarps ? shared.select.stats[lane][warp] : float2{-INFINITY, 0});
   cluster_wait(C);  // all have begun
@@ -197,14 +198,14 @@ __device__ int list_tokens(const DecodeArgs& p,
                            const RowPlan& plan,
                            int64_t item,
                            int head,
-                           int rank,
+                           const int& C,
                            const T* query,
                            const int32_t* table,
                            uint8_t* dynamic,
                            Shared& shared) {
   const PreparedItem prepared(p, shared.select.channel, shared.select.query);
   choose_channels<T, kThreads, kMaxSize>(p, query, prepared);
-  const Part part = share_of(plan.sealed, rank, p.cluster);
+  const Part part = share_of(plan.sealed, rank_of(C), C);
   const int bytes = score_bytes(p.pairs);
   // Of the cluster's thread blocks; others write it.
   auto* sums = reinterpret_cast<Sums(*)[kCoarseBins]>(dynamic + kRing);
@@ -216,7 +217,7 @@ __device__ int list_tokens(const DecodeArgs& p,
                          bytes,
                          p.pairs};
   const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * kSlots * kSlotBytes;
-  score_part<T, kFast, kGroups>(p, plan, prepared, table, head, rank, part, ring, scores, shared);
+  score_part<T, kFast, kGroups>(p, plan, prepared, table, head, C, part, ring, scores, shared);
   __syncthreads();
   uint32_t* histogram = reinterpret_cast<uint32_t*>(dynamic);
 #pragma unroll
@@ -224,18 +225,18 @@ __device__ int list_tokens(const DecodeArgs& p,
     reinterpret_cast<uint4*>(histogram)[threadIdx.x + i * kThreads] = {};
   }
   float unit;
-  const float weight = log_weight(p, rank, shared, unit);
+  const float weight = log_weight(p, rank_of(C), C, shared, unit);
   pool_part<kFast ? 2 : kMaxPairs>(p, plan, part, scores, weight, histogram);
   __syncthreads();
-  send_sums<kThreads>(histogram, sums, p.top_p < 1, rank, p.cluster);
-  cluster_sync(p.cluster);
+  send_sums<kThreads>(histogram, sums, p.top_p < 1, rank_of(C), C);
+  cluster_sync(C);
   const int tail = plan.length - plan.sealed * kBlockSize;
   const Target target = target_of(p, plan, unit);
-  const Threshold threshold = cluster_threshold<kThreads>(histogram, sums, target, rank, p.cluster);
+  const Threshold threshold = cluster_threshold<kThreads>(histogram, sums, target, rank_of(C), C);
   const int64_t listed = threshold.listed;
   int32_t* out = p.indices + item * p.max_kept;
   write_list<kWarps>(threshold, scores, part.first, part.count, out, p.max_kept);
-  if (rank == p.cluster - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
+  if (rank_of(C) == C - 1 && threadIdx.x < tail && listed + threadIdx.x < p.max_kept) {
     out[listed + threadIdx.x] = plan.sealed * kBlockSize + threadIdx.x;
   }
   return static_cast<int>(min(listed + tail, p.max_kept));

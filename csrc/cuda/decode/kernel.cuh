@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 //
-// SparQ decoding (arXiv 2312.04985, section 3) in one kernel: a cluster of thread blocks serves a
-// (row, KV head) from its channels to its result. Each thread block scores a part of the blocks and
-// lists that part's tokens; then all share the list. Rows that keep everything skip to attention.
+// SparQ decoding (arXiv 2312.04985, section 3) in one kernel: a cluster of thread blocks, or one,
+// serves a (row, KV head) from its channels to its result. Each thread block scores a part of the
+// blocks and lists that part's tokens; then all share the list. Rows that keep everything skip to
+// attention.
 #pragma once
 
 #include "decode/attend_codes.cuh"
 #include "decode/choose.cuh"
-#include "decode/parts.cuh"
+#include "decode/waves.cuh"
 
 namespace vllm_sparse::cuda {
 
@@ -50,18 +51,29 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ Shared shared;
   __shared__ Taken taken;
+  __shared__ int parted;  // thread blocks of an item, where clusters may part
   let_next_begin();
   cluster_arrive(p.cluster);
-  int rank = blockIdx.x % p.cluster, C = p.cluster;
-  Job<T> job(p, blockIdx.x / p.cluster);
   wait_for_previous();
+  if constexpr (!kShares) {
+    const bool alone = serves_alone(p);
+    if (alone) {
+      cluster_wait(p.cluster);
+      if (blockIdx.x >= p.num_rows * p.cache.num_kv_heads) return;
+    }
+    if (threadIdx.x == 0) parted = alone ? 1 : p.cluster;
+    __syncthreads();
+  }
+  const int& size = kShares ? p.cluster : parted;
+  Job<T> job(p, blockIdx.x / size);
   const RowPlan plan = plan_row(p, job.row);
   int listed = 0;
   if (!plan.all) {
     listed = list_tokens<T, kFast, kCodes ? 1 : 0>(
-        p, plan, job.item, job.head, rank, job.query, job.table, dynamic, shared);
+        p, plan, job.item, job.head, size, job.query, job.table, dynamic, shared);
   }
   job.template keep<kCodes>(p, plan, listed);
+  int C = size;
   std::conditional_t<kCodes, CodeAccumulator<T, kD>, Accumulator<T, kD, 8>> a;
   const auto begin = [&]() {
     if constexpr (kCodes) {
@@ -74,7 +86,8 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   if constexpr (kCodes) {
     if (!plan.all) cluster_release(C);
     a.clear();
-    attend_tail(p, plan.length, plan.sealed, job.table, job.head, job.query, rank, scale, a);
+    attend_tail(
+        p, plan.length, plan.sealed, job.table, job.head, job.query, rank_of(C), C, scale, a);
     a.load(job.query, p.group);
     cluster_wait(C);
   } else {
@@ -83,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
   }
   // The list is complete, and all are through with the memory that attention takes.
   Cut cut = cut_list<kShares>(p, job.tiled);
-  if (rank == 0 && threadIdx.x == 0) {
+  if (rank_of(C) == 0 && threadIdx.x == 0) {
     p.counts[job.item] = plan.all ? -1 : job.count;
     if (!plan.all) count_kept(p, job.head, job.count);
     if (kShares && cut.parts > 0) offer_parts(p, job.item, cut.parts);
@@ -92,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
       kCodes ? kCodeSlots * CodeTile<kD>::kBytes : 3 * kTile * (2 * p.cache.head_size + 16);
   const uint32_t ring = shared_address(dynamic) + threadIdx.x / 32 * ring_bytes;
   float* merge = reinterpret_cast<float*>(dynamic);  // in place of the ring
-  Part tiles = share_of(cut.own, rank, C);
+  Part tiles = share_of(cut.own, rank_of(C), C);
   int part = 0;
   while (true) {
     const int end = tiles.first + tiles.count;
@@ -105,12 +118,12 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
           p, job.list, job.table, job.head, job.length, job.tiled, end, units};
       attend_tiles<T, kD>(reader, tiles.first, scale, ring, a);
     }
-    merge_warps<kD>(p, a, merge, rank, C, shared);
+    merge_warps<kD>(p, a, merge, rank_of(C), C, shared);
     cluster_sync(C);
     if (!kShares || cut.parts == 0) {
-      merge_cluster(p, job.item, rank, C, job.out, shared);
+      merge_cluster(p, job.item, rank_of(C), C, job.out, shared);
     } else {
-      store_partial(p, rank, C, partial_of(p, job.item, part), shared);
+      store_partial(p, rank_of(C), C, partial_of(p, job.item, part), shared);
       if (arrive_last(p, job.item, p.cluster + cut.parts)) {
         join_parts(p, job.item, cut.parts, job.out);
       }
@@ -128,7 +141,6 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const __grid_consta
     cut = cut_list<kShares>(p, job.tiled);
     tiles.first = cut.own + (part - 1) * cut.each;
     tiles.count = min(cut.each, tiles_of(job.tiled) - tiles.first);
-    rank = 0;
     C = 1;
     begin();
   }

@@ -18,14 +18,21 @@ namespace {
 constexpr int kLeastCluster = 2;
 constexpr int64_t kManyBlocks = 512;  // of a context; from here on clusters of 16 may pay
 
-// As many thread blocks as there are multiprocessors, in powers of two; or two, for a long context
-// beside many short ones. Each multiprocessor holds two thread blocks, but large clusters that need
-// nearly all places leave gaps, and the last ones wait for a second round.
+// As many thread blocks as there are multiprocessors, in powers of two; or two, which may part
+// where no context is long beside the others. Each multiprocessor holds two thread blocks, but
+// large clusters that need nearly all places leave gaps, and the last ones wait for a second round.
 int decode_cluster(const Device& device, int64_t items, int64_t max_blocks) {
   const int most = device.large_clusters && max_blocks > kManyBlocks ? kMaxPeers : kMaxCluster;
   int size = kLeastCluster;
   while (size < most && 2 * size * items <= device.num_sms) size *= 2;
   return size;
+}
+
+// Whether thread blocks of a launch may serve items alone, if lengths allow it. With many waves
+// nothing is gained by a fuller last one, and those that end at once have to begin, too.
+bool may_part(const Device& device, const DecodeArgs& p, int64_t items) {
+  return p.cluster == kLeastCluster && items > device.num_sms && items <= 8 * device.num_sms &&
+         p.max_blocks <= kWarps * kCountedBlocks;
 }
 
 // Whether the device can hold a cluster of such thread blocks at all: a part of a GPU (MIG) may
@@ -91,6 +98,7 @@ void launch_decode(const Device& device, DecodeArgs p) {
   if (p.cluster > kMaxCluster && !holds_cluster(device, kernel, p.cluster, bytes)) {
     p.cluster = kMaxCluster;
   }
+  p.num_sms = !shares && may_part(device, p, items) ? device.num_sms : 0;
   p.held_blocks = (bytes - kRing - p.cluster * kSumsBytes) / static_cast<int>(score_bytes(p.pairs));
   launch(device, kernel, p.cluster, dim3(items), kThreads, bytes, p, true);
 }

@@ -33,6 +33,9 @@ union Shared {
   } merge;
 };
 
+// This thread block's place among the `C` that make an item's list.
+__device__ inline int rank_of(int C) { return blockIdx.x & (C - 1); }
+
 // This thread block's part of a context's blocks, or of a list's tiles.
 struct Part {
   int first, count;
