@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """The options under ``--additional-config '{"sparse": {...}}'``, parsed once."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -11,7 +10,7 @@ from typing import Any
 
 from .cache.formats import BARE, FORMATS, KvFormat, resolve_format
 from .cache.layout import BLOCK_SIZE, state_bytes
-from .option_rules import RULES
+from .option_rules import RULES, misplaced
 
 NAMESPACE = "sparse"
 # Options that only lossless speculation has.
@@ -30,10 +29,13 @@ DENSE_BELOW = {"cpu": 512, "cuda": 6144}
 # an H100 (docs/quantised_kv.md); one row: 56 for 36 us at 32K.
 DENSE_BELOW_BY_CHANNEL = {"cpu": 512, "cuda": 49_152}
 
+# "auto" of top_k, and top_p where budgets adapt by default.
+TOP_K, TOP_P = 0.125, 0.9
+
 # Options of a backend that differ from SparseConfig's defaults.
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "SPARQ": {},
-    "TWILIGHT": {"top_p": 0.9},
+    "TWILIGHT": {"top_p": TOP_P},
     "ANCHOR": {"selector": "anchor"},
     # Whole blocks: the first is held anyway.
     "LESS": {"selector": "less", "sink_tokens": 128, "local_window": 256},
@@ -71,8 +73,9 @@ class SparseConfig:
     # Channels of K read to score tokens (r in SparQ). None: 3/8 of head_size.
     rank: int | None = None
     # Tokens attended exactly, with sinks, window and unsealed tail counted in.
-    # An int is a count; a float in (0, 1] is that fraction of the context.
-    top_k: int | float = 0.125
+    # An int is a count; a float in (0, 1] is that fraction of the context. "auto":
+    # TOP_K, or top_p = TOP_P where a model norms queries and keys (``for_model``).
+    top_k: int | float | str = "auto"
     # Adaptive budgets (Twilight): keep the fewest tokens that leave at most 1 - top_p
     # of the estimated attention mass outside, summed over the query heads of a KV head.
     # None: what top_k says. With top_p, top_k does not count, but the next two do; like
@@ -139,7 +142,9 @@ class SparseConfig:
         if not isinstance(additional_config, Mapping):
             return cls(**defaults)
         known = [f.name for f in fields(cls)]
-        _refuse_misplaced(additional_config, known)
+        beside = misplaced(additional_config, known, BACKEND_DEFAULTS, NAMESPACE)
+        if beside is not None:
+            raise SparseConfigError(beside)
         options = additional_config.get(NAMESPACE, {})
         if not isinstance(options, Mapping):
             raise SparseConfigError(
@@ -172,7 +177,7 @@ class SparseConfig:
                 f"{NAMESPACE}.selector out"
             )
         config._validate()
-        if config.top_p is not None and options.get("top_k") is not None:
+        if config.top_p is not None and config.top_k != "auto":
             raise SparseConfigError(
                 f"{NAMESPACE}.top_k is a fixed budget, and {NAMESPACE}.top_p = "
                 f"{config.top_p} adapts it: leave top_k out, bound the adaptive budget "
@@ -303,10 +308,30 @@ class SparseConfig:
                 f"--additional-config.{NAMESPACE}.max_tokens {2 * self.min_tokens}"
             )
 
+    def for_model(self, normed: bool) -> "SparseConfig":
+        """With the budgets that a model gets where nothing is said of what is read.
+
+        They adapt where SparQ guesses from a few channels that are normed: fixed ones
+        may lose what such a model looks up (docs/adaptive.md).
+
+        Args:
+            normed: layers that choose tokens norm their queries and keys (QK-norm).
+        """
+        if self.top_k != "auto":
+            return self
+        guesses = self.selector == "sparq" and self.rank is None and not self.lossless
+        top_p = TOP_P if guesses and normed and self.top_p is None else self.top_p
+        return replace(self, top_k=TOP_K, top_p=top_p)
+
     def resolve(
-        self, head_size: int, num_queries_per_kv: int, device_type: str = "cpu"
+        self,
+        head_size: int,
+        num_queries_per_kv: int,
+        device_type: str = "cpu",
+        normed: bool = False,
     ) -> "SparseConfig":
-        """Fill in what depends on the layer's shape and on the device.
+        """Fill in what depends on the layer's shape, the device and the model, whose
+        ``normed`` is as of :meth:`for_model`.
 
         Raises:
             SparseConfigError: when ``rank`` exceeds ``head_size``.
@@ -325,7 +350,7 @@ class SparseConfig:
             measured = DENSE_BELOW_BY_CHANNEL if by_channel else DENSE_BELOW
             dense_below = measured[device_type]
         return replace(
-            self,
+            self.for_model(normed),
             rank=rank,
             mean_value=self._mean(num_queries_per_kv),
             dense_below=dense_below,
@@ -360,24 +385,3 @@ class SparseConfig:
                 f"{NAMESPACE}.kv_group_size = {self.kv_group_size}: {error}. Example: "
                 f"--additional-config.{NAMESPACE}.kv_group_size 16"
             ) from None
-
-
-def _refuse_misplaced(additional_config: Mapping, known: list[str]) -> None:
-    """Raise for a key beside our namespace that can only have been meant for it.
-
-    Keys of other plugins are theirs.
-    """
-    names = [NAMESPACE, "vllm_sparse", "sparse_attention"]
-    names += [name.lower() for name in BACKEND_DEFAULTS]
-    for key, value in additional_config.items():
-        first, _, option = str(key).partition(".")
-        options = value if isinstance(value, Mapping) else {option or key: value}
-        near = get_close_matches(first.lower().replace("-", "_"), names, 1, cutoff=0.9)
-        ours = bool(options) and set(options) <= {*known, NAMESPACE}
-        if key == NAMESPACE or not (near or ours):
-            continue
-        meant = json.dumps({NAMESPACE: options.get(NAMESPACE, options)}, default=str)
-        raise SparseConfigError(
-            f"additional_config has {key!r} beside {NAMESPACE!r}, where nobody reads "
-            f"it; options lie under {NAMESPACE!r}: --additional-config '{meant}'"
-        )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""What each option may be (config.py), in words and as a check."""
+"""What each option may be (config.py), in words and as a check; where it belongs."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from .cache.formats import FORMATS
@@ -49,8 +51,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "16",
     ),
     "top_k": (
-        _is_top_k,
-        _COUNT_OR_SHARE,
+        lambda v: _is_top_k(v) or v == "auto",
+        f'{_COUNT_OR_SHARE}, or "auto"',
         "0.125",
     ),
     "top_p": (_is_top_p, "a share of the attention mass in (0, 1)", "0.95"),
@@ -125,3 +127,34 @@ RULES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "auto",
     ),
 }
+
+
+def misplaced(
+    additional_config: Mapping,
+    known: list[str],
+    backends: Iterable[str],
+    namespace: str,
+) -> str | None:
+    """What is wrong with a key beside our namespace that can only have been meant for
+    it; None where there is none.
+
+    Keys of other plugins are theirs.
+
+    Args:
+        known: our options.
+    """
+    names = [namespace, "vllm_sparse", "sparse_attention"]
+    names += [name.lower() for name in backends]
+    for key, value in additional_config.items():
+        first, _, option = str(key).partition(".")
+        options = value if isinstance(value, Mapping) else {option or key: value}
+        near = get_close_matches(first.lower().replace("-", "_"), names, 1, cutoff=0.9)
+        ours = bool(options) and set(options) <= {*known, namespace}
+        if key == namespace or not (near or ours):
+            continue
+        meant = json.dumps({namespace: options.get(namespace, options)}, default=str)
+        return (
+            f"additional_config has {key!r} beside {namespace!r}, where nobody reads "
+            f"it; options lie under {namespace!r}: --additional-config '{meant}'"
+        )
+    return None

@@ -65,6 +65,26 @@ def test_other_options_do_not_go_on(trained, model_folder, data_folder, tmp_path
         longcontext.main(arguments)
 
 
+def test_a_run_can_begin_where_another_ended(
+    trained, model_folder, data_folder, tmp_path
+):
+    start = trained / "checkpoint"
+    given = (model_folder, data_folder, tmp_path / "on", "--start", str(start))
+    longcontext.main([*command(*given), "--minutes", "0"])
+    before, after = report_of(trained), report_of(tmp_path / "on")
+    made = json.loads((start / checkpoint.DESCRIPTION).read_text())
+    assert after["recipe"]["start_sha256"] == made["tensors_sha256"]
+    assert after["step"] == 0 and "start_sha256" not in before["recipe"]
+    # Factors are kept in 16 bits.
+    ended, begun = (
+        entry["perplexity"]["code"]["256"]
+        for entry in (before["evaluations"][-1], after["evaluations"][0])
+    )
+    assert begun == pytest.approx(ended, rel=0.01)
+    with pytest.raises(ValueError, match="made with other rank, alpha"):
+        longcontext.main([*command(*given), "--rank", "2", "--alpha", "4"])
+
+
 def test_merged_model_computes_what_was_trained(trained, model_folder, tmp_path):
     out = merge(trained / "checkpoint", model_folder, tmp_path / "merged")
     from transformers import AutoModelForCausalLM

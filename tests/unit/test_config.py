@@ -27,7 +27,7 @@ ACCEPTED = {
     # What evicts needs other sinks and another window than these defaults.
     "selector": [name for name in SELECTORS if name not in EVICTING],
     "rank": [None, 1, 16, 256],
-    "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6],
+    "top_k": [36, 37, 4096, 1.0, 0.5, 1e-6, "auto"],
     "top_p": [None, 0.5, 0.95, 0.999],
     "min_tokens": [0, 1, 128, 5000],
     "max_tokens": [1, 36, 4096, 1.0, 0.25],
@@ -92,7 +92,7 @@ ALLOWED = {
     "checkpoint": "a folder",
     "selector": f"one of {', '.join(SELECTORS)}",
     "rank": "an integer from 1 to the head size",
-    "top_k": COUNT_OR_SHARE,
+    "top_k": f'{COUNT_OR_SHARE}, or "auto"',
     "top_p": "a share of the attention mass in (0, 1)",
     "min_tokens": "an integer from 0 to 16777216",
     "max_tokens": COUNT_OR_SHARE,
@@ -390,6 +390,29 @@ def test_resolve_changes_nothing_else_and_can_be_repeated():
     assert once == replace(config, rank=24, mean_value=True, dense_below=512)
     assert once.resolve(64, 1) == once
     assert config.rank is None
+
+
+def test_budgets_adapt_where_keys_are_normed_and_nothing_is_said():
+    normed = lambda **options: parse(**options).resolve(64, 4, normed=True)
+    for options in ({}, {"top_k": "auto"}, {"kv_format": "k8v4"}, {"dense_below": 0}):
+        assert normed(**options).top_p == 0.9, options
+        assert parse(**options).resolve(64, 4).top_p is None
+        assert parse(**options).resolve(64, 4).top_k == 0.125
+    for options in (
+        {"top_k": 0.125},
+        {"top_k": 512},
+        {"rank": 24},
+        {"lossless": True},
+        {"selector": "exact"},
+        {"selector": "quest"},
+        {"selector": "window"},
+        {"selector": "dense"},
+    ):
+        got = normed(**options)
+        assert got.top_p is None, options
+        assert got.top_k == options.get("top_k", 0.125)
+    assert normed(top_p=0.8).top_p == normed(top_p=0.8, rank=8).top_p == 0.8
+    assert normed().resolve(64, 4) == normed()
 
 
 def test_contexts_are_dense_below_what_was_measured_for_the_device():

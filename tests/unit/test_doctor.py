@@ -208,6 +208,34 @@ def test_gain_with_weights_and_adaptive_budgets(folder):
     assert got.step_gain == both
 
 
+def test_budgets_of_a_model_with_qk_norm(folder, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_environment", lambda: [Check("vLLM", OK, "0")])
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    qwen = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    given = ["--additional-config", '{"sparse": {"top_k": 0.125}}']
+
+    def shown(config: dict, *argv: str) -> str:
+        save_weights(folder(config))
+        command = ["--model", folder(config), "--context", "8192", *argv]
+        assert cli.main(command) == 0
+        return capsys.readouterr().out
+
+    def report(config: dict, *argv: str) -> dict:
+        text = shown(config, "--json", *argv)
+        return json.loads(text[text.index('{\n "checks"') :])
+
+    normed = report(LLAMA | qwen)
+    assert normed["adapts_by_itself"] and normed["options"]["top_p"] == 0.9
+    kept = normed["gains"][0]
+    assert (kept["tokens_kept"], kept["tokens_kept_most"]) == (128, 8191)
+    assert "QK-norm: budgets adapt (top_p 0.9)" in shown(LLAMA | qwen)
+    for other in (report(LLAMA | qwen, *given), report(LLAMA)):
+        assert not other["adapts_by_itself"]
+        assert (other["options"]["top_k"], other["options"]["top_p"]) == (0.125, None)
+        kept = other["gains"][0]
+        assert kept["tokens_kept"] == kept["tokens_kept_most"] == 1024
+
+
 def test_a_request_of_less_holds_its_states(folder):
     """8 x (D + 1) numbers in fp32 behind each block's rows, in every KV head."""
     model = inspect(folder(LLAMA))

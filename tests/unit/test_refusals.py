@@ -216,7 +216,7 @@ def test_selectors_that_loop_on_the_host_are_refused_on_gpus(selector, monkeypat
         "vllm_sparse.layer.impl.current_platform", SimpleNamespace(device_type=device)
     )
     shape = SimpleNamespace(sinks=None, num_queries_per_kv=4)
-    given = SimpleNamespace(shape=shape, head_size=64)
+    given = SimpleNamespace(shape=shape, head_size=64, normed=False)
     config = SparseConfig(selector=selector)
     layer_on("cpu")
     assert SparseAttentionImpl.check(given, config).selector == selector

@@ -34,6 +34,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     # The backend's name, and its options that differ from SparseConfig's defaults.
     backend: ClassVar[str] = "sparq"
     defaults: ClassVar[Mapping[str, Any]] = {}
+    # As of SparseConfig.for_model; told when all layers are made (plugin/served.py).
+    normed: bool = False
 
     def __init__(
         self,
@@ -147,7 +149,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
                     "leave it out"
                 )
             config = replace(config, mean_value=False)
-        return config.resolve(self.head_size, self.shape.num_queries_per_kv, device)
+        group = self.shape.num_queries_per_kv
+        return config.resolve(self.head_size, group, device, self.normed)
 
     def method_of(self, layer: torch.nn.Module) -> Method:
         """What serves the layer's rows that decode."""

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionImplBase, AttentionType
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
 from ..cache.layout import BLOCK_SIZE
-from ..config import SparseConfigError
+from ..config import TOP_P, SparseConfig, SparseConfigError
 from ..layer.holders import norms_queries
 from ..layer.impl import SparseAttentionImpl
 from ..methods.dense import Dense
@@ -116,7 +116,7 @@ def check_layers(vllm_config: VllmConfig) -> None:
     _look_equally_far(layers.values(), vllm_config)
     if names := names_for_target(vllm_config):
         _report(" and ".join(names), layer_kinds(vllm_config), vllm_config)
-        _warn_of_norms(layers.values())
+        _mind_norms(layers.values(), vllm_config)
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
 
@@ -196,27 +196,55 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
     log("%s %s%s", backends, found, f" (dense are {others})" if others else "")
 
 
-def _warn_of_norms(layers) -> None:
-    """Say where fixed budgets may lose what a model looks up (docs/adaptive.md)."""
-    sparse = [layer for layer in layers if _chooses(layer)]
-    risky = [layer for layer in sparse if _guesses(layer) and norms_queries(layer.impl)]
-    if risky:
-        logger.warning(
-            "%d of %d sparse layers norm their queries and keys (QK-norm) and have a "
-            "fixed budget: there a few channels may not tell where a fact stands, and "
-            "answers miss it silently. Choose --attention-backend twilight, whose "
-            "budgets adapt, or the rank that `vllm-sparse calibrate` finds.",
-            len(risky),
-            len(sparse),
+def _mind_norms(layers, vllm_config: VllmConfig) -> None:
+    """Let budgets adapt where the model norms queries and keys and options leave them
+    open, and say what that is about (docs/adaptive.md)."""
+    target = [layer for layer in layers if _of_target(layer)]
+    normed = [layer for layer in target if norms_queries(layer.impl)]
+    sparse = [layer for layer in target if _kind(layer).dense is None]
+    risky = [layer for layer in normed if layer in sparse and _guesses(layer)]
+    if any(_kind(layer).kind != CHUNKED for layer in normed):
+        _tell_of_norms(layers, vllm_config)
+    if not risky:
+        return
+    text = "%d of %d sparse layers norm their queries and keys (QK-norm)"
+    if any(_guesses(layer) for layer in risky):
+        text += (
+            " and have a fixed budget: there a few channels may not tell where a fact "
+            "stands, and answers miss it silently. Leave sparse.top_k and sparse.rank "
+            "out and budgets adapt, or choose the rank that `vllm-sparse calibrate` "
+            "finds."
         )
+    else:
+        text += (
+            f", where fixed budgets may lose facts silently: budgets adapt (top_p "
+            f"{TOP_P}), and read more where attention is flat. sparse.top_k fixes them."
+        )
+    logger.warning(text, len(risky), len(sparse))
 
 
-def _chooses(layer) -> bool:
-    """Whether a layer of the target model chooses tokens."""
-    impl = getattr(layer, "impl", None)
-    ours = isinstance(impl, SparseAttentionImpl)
-    drafts = getattr(layer, "is_draft_layer", False)
-    return ours and not drafts and _kind(layer).dense is None
+def _tell_of_norms(layers, vllm_config: VllmConfig) -> None:
+    """All layers of ours, a draft model's too: one builder may serve several."""
+    given = vllm_config.additional_config
+    for layer in layers:
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, SparseAttentionImpl):
+            impl.normed = True
+            config = SparseConfig.from_additional_config(given, impl.defaults)
+            if impl.check(config) != impl.config:
+                impl.configure(config)
+
+
+def is_normed(vllm_config: VllmConfig) -> bool:
+    """Whether :func:`check_layers` has found QK-norm where tokens are chosen."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return any(getattr(getattr(x, "impl", None), "normed", False) for x in layers)
+
+
+def _of_target(layer) -> bool:
+    """Whether a layer of ours is the target model's."""
+    ours = isinstance(getattr(layer, "impl", None), SparseAttentionImpl)
+    return ours and not getattr(layer, "is_draft_layer", False)
 
 
 def _guesses(layer) -> bool:

@@ -22,7 +22,14 @@ def resolved(config: SparseConfig, builder) -> SparseConfig:
         builder.kv_cache_spec.head_size,
         builder.num_heads // builder.num_kv_heads,
         builder.device.type,
+        normed=any(impl.normed for impl in _impls(builder)),
     )
+
+
+def _impls(builder) -> list[SparseAttentionImpl]:
+    layers = builder.vllm_config.compilation_config.static_forward_context
+    impls = (getattr(layers.get(name), "impl", None) for name in builder.layer_names)
+    return [impl for impl in impls if isinstance(impl, SparseAttentionImpl)]
 
 
 def layer_kinds(builder) -> LayerKinds:

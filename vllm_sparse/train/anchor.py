@@ -14,24 +14,23 @@ again, after --minutes or an interruption.
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checkpoint
 from ..anchor_config import AnchorConfig
 from . import lora
 from .anchored import Anchored, line_ends
 from .corpus import Corpus
-from .forward import hidden_states, load_model, token_losses
+from .forward import attention_kernels, hidden_states, load_model, token_losses
 from .held_out import Forward, perplexities
 from .loop import Optimisation, train
 from .merge import ANCHOR_KINDS
-from .options import parser_of, print_state
+from .options import add_kernels, check_cudnn, parser_of, print_state
 
 NEEDS = """needs, for SmolLM2-135M and the defaults (49 million tokens): a GPU of 80 GB
 (of 40 GB with --micro-tokens 16384), 4 GB of host memory and 10 minutes
@@ -72,9 +71,10 @@ class Training:
         the kernels asked for."""
         device = self.model.device.type
         bf16 = device == "cuda" and self.args.full
-        cudnn = [SDPBackend.CUDNN_ATTENTION]
-        kernels = sdpa_kernel(cudnn) if self.args.cudnn else nullcontext()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16), kernels:
+        with (
+            torch.autocast(device, torch.bfloat16, enabled=bf16),
+            attention_kernels(self.args.cudnn),
+        ):
             yield
 
     def losses(self, step: int) -> Iterator[tuple[torch.Tensor, int]]:
@@ -132,15 +132,12 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--modules", nargs="+", default=changed, help="changed layers")
     full = "train all weights: try a rate of 3e-4; too large to be shipped"
     add("--full", action="store_true", help=full)
-    cudnn = "attention by cuDNN alone, not by the kernels that PyTorch prefers"
-    add("--cudnn", action="store_true", help=cudnn)
-    add("--compile", action="store_true", help="layers by torch.compile")
+    add_kernels(parser)
     add("--evaluate-lengths", type=int, nargs="+", default=[2048], help="tokens")
     args = parser.parse_args(argv)
     if args.arm == "control" and (args.lower_layers or args.blind_anchors):
         parser.error("--lower-layers and --blind-anchors are of --arm anchor")
-    if args.cudnn and not args.device.startswith("cuda"):
-        parser.error(f"--cudnn is of GPUs, not of --device {args.device}")
+    check_cudnn(parser, args)
     if args.compile and args.lower_layers:
         parser.error("--compile does not go with --lower-layers: leave one out")
     return args

@@ -9,10 +9,12 @@ it is served and features are trained towards the dense model's predictions.
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..methods.less import Kernels
 from .forward import token_losses
@@ -53,7 +55,10 @@ class JointTrainee(LessTrainee):
             kernels = self.kernels
             parts = [getattr(kernels, f.name).unbind() for f in fields(Kernels)]
             layers = [Kernels(*tensors) for tensors in zip(*parts)]
-            with attending(self.model, serving(scored, self.kept, layers)):
+            served = serving(scored, self.kept, layers)
+            # Logits of a window for every position: one layer's at a time.
+            attention = partial(checkpoint, served, use_reentrant=False)
+            with attending(self.model, attention):
                 hidden = forward(self.model, ids)[0, predicting]
             head = self.model.lm_head.weight
             apart = token_losses(hidden, head, dense, 1024, divergences)

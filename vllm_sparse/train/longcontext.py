@@ -21,11 +21,11 @@ from .. import checkpoint
 from . import lora
 from .corpus import Corpus
 from .evaluate import evaluate
-from .forward import hidden_states, load_model, token_losses
+from .forward import attention_kernels, hidden_states, load_model, token_losses
 from .loop import Optimisation, train
 from .merge import KIND
 from .mixture import Mixture
-from .options import parser_of, print_state
+from .options import add_kernels, check_cudnn, parser_of, print_state
 from .positions import default_theta
 from .wordings import Wordings
 
@@ -37,11 +37,8 @@ CPU toy sizes only: some hundred tokens a second."""
 class LongContext:
     """The trainee: factors of a model, batches of a mixture."""
 
-    def __init__(
-        self, model, mixture: Mixture, micro_tokens: int, checkpointing: bool, tests
-    ):
-        self.model, self.mixture = model, mixture
-        self.micro_tokens, self.checkpointing = micro_tokens, checkpointing
+    def __init__(self, model, mixture: Mixture, args: argparse.Namespace, tests):
+        self.model, self.mixture, self.args = model, mixture, args
         self.evaluate = tests
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -51,12 +48,12 @@ class LongContext:
         """Weighted mean of the step's cross-entropy, in micro-batches."""
         batch = self.mixture.batch(step)
         total = batch.weights[:, 1:].sum().item()
-        windows = max(1, self.micro_tokens // batch.ids.shape[1])
+        windows = max(1, self.args.micro_tokens // batch.ids.shape[1])
         for part in batch.split(windows):
             part = part.to(self.model.device)
-            hidden = hidden_states(
-                self.model, part.ids, part.positions, self.checkpointing
-            )
+            given = (part.ids, part.positions, self.args.checkpointing)
+            with attention_kernels(self.args.cudnn):
+                hidden = hidden_states(self.model, *given)
             losses = token_losses(
                 hidden[:, :-1].flatten(0, 1),
                 self.model.lm_head.weight,
@@ -96,10 +93,13 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
     add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
     add("--checkpointing", action="store_true", help="less memory, 4/3 of the time")
-    add("--compile", action="store_true", help="layers by torch.compile")
+    start = "checkpoint of this command, of the same base: changes go on from its own"
+    add("--start", type=Path, help=start)
+    add_kernels(parser)
     lengths = [2048, 8192, 32768]
     add("--evaluate-lengths", type=int, nargs="+", default=lengths, help="tokens")
     args = parser.parse_args(argv)
+    check_cudnn(parser, args)
     if args.forms < 1:
         parser.error("--forms must be at least 1")
     if args.window > args.context:
@@ -113,6 +113,27 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 MIXTURE = "context window batch_tokens steps full_share synthetic code replay seed"
 SYNTHETIC = "answer_weight forms comments"
 RECIPE = [*MIXTURE.split(), *SYNTHETIC.split(), "rank", "alpha", "modules"]
+
+
+def begin(args: argparse.Namespace, described: dict, factors: dict) -> str:
+    """Factors as ``--start`` left them; the hash of those.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``checkpoint.load``; other options than
+            ``described`` made it.
+    """
+    before = checkpoint.load(args.start, KIND, args.model)
+    made = before.description["config"]
+    differing = [name for name in described if made.get(name) != described[name]]
+    if differing:
+        raise ValueError(
+            f"{args.start} was made with other {', '.join(differing)} "
+            f"({[made.get(name) for name in differing]}): give the same options"
+        )
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(before.tensors[name])
+    return before.description["tensors_sha256"]
 
 
 def main(argv: list[str]) -> None:
@@ -133,6 +154,14 @@ def main(argv: list[str]) -> None:
     )
     model = load_model(args.model, device, theta)
     lora.add_lora(model, args.rank, args.alpha, args.modules)
+    described = {
+        "rope_theta": theta,
+        "max_position_embeddings": args.context,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "modules": args.modules,
+    }
+    started_from = args.start and begin(args, described, lora.factors(model))
     if args.compile:
         for layer in model.model.layers:
             layer.compile()
@@ -148,8 +177,7 @@ def main(argv: list[str]) -> None:
     trainee = LongContext(
         model,
         Mixture(corpus, synthetic, **chosen),
-        args.micro_tokens,
-        args.checkpointing,
+        args,
         lambda: evaluate(model, corpus, synthetic, lengths, samples, samples),
     )
     baseline = args.out / "base.json"
@@ -162,6 +190,8 @@ def main(argv: list[str]) -> None:
     recipe = {name: getattr(args, name) for name in RECIPE}
     recipe |= {"rope_theta": theta, "data_sha256": corpus.digest}
     recipe["base_sha256"] = checkpoint.base_hash(args.model)
+    if started_from:
+        recipe["start_sha256"] = started_from
     report = train(
         trainee,
         Optimisation(args.steps, args.learning_rate, args.warmup),
@@ -172,13 +202,6 @@ def main(argv: list[str]) -> None:
         args.evaluate_every,
     )
     tensors = {name: p.to(torch.bfloat16) for name, p in trainee.parameters().items()}
-    described = {
-        "rope_theta": theta,
-        "max_position_embeddings": args.context,
-        "rank": args.rank,
-        "alpha": args.alpha,
-        "modules": args.modules,
-    }
     how = {**report["recipe"], "steps_done": report["step"], "tokens": report["tokens"]}
     folder = args.out / "checkpoint"
     checkpoint.save(folder, KIND, tensors, args.model, described, how, corpus.digest)

@@ -44,6 +44,19 @@ def parser_of(
     return parser
 
 
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """``--compile`` and ``--cudnn``: the same computation, faster on some devices."""
+    add = parser.add_argument
+    add("--compile", action="store_true", help="layers by torch.compile")
+    cudnn = "attention by cuDNN alone, not by the kernels that PyTorch prefers"
+    add("--cudnn", action="store_true", help=cudnn)
+
+
+def check_cudnn(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.cudnn and not args.device.startswith("cuda"):
+        parser.error(f"--cudnn is of GPUs, not of --device {args.device}")
+
+
 def print_state(made: Path, report: dict, steps: int) -> None:
     """Where it lies, and whether the run is through."""
     state = "finished" if report["finished"] else "not finished: run it again to go on"

@@ -110,8 +110,10 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
         raise DoctorError(
             f"--context {longest}: the model takes {model.max_model_len} tokens at most"
         )
+    asked, config = config, config.for_model(model.normed)
     report = {
         "model": asdict(model),
+        "adapts_by_itself": config.top_p != asked.top_p,
         "options": asdict(config),
         "refused": model.refusal,
         "arguments": _arguments(args),
@@ -174,6 +176,9 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     for layer in model["layers"]:
         served = f"dense: {layer['dense']}" if layer["dense"] else "sparse"
         print(f"  {layer['count']:3} x {layer['kind']}: {served}")
+    if report["adapts_by_itself"]:
+        print(f"  QK-norm: budgets adapt (top_p {report['options']['top_p']}) where")
+        print("  sparse.top_k does not fix them (docs/adaptive.md)")
     for reason in report.get("slow", []):
         print(f"  {reason}: decoded by slower kernels (docs/performance.md)")
     if report["refused"]:
