@@ -158,6 +158,27 @@ def test_other_text_is_refused(packed, model_folder, tmp_path):
         Corpus(folder / "none")
 
 
+def test_a_tokenizer_is_known_however_it_is_written(model_folder, tmp_path):
+    content = json.loads((model_folder / "tokenizer.json").read_text())
+
+    def hashed(change) -> str:
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed, indent=1))
+        return corpus.tokenizer_hash(tmp_path)
+
+    def respelt(tokenizer):
+        merges = tokenizer["model"]["merges"]
+        joined = [m.split(" ") if isinstance(m, str) else " ".join(m) for m in merges]
+        tokenizer["model"]["merges"] = joined
+        tokenizer["post_processor"] = None
+
+    same = corpus.tokenizer_hash(model_folder)
+    assert hashed(respelt) == same
+    assert hashed(lambda t: t["model"]["merges"].pop()) != same
+    assert hashed(lambda t: t.update(pre_tokenizer=None)) != same
+
+
 def test_html():
     page = """<head><title>no</title></head><body><nav>no</nav><h1>Title</h1>
     <p>One   <b>two</b>

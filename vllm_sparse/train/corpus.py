@@ -22,13 +22,22 @@ PART_TOKENS = 16_000_000
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """Of what turns text into ids: ``tokenizer.json``."""
+    """Of what turns text into ids in ``tokenizer.json``, whose other parts and spelling
+    differ between versions of transformers."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path}: give a model's folder (transformers' format)"
         )
-    return sha256(path)
+    content = json.loads(path.read_text())
+    model = content.get("model", {})
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+    added = [
+        (token["id"], token["content"]) for token in content.get("added_tokens", ())
+    ]
+    parts = [model.get("vocab"), merges, added]
+    parts += [content.get(name) for name in ("normalizer", "pre_tokenizer")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class Corpus:

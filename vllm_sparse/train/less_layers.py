@@ -129,11 +129,12 @@ class LessTrainee:
         return self._parameters
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Of a checkpoint."""
+        """Of a checkpoint, in fp16; scales, which differ by many orders of magnitude,
+        in fp32."""
         return {
-            f"layers.{layer}.{f.name}": getattr(kernels, f.name)
+            f"layers.{layer}.{name}": tensor if name in ("s1", "s2") else tensor.half()
             for layer, kernels in enumerate(self.layers)
-            for f in fields(Kernels)
+            for name, tensor in vars(kernels).items()
         }
 
     def losses(self, step: int) -> Iterator[tuple[torch.Tensor, int]]:
