@@ -135,9 +135,12 @@ def plot(result: dict, path: Path, metrics: Sequence[str] = PLOTTED) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    # A line keeps its colour in panels that others are missing from.
+    lines = (_line(r) for group in grouped.values() for r in group[1:] if _measures(r))
+    colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(lines))}
     for axis, (task, metric, length) in zip(axes.flat, panels, strict=False):
         if (task, length) in grouped:
-            _panel(axis, grouped[task, length], metric)
+            _panel(axis, grouped[task, length], metric, colors)
         axis.set_title(f"{task}, {length} tokens", fontsize=9)
         axis.set_ylabel(COLUMNS.get(metric, (f"{metric} to dense", 0))[0])
         axis.set_xlabel("share of KV bytes read")
@@ -148,10 +151,14 @@ def plot(result: dict, path: Path, metrics: Sequence[str] = PLOTTED) -> None:
     plt.close(figure)
 
 
-def _panel(axis, group: list[dict], metric: str) -> None:
+def _measures(record: dict) -> bool:
+    return "skipped" not in record and bool(record["kv_share"])
+
+
+def _panel(axis, group: list[dict], metric: str, colors: dict[str, str]) -> None:
     dense = group[0]
     axis.axhline(mean(dense, metric), color="black", lw=1, label="dense")
-    measured = [r for r in group[1:] if "skipped" not in r and r["kv_share"]]
+    measured = [r for r in group[1:] if _measures(r)]
     for method in dict.fromkeys(_line(r) for r in measured):
         points = sorted(
             (r["kv_share"], mean(r, metric), paired(r, dense, metric)[1])
@@ -160,7 +167,8 @@ def _panel(axis, group: list[dict], metric: str) -> None:
         )
         shares, values, errors = zip(*points, strict=True)
         label = method + " (oracle)" * method.startswith("exact")
-        axis.errorbar(shares, values, yerr=errors, marker="o", ms=3, label=label)
+        style = {"color": colors[method], "marker": "o", "ms": 3}
+        axis.errorbar(shares, values, yerr=errors, label=label, **style)
     axis.set_xscale("log", base=2)
     if metric == "hit":
         axis.set_ylim(0, 1.05)
