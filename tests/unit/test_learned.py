@@ -11,10 +11,20 @@ pytest.importorskip("vllm")
 import torch  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
+from scripts.get_model import CHECKPOINTS, get_model  # noqa: E402
 from tests.e2e.tiny import save_llama  # noqa: E402
 from vllm_sparse import checkpoint  # noqa: E402
-from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
-from vllm_sparse.methods.less import KIND, described, tensor_shapes  # noqa: E402
+from vllm_sparse.config import (  # noqa: E402
+    BACKEND_DEFAULTS,
+    SparseConfig,
+    SparseConfigError,
+)
+from vllm_sparse.methods.less import (  # noqa: E402
+    KIND,
+    described,
+    load_kernels,
+    tensor_shapes,
+)
 from vllm_sparse.plugin import learned  # noqa: E402
 
 NAME = "someone/model"
@@ -59,6 +69,16 @@ def test_shapes_are_checked_wherever_the_model_comes_from(folder, made, hub):
 def test_windows_of_tokens_are_not_served(folder, made):
     with pytest.raises(SparseConfigError, match="made for block 1, not 128"):
         learned.check_checkpoint(made(block=1), engine(folder, str(folder)))
+
+
+def test_shipped_features_are_served_by_the_defaults():
+    base, made = get_model(), CHECKPOINTS / "smollm2-135m-less"
+    options = {"sparse": {"checkpoint": str(made)}}
+    config = SparseConfig.from_additional_config(options, BACKEND_DEFAULTS["LESS"])
+    learned.check_checkpoint(config, engine(base, str(base)))
+    for layer in load_kernels(str(made)):
+        psi = layer.psi(torch.ones(3, 5, 64))
+        assert psi.isfinite().all() and (psi.sum(-1) > 0).all()
 
 
 def test_downloaded_weights_are_checked(folder, made, tmp_path, monkeypatch):
