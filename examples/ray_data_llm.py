@@ -4,7 +4,7 @@
 """Answer a file of prompts with ray.data.llm, Ray's own library for batches.
 
     python examples/ray_data_llm.py prompts.jsonl answers.jsonl --model MODEL \\
-        --engine-kwargs '{"additional_config": {"sparse": {"top_k": 0.125}}}'
+        --engine-kwargs '{"additional_config": {"sparse": {"kv_format": "k8v4"}}}'
 
 A line of the input is ``{"prompt": "..."}`` with any further fields. The output has the
 same lines in the same order, with ``generated_text`` and ``num_generated_tokens``, or

@@ -4,7 +4,7 @@
 """Serve a model with ray.serve.llm, Ray's own OpenAI-compatible server.
 
     python examples/ray_serve_llm.py --model MODEL \\
-        --engine-kwargs '{"additional_config": {"sparse": {"top_k": 0.125}}}'
+        --engine-kwargs '{"additional_config": {"sparse": {"kv_format": "k8v4"}}}'
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "MODEL", "prompt": "Hello", "max_tokens": 16}'
 

@@ -150,7 +150,7 @@ class SparseConfig:
             raise SparseConfigError(
                 f"additional_config.{NAMESPACE} must be a mapping of options, got "
                 f"{options!r}. Example: --additional-config "
-                f'\'{{"{NAMESPACE}": {{"top_k": 0.125}}}}\''
+                f'\'{{"{NAMESPACE}": {{"kv_format": "k8v4"}}}}\''
             )
         for key in options:
             if key not in known:
@@ -289,9 +289,9 @@ class SparseConfig:
             for name in ("min_tokens", "max_tokens"):
                 if getattr(self, name) != getattr(defaults, name):
                     raise SparseConfigError(
-                        f"{NAMESPACE}.{name} bounds adaptive budgets, and there are "
-                        f"none without {NAMESPACE}.top_p: choose --attention-backend "
-                        f"twilight, or set top_p. Example: "
+                        f"{NAMESPACE}.{name} bounds adaptive budgets: set "
+                        f"{NAMESPACE}.top_p beside it, also where budgets adapt by "
+                        "themselves, or choose --attention-backend twilight. Example: "
                         f"--additional-config.{NAMESPACE}.top_p 0.9"
                     )
             return
@@ -308,19 +308,27 @@ class SparseConfig:
                 f"--additional-config.{NAMESPACE}.max_tokens {2 * self.min_tokens}"
             )
 
-    def for_model(self, normed: bool) -> "SparseConfig":
-        """With the budgets that a model gets where nothing is said of what is read.
+    def guesses(self, head_size: int) -> bool:
+        """Whether some of the channels choose tokens for answers, and nothing given
+        adapts how many: fixed budgets may lose facts then (docs/adaptive.md)."""
+        return (
+            self.selector == "sparq"
+            and self.top_p is None
+            and self.top_k != 1.0
+            and (self.rank or 0) < head_size
+            and not self.lossless
+        )
 
-        They adapt where SparQ guesses from a few channels that are normed: fixed ones
-        may lose what such a model looks up (docs/adaptive.md).
+    def for_model(self, normed: bool, head_size: int) -> "SparseConfig":
+        """With the budgets that a model gets where ``top_k`` leaves them open: they
+        adapt where SparQ guesses from channels that are normed.
 
         Args:
             normed: layers that choose tokens norm their queries and keys (QK-norm).
         """
         if self.top_k != "auto":
             return self
-        guesses = self.selector == "sparq" and self.rank is None and not self.lossless
-        top_p = TOP_P if guesses and normed and self.top_p is None else self.top_p
+        top_p = TOP_P if normed and self.guesses(head_size) else self.top_p
         return replace(self, top_k=TOP_K, top_p=top_p)
 
     def resolve(
@@ -350,7 +358,7 @@ class SparseConfig:
             measured = DENSE_BELOW_BY_CHANNEL if by_channel else DENSE_BELOW
             dense_below = measured[device_type]
         return replace(
-            self.for_model(normed),
+            self.for_model(normed, head_size),
             rank=rank,
             mean_value=self._mean(num_queries_per_kv),
             dense_below=dense_below,

@@ -180,7 +180,7 @@ def test_refused_naming_key_value_range_and_a_working_example(name, value):
 
 def test_a_budget_is_fixed_or_adaptive_but_not_both():
     for bound in (dict(max_tokens=300), dict(min_tokens=300)):
-        with pytest.raises(SparseConfigError, match="none without sparse.top_p"):
+        with pytest.raises(SparseConfigError, match="set sparse.top_p beside it, also"):
             parse(**bound)
     with pytest.raises(SparseConfigError, match="leave top_k out") as error:
         parse(top_p=0.9, top_k=100)
@@ -252,7 +252,7 @@ def test_namespace_that_is_no_mapping(options):
     message = str(error.value)
     assert f"must be a mapping of options, got {options!r}" in message
     example = re.search(r"--additional-config '(.*)'", message).group(1)
-    assert SparseConfig.from_additional_config(json.loads(example)).top_k == 0.125
+    assert SparseConfig.from_additional_config(json.loads(example)).kv_format == "k8v4"
 
 
 @pytest.mark.parametrize(
@@ -394,14 +394,21 @@ def test_resolve_changes_nothing_else_and_can_be_repeated():
 
 def test_budgets_adapt_where_keys_are_normed_and_nothing_is_said():
     normed = lambda **options: parse(**options).resolve(64, 4, normed=True)
-    for options in ({}, {"top_k": "auto"}, {"kv_format": "k8v4"}, {"dense_below": 0}):
+    for options in (
+        {},
+        {"top_k": "auto"},
+        {"kv_format": "k8v4"},
+        {"dense_below": 0},
+        {"rank": 24},
+        {"rank": 63},
+    ):
         assert normed(**options).top_p == 0.9, options
         assert parse(**options).resolve(64, 4).top_p is None
         assert parse(**options).resolve(64, 4).top_k == 0.125
     for options in (
         {"top_k": 0.125},
         {"top_k": 512},
-        {"rank": 24},
+        {"rank": 64},  # all channels: nothing is guessed
         {"lossless": True},
         {"selector": "exact"},
         {"selector": "quest"},

@@ -113,6 +113,14 @@ def test_answers_of_sparse_attention_are_not_taken_for_dense_ones():
     assert len({sparse, other, dense, rows}) == 4
 
 
+def test_budgets_by_model_are_told_apart_by_their_numbers(monkeypatch):
+    keys = {connectors._blocks(config(sparse={}))}
+    for name, value in (("TOP_K", 0.25), ("TOP_P", 0.8)):
+        monkeypatch.setattr(connectors, name, value)
+        keys.add(connectors._blocks(config(sparse={})))
+    assert len(keys) == 3
+
+
 def test_drafts_of_a_model_are_not_offloaded():
     for method in ("eagle", "draft_model"):
         drafts = SimpleNamespace(method=method)

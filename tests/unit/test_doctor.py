@@ -228,7 +228,18 @@ def test_budgets_of_a_model_with_qk_norm(folder, monkeypatch, capsys):
     assert normed["adapts_by_itself"] and normed["options"]["top_p"] == 0.9
     kept = normed["gains"][0]
     assert (kept["tokens_kept"], kept["tokens_kept_most"]) == (128, 8191)
-    assert "QK-norm: budgets adapt (top_p 0.9)" in shown(LLAMA | qwen)
+    worst, best = (
+        kept["kv_bytes_dense"] / kept[name]
+        for name in ("kv_bytes_sparse_most", "kv_bytes_sparse")
+    )
+    said = shown(LLAMA | qwen)
+    assert worst < 1 < best and f" {worst:.2f} to {best:.2f} x " in said
+    said = " ".join(said.split())
+    assert "budgets adapt (top_p 0.9)" in said and "sparse.rank = 128" in said
+    said = " ".join(shown(LLAMA | qwen, *given).split())
+    assert "4 of 4 sparse layers norm" in said and "have a fixed budget" in said
+    assert " to " not in said[said.index("with weights") : said.index("Serve it")]
+    assert "QK-norm" not in shown(LLAMA)
     for other in (report(LLAMA | qwen, *given), report(LLAMA)):
         assert not other["adapts_by_itself"]
         assert (other["options"]["top_k"], other["options"]["top_p"]) == (0.125, None)

@@ -3,6 +3,8 @@
 """Models that norm queries and keys are told from others: budgets adapt, or a warning
 says that they are fixed."""
 
+import re
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -16,16 +18,18 @@ LENGTH = dict(max_model_len=1024)
 
 @pytest.fixture
 def start(monkeypatch, tmp_path):
-    """A family in miniature, and what is said of QK-norm at its start."""
+    """A family in miniature, and what is said of QK-norm at its start, and of options
+    with ``level`` "info"."""
 
-    def of(family: str, backend: str = "sparq", **options):
+    def of(family: str, backend: str = "sparq", level: str = "warning", **options):
         said: list[str] = []
-        monkeypatch.setattr(served.logger, "warning", lambda s, *a: said.append(s % a))
+        monkeypatch.setattr(served.logger, level, lambda s, *a: said.append(s % a))
         folder = str(save_config(family, tmp_path / family))
         config = parse_config(backend, {"sparse": options})
         model = inspect_model(folder, backend, config, **LENGTH)
         assert model.refusal is None
-        return model, [line for line in said if "QK-norm" in line]
+        about = "QK-norm" if level == "warning" else "Sparse attention: "
+        return model, [line for line in said if about in line]
 
     return of
 
@@ -41,13 +45,18 @@ def start(monkeypatch, tmp_path):
 )
 def test_budgets_adapt_where_keys_are_normed(start, family, layers):
     model, (line,) = start(family)
-    assert line.startswith(f"{layers} sparse layers norm") and model.normed
+    assert line.startswith(f"{layers} sparse layers norm")
+    assert model.about_norms == line
     assert "budgets adapt (top_p 0.9)" in line and "sparse.top_k fixes" in line
+    channels = int(re.search(r"sparse.rank = (\d+)", line)[1])
+    assert not start(family, rank=channels)[1]
+    assert start(family, rank=channels - 1)[1] == [line]
 
 
-@pytest.mark.parametrize("options", [{"top_k": 0.125}, {"top_k": 64}, {"rank": 24}])
+@pytest.mark.parametrize("options", [{"top_k": 0.125}, {"top_k": 64}])
 def test_fixed_budgets_that_were_asked_for_are_a_warning(start, options):
-    _, (line,) = start("Qwen3", **options)
+    model, (line,) = start("Qwen3", **options)
+    assert model.about_norms == line
     assert line.startswith("4 of 4 sparse layers norm")
     assert "have a fixed budget" in line and "calibrate" in line
 
@@ -56,7 +65,7 @@ def test_fixed_budgets_that_were_asked_for_are_a_warning(start, options):
 def test_other_models_keep_fixed_budgets(start, family):
     """Llama 4 norms in its chunked layers alone, which choose nothing."""
     model, said = start(family)
-    assert not said and not model.normed
+    assert not said and model.about_norms is None
 
 
 def test_choices_that_lose_nothing_are_not_worth_a_line(start):
@@ -71,3 +80,12 @@ def test_choices_that_lose_nothing_are_not_worth_a_line(start):
         assert not start("Qwen3", backend, **options)[1], (backend, options)
     _, (line,) = start("Qwen3", dense_layers=1)
     assert line.startswith("3 of 3")
+
+
+def test_the_options_of_the_log_are_those_that_run(start):
+    _, (line,) = start("Qwen3", level="info")
+    assert line.startswith("Sparse attention: SparseConfig(selector='sparq', rank=")
+    assert "top_p=0.9," in line and "kernels: " in line and "prefill: " in line
+    for family, options in (("Llama", {}), ("Qwen3", {"top_k": 0.125})):
+        _, (line,) = start(family, level="info", **options)
+        assert "top_k=0.125, top_p=None," in line

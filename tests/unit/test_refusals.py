@@ -16,6 +16,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 from vllm_sparse.config import SparseConfig, SparseConfigError  # noqa: E402
 from vllm_sparse.layer.impl import SparseAttentionImpl  # noqa: E402
 from vllm_sparse.plugin.platform import SparseCpuPlatform, honouring  # noqa: E402
+from vllm_sparse.step.layers import resolved  # noqa: E402
+from vllm_sparse.step.options import check_options  # noqa: E402
 
 from .test_plugin import SPARQ, SPARQ_PATH, layer  # noqa: E402
 
@@ -224,3 +226,36 @@ def test_selectors_that_loop_on_the_host_are_refused_on_gpus(selector, monkeypat
     with pytest.raises(SparseConfigError, match="choose another --attention-backend"):
         SparseAttentionImpl.check(given, config)
     assert SparseAttentionImpl.check(given, SparseConfig()).selector == "sparq"
+
+
+def test_options_that_cuda_graphs_hold_are_named():
+    """A fixed budget where budgets adapt by themselves changes ``top_p``."""
+    impl = SparseAttentionImpl.__new__(SparseAttentionImpl)
+    impl.normed = True
+    compilation = SimpleNamespace(
+        static_forward_context={"layer": SimpleNamespace(impl=impl)},
+        cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: True),
+    )
+    usual = SparseConfig()
+    builder = SimpleNamespace(
+        kv_cache_spec=SimpleNamespace(head_size=64),
+        num_heads=4,
+        num_kv_heads=2,
+        device=torch.device("cpu"),
+        layer_names=["layer"],
+        vllm_config=SimpleNamespace(compilation_config=compilation),
+        shape=SimpleNamespace(
+            head_size=64, num_queries_per_kv=2, fmt=usual.format(64, 2)
+        ),
+        buffers=SimpleNamespace(max_kept=1024),
+        budgets=lambda config: {"decode": torch.tensor([1024])},
+    )
+    builder.config = resolved(usual, builder)
+    assert builder.config.top_p == 0.9
+    check_options(builder, SparseConfig(dense_below=0))
+    with pytest.raises(SparseConfigError) as error:
+        check_options(builder, SparseConfig(top_k=0.25, rank=8))
+    assert str(error.value).startswith(
+        "sparse.rank = 8, sparse.top_p = None cannot replace 24, 0.9 in a running "
+        "engine whose CUDA graphs hold all options but top_k, "
+    )

@@ -20,12 +20,9 @@ from .. import ops
 from ..config import SparseConfig, SparseConfigError
 from ..methods import METHODS, LayerShape, Method
 from ..methods.dense import Dense
-from ..plugin.versions import init_logger
 from ..step.metadata import SparseMetadata
 from .checks import check_eviction, check_format, check_sinks, refuse_unsupported
 from .holders import remember_holders
-
-logger = init_logger(__name__)
 
 
 class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
@@ -96,18 +93,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         )
         self.configure(options)
         check_eviction(self, vllm_config)
-        prefill = "vLLM's CPU kernel"
-        if self.shape.flash_attention is not None:
-            prefill = f"FlashAttention {self.shape.flash_attention}"
-        kernels = self.ops.kernels
-        if kernels == "cpu":
-            kernels += f" ({ops.cpu_isa()})"
-        logger.info_once(
-            "Sparse attention: %s, kernels: %s, prefill: %s",
-            self.config,
-            kernels,
-            prefill,
-        )
 
     @property
     def fmt(self):
@@ -116,6 +101,17 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     @property
     def eviction(self):
         return self._chosen.eviction(self.config)
+
+    @property
+    def summary(self) -> str:
+        """Options and what serves them, for the log."""
+        prefill = "vLLM's CPU kernel"
+        if self.shape.flash_attention is not None:
+            prefill = f"FlashAttention {self.shape.flash_attention}"
+        kernels = self.ops.kernels
+        if kernels == "cpu":
+            kernels += f" ({ops.cpu_isa()})"
+        return f"{self.config}, kernels: {kernels}, prefill: {prefill}"
 
     def configure(self, config: SparseConfig) -> None:
         """Take other options: at construction, or between requests in evaluation.

@@ -16,6 +16,8 @@ from ..config import (
     BACKEND_DEFAULTS,
     DRAFT_OPTIONS,
     EVICTING,
+    TOP_K,
+    TOP_P,
     SparseConfig,
     SparseConfigError,
 )
@@ -71,6 +73,8 @@ def _blocks(vllm_config) -> str:
     """
     config = next(_configs(vllm_config))
     options = asdict(config)
+    if config.top_k == "auto":  # the model says which, later
+        options["top_k"] = f"auto: {TOP_K} or top_p {TOP_P}"
     for name in ("lossless", "kernels", *DRAFT_OPTIONS):
         del options[name]
     if config.lossless or config.selector == "dense":  # answers are dense attention's

@@ -119,6 +119,7 @@ def check_layers(vllm_config: VllmConfig) -> None:
         _mind_norms(layers.values(), vllm_config)
     if drafts := layer_kinds(vllm_config, drafts=True):
         _report_drafts(drafts, vllm_config)
+    _log_options(layers.values())
 
 
 def _leaves_anchors(layer) -> bool:
@@ -199,64 +200,71 @@ def _report(backends: str, kinds: Counter[LayerKind], vllm_config: VllmConfig) -
 def _mind_norms(layers, vllm_config: VllmConfig) -> None:
     """Let budgets adapt where the model norms queries and keys and options leave them
     open, and say what that is about (docs/adaptive.md)."""
-    target = [layer for layer in layers if _of_target(layer)]
-    normed = [layer for layer in target if norms_queries(layer.impl)]
-    sparse = [layer for layer in target if _kind(layer).dense is None]
-    risky = [layer for layer in normed if layer in sparse and _guesses(layer)]
+    normed = (x for x in layers if _of_target(x) and norms_queries(x.impl))
     if any(_kind(layer).kind != CHUNKED for layer in normed):
         _tell_of_norms(layers, vllm_config)
+    if text := about_norms(vllm_config):
+        logger.warning("%s", text)
+
+
+def about_norms(vllm_config: VllmConfig) -> str | None:
+    """What to know of budgets in a model that norms queries and keys, once
+    :func:`check_layers` was there; None: nothing."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    sparse = [x for x in layers if _of_target(x) and _kind(x).dense is None]
+    risky = [
+        layer
+        for layer in sparse
+        if norms_queries(layer.impl)
+        and _asked(layer.impl, vllm_config).guesses(layer.head_size)
+    ]
     if not risky:
-        return
-    text = "%d of %d sparse layers norm their queries and keys (QK-norm)"
-    if any(_guesses(layer) for layer in risky):
-        text += (
-            " and have a fixed budget: there a few channels may not tell where a fact "
-            "stands, and answers miss it silently. Leave sparse.top_k and sparse.rank "
-            "out and budgets adapt, or choose the rank that `vllm-sparse calibrate` "
-            "finds."
+        return None
+    text = (
+        f"{len(risky)} of {len(sparse)} sparse layers norm their queries and keys "
+        "(QK-norm)"
+    )
+    if any(layer.impl.config.top_p is None for layer in risky):
+        return (
+            f"{text} and have a fixed budget: there a few channels may not tell where "
+            "a fact stands, and answers miss it silently. Leave sparse.top_k out and "
+            "budgets adapt, or use the options that `vllm-sparse calibrate` writes."
         )
-    else:
-        text += (
-            f", where fixed budgets may lose facts silently: budgets adapt (top_p "
-            f"{TOP_P}), and read more where attention is flat. sparse.top_k fixes them."
-        )
-    logger.warning(text, len(risky), len(sparse))
+    return (
+        f"{text}, where fixed budgets may lose facts silently: budgets adapt (top_p "
+        f"{TOP_P}), and read more where attention is flat. sparse.top_k fixes them, as "
+        f"does sparse.rank = {risky[0].head_size}, which reads all channels."
+    )
+
+
+def _asked(impl: SparseAttentionImpl, vllm_config: VllmConfig) -> SparseConfig:
+    """The options as they were given."""
+    given = vllm_config.additional_config
+    return SparseConfig.from_additional_config(given, impl.defaults)
+
+
+def _log_options(layers) -> None:
+    ours = (getattr(layer, "impl", None) for layer in layers)
+    ours = [impl for impl in ours if isinstance(impl, SparseAttentionImpl)]
+    for impl in {impl.config: impl for impl in ours}.values():
+        logger.info("Sparse attention: %s", impl.summary)
 
 
 def _tell_of_norms(layers, vllm_config: VllmConfig) -> None:
     """All layers of ours, a draft model's too: one builder may serve several."""
-    given = vllm_config.additional_config
     for layer in layers:
         impl = getattr(layer, "impl", None)
         if isinstance(impl, SparseAttentionImpl):
             impl.normed = True
-            config = SparseConfig.from_additional_config(given, impl.defaults)
+            config = _asked(impl, vllm_config)
             if impl.check(config) != impl.config:
                 impl.configure(config)
-
-
-def is_normed(vllm_config: VllmConfig) -> bool:
-    """Whether :func:`check_layers` has found QK-norm where tokens are chosen."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    return any(getattr(getattr(x, "impl", None), "normed", False) for x in layers)
 
 
 def _of_target(layer) -> bool:
     """Whether a layer of ours is the target model's."""
     ours = isinstance(getattr(layer, "impl", None), SparseAttentionImpl)
     return ours and not getattr(layer, "is_draft_layer", False)
-
-
-def _guesses(layer) -> bool:
-    """Whether a fixed number of tokens is chosen by some channels, for good."""
-    config = layer.impl.config
-    return (
-        config.selector == "sparq"
-        and config.top_p is None
-        and config.top_k != 1.0
-        and config.rank < layer.head_size
-        and not config.lossless
-    )
 
 
 def _report_drafts(kinds: Counter[LayerKind], vllm_config: VllmConfig) -> None:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Which options a running engine can change."""
 
-from dataclasses import replace
+from dataclasses import fields
 
 from ..config import DRAFT_OPTIONS, EVICTING, SparseConfig, SparseConfigError
 from .layers import resolved
@@ -34,10 +34,15 @@ def check_options(builder, config: SparseConfig) -> None:
 
 def _check_graphs(builder, new: SparseConfig) -> None:
     old, free = builder.config, ("top_k", "max_tokens", "dense_below")
-    if replace(new, **{name: getattr(old, name) for name in free}) != old:
+    fixed = [f.name for f in fields(old) if f.name not in free]
+    changed = [n for n in fixed if getattr(new, n) != getattr(old, n)]
+    if changed:
+        given = ", ".join(f"sparse.{n} = {getattr(new, n)!r}" for n in changed)
+        held = ", ".join(repr(getattr(old, n)) for n in changed)
         raise SparseConfigError(
-            f"CUDA graphs hold all sparse options but {', '.join(free)}: start "
-            f"another engine, or this one with enforce_eager. Now: {old}"
+            f"{given} cannot replace {held} in a running engine whose CUDA graphs "
+            f"hold all options but {', '.join(free)}: start another, or this one with "
+            "enforce_eager"
         )
     kept = max(int(table.max()) for table in builder.budgets(new).values())
     if kept > builder.buffers.max_kept:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shlex
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         type=_mapping,
         default={},
         metavar="JSON",
-        help='as for vLLM: \'{"sparse": {"top_k": 0.125}}\'',
+        help='as for vLLM: \'{"sparse": {"kv_format": "k8v4"}}\'',
     )
     parser.add_argument(
         "--context", type=_positive, nargs="+", help="tokens of a request"
@@ -110,7 +111,8 @@ def _model_report(args: argparse.Namespace) -> dict[str, Any]:
         raise DoctorError(
             f"--context {longest}: the model takes {model.max_model_len} tokens at most"
         )
-    asked, config = config, config.for_model(model.normed)
+    normed = model.about_norms is not None
+    asked, config = config, config.for_model(normed, model.head_size)
     report = {
         "model": asdict(model),
         "adapts_by_itself": config.top_p != asked.top_p,
@@ -176,9 +178,10 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     for layer in model["layers"]:
         served = f"dense: {layer['dense']}" if layer["dense"] else "sparse"
         print(f"  {layer['count']:3} x {layer['kind']}: {served}")
-    if report["adapts_by_itself"]:
-        print(f"  QK-norm: budgets adapt (top_p {report['options']['top_p']}) where")
-        print("  sparse.top_k does not fix them (docs/adaptive.md)")
+    if about := model["about_norms"]:
+        text = f"{about} See docs/adaptive.md."
+        indent = dict(initial_indent="  ", subsequent_indent="  ")
+        print(textwrap.fill(text, 80, break_on_hyphens=False, **indent))
     for reason in report.get("slow", []):
         print(f"  {reason}: decoded by slower kernels (docs/performance.md)")
     if report["refused"]:
@@ -216,20 +219,34 @@ def _print_gains(gains: list[dict[str, Any]]) -> None:
     print("\nThe KV that a decode step reads, which bounds what sparsity can gain;")
     print("for measured times see docs/performance.md:")
     print(
-        "  context  batch  tokens kept   KV dense  KV sparse  attention  with weights"
+        f"  context  batch  tokens kept   KV dense  KV sparse  {'attention':>15}  "
+        f"{'with weights':>15}"
     )
     for gain in gains:
-        adaptive = gain["tokens_kept_most"] != gain["tokens_kept"]
-        kept = f"{gain['tokens_kept']:,}" + ("+" if adaptive else "")
-        step = f"{gain['step_gain']:.2f} x" if gain["step_gain"] else "unknown"
+        kept = f"{gain['tokens_kept']:,}" + ("+" if _adapts(gain) else "")
+        weights = gain["weight_bytes"]
+        step = "unknown" if weights is None else _ratio(gain, weights)
         print(
             f"  {gain['context']:7,}  {gain['batch']:5}  {kept:>11}  "
             f"{gain['kv_bytes_dense'] / 2**20:6,.0f} MiB  "
             f"{gain['kv_bytes_sparse'] / 2**20:5,.0f} MiB  "
-            f"{gain['attention_gain']:6.2f} x  {step:>12}"
+            f"{_ratio(gain, 0):>15}  {step:>15}"
         )
-    if any(gain["tokens_kept_most"] != gain["tokens_kept"] for gain in gains):
-        print("  (adaptive budgets: the fewest tokens, hence the best case)")
+    if any(map(_adapts, gains)):
+        print("  (adaptive budgets: tokens and KV are the fewest; gains are those of")
+        print("  the most tokens, to those of the fewest)")
+
+
+def _adapts(gain: dict[str, Any]) -> bool:
+    return gain["tokens_kept_most"] != gain["tokens_kept"]
+
+
+def _ratio(gain: dict[str, Any], more: int) -> str:
+    """Bytes read densely over ours, ``more`` in both; worst to best where they vary."""
+    dense = gain["kv_bytes_dense"] + more
+    names = ("kv_bytes_sparse_most", "kv_bytes_sparse")
+    worst, best = (dense / max(1, gain[name] + more) for name in names)
+    return (f"{worst:.2f} to " if _adapts(gain) else "") + f"{best:.2f} x"
 
 
 def _print_lossless(gains: list[dict[str, Any]], device: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...config import BACKEND_DEFAULTS, NAMESPACE, SparseConfig, SparseConfigError
-from ...plugin.served import LayerKind, check_layers, is_normed, layer_kinds
+from ...plugin.served import LayerKind, about_norms, check_layers, layer_kinds
 from ..errors import reason
 from .weights import weight_files
 
@@ -60,7 +60,8 @@ class Model:
     Attributes:
         refusal: why the engine would not start, None where it would.
         weight_bytes: of all ranks; None where the weights are not on this machine.
-        normed: layers that choose tokens norm their queries and keys (QK-norm).
+        about_norms: what to know of budgets where layers that choose tokens norm their
+            queries and keys (QK-norm); None: nothing.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Model:
     weight_bytes: int | None
     # Whether layers of other kinds (windows, states) share the memory with ours.
     other_layers: bool = False
-    normed: bool = False
+    about_norms: str | None = None
 
     @property
     def served(self) -> list[Layers]:
@@ -121,7 +122,7 @@ def inspect_model(
     _check_split("attention heads", heads, ranks, fits=heads % ranks == 0)
     fits = kv_heads % ranks == 0 or ranks % kv_heads == 0
     _check_split("KV heads", kv_heads, ranks, fits)
-    layers, refusal, normed = _layers(arguments, ranks)
+    layers, refusal, about = _layers(arguments, ranks)
     return Model(
         name=name,
         head_size=model.get_head_size(),
@@ -134,7 +135,7 @@ def inspect_model(
         refusal=refusal,
         weight_bytes=_weight_bytes(name),
         other_layers=model.is_hybrid or any(not found.ours for found in layers),
-        normed=normed,
+        about_norms=about,
     )
 
 
@@ -151,9 +152,9 @@ def _check_split(what: str, count: int, ranks: int, fits: bool) -> None:
         )
 
 
-def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None, bool]:
-    """The model's attention layers, why the engine would refuse them, and whether they
-    are normed."""
+def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None, str | None]:
+    """The model's attention layers, why the engine would refuse them, and what it says
+    of their norms."""
     found: list[Layers] = []
     try:
         vllm_config = arguments.create_engine_config()
@@ -164,11 +165,11 @@ def _layers(arguments, ranks: int) -> tuple[list[Layers], str | None, bool]:
         ]
         check_layers(vllm_config)
     except (ValueError, NotImplementedError, SparseConfigError) as error:
-        return found, reason(error), False
+        return found, reason(error), None
     except Exception as error:
         text = f"vLLM cannot make the layers of {arguments.model!r}: {error}"
         raise DoctorError(text) from error
-    return found, None, is_normed(vllm_config)
+    return found, None, about_norms(vllm_config)
 
 
 def _on_one_rank(kind: LayerKind, ranks: int) -> LayerKind:
