@@ -241,6 +241,10 @@ def test_untrained_features_are_a_checkpoint_of_their_shape(tmp_path):
     untrained.write("llama-3.1-8b:1", tmp_path, hidden=8, sinks=128, window=128)
     made = checkpoint.load(tmp_path, KIND, None)
     checkpoint.check_shapes(made, tensor_shapes(made.description["config"]))
+    (kernels,) = load_kernels(str(tmp_path))
+    key = torch.randn(8, 16, 128, generator=torch.Generator().manual_seed(0))
+    features = kernels.psi(key)
+    assert features.min() > 0 and features.max() < 1
 
 
 def test_the_dense_model_is_nowhere_from_itself():
