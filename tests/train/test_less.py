@@ -166,6 +166,17 @@ def test_parts_of_blocks_are_refused(arguments, name, capsys):
     assert less.arguments_of(one_by_one).block == 1
 
 
+@pytest.mark.parametrize("name", ["joint-rate", "joint-batch"])
+def test_joint_options_without_joint_steps_are_refused(arguments, name, capsys):
+    given = [*arguments, f"--{name}", "1"]  # 1: also where it is the default
+    with pytest.raises(SystemExit):
+        less.arguments_of(given)
+    assert f"--{name} is of joint steps" in capsys.readouterr().err
+    assert less.arguments_of([*given, "--joint-steps", "2"]).joint_steps == 2
+    args = less.arguments_of([*arguments, "--joint-steps", "2"])
+    assert (args.joint_rate, args.joint_batch) == (1e-3, 1)
+
+
 def test_layers_of_unlike_shapes_are_refused(arguments, model_folder, data_folder):
     model = load_model(model_folder, torch.device("cpu"))
     attention = model.model.layers[1].self_attn
