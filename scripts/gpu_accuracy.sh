@@ -5,8 +5,8 @@
 # One model, every method, on packed text (docs/training.md): an engine for each cache format and length, several
 # side by side on each GPU, as each mostly waits for its host.
 #   scripts/gpu_accuracy.sh MODEL DATA OUT LENGTH ...
-# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq and twilight as they are by default, sparq at 1/16
-# of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
+# GPUS (default "0"), JOBS per GPU (4), SAMPLES (24), METHODS (sparq at its usual 0.125, twilight's 0.9, sparq at
+# 1/16 of the bytes), NEEDLES (tasks with an answer; "fact fact_code" for a model of the training room that is too small for
 # others), FEW samples (8) for quest and window, which loop over rows on the host, ONLY ("auto k8v4 int8 quest window":
 # kinds of jobs). What is in OUT already is not run again; logs lie beside; it fails where a job does. Each job takes SAMPLES x length x 32 KiB of GPU memory, and a core.
 set -euo pipefail

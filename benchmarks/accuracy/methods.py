@@ -105,8 +105,6 @@ def options_for(
     # A budget is kept at every length, also where the device's default is dense.
     options = asdict(SparseConfig(dense_below=0)) | method.options
     options["selector"] = method.selector
-    if "top_p" in method.options:
-        del options["top_k"]
     if not method.takes_budget:
         return options
     dense_layers = min(options["dense_layers"], shape.num_layers)

@@ -18,14 +18,18 @@ from vllm_sparse.cache.layout import BLOCK_SIZE
 from vllm_sparse.methods.less import KIND, described
 from vllm_sparse.train.less_layers import new_kernels
 
+SCALE = 1e-4
+
 
 def write(shape: str, folder: Path, hidden: int, sinks: int, window: int) -> None:
-    """Random features; scales so small that nothing overflows."""
+    """Random features, positive; scales so small that nothing overflows."""
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as model:
         config = AutoConfig.from_pretrained(save_shape(shape, Path(model)))
     layers = new_kernels(config, hidden, seed=0)
+    for kernels in layers:
+        kernels.s1.fill_(SCALE)  # new ones are for training, where s1 is a logarithm
     tensors = {
         f"layers.{layer}.{name}": tensor
         for layer, kernels in enumerate(layers)

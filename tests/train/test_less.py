@@ -166,6 +166,17 @@ def test_parts_of_blocks_are_refused(arguments, name, capsys):
     assert less.arguments_of(one_by_one).block == 1
 
 
+@pytest.mark.parametrize("name", ["joint-rate", "joint-batch"])
+def test_joint_options_without_joint_steps_are_refused(arguments, name, capsys):
+    given = [*arguments, f"--{name}", "1"]  # 1: also where it is the default
+    with pytest.raises(SystemExit):
+        less.arguments_of(given)
+    assert f"--{name} is of joint steps" in capsys.readouterr().err
+    assert less.arguments_of([*given, "--joint-steps", "2"]).joint_steps == 2
+    args = less.arguments_of([*arguments, "--joint-steps", "2"])
+    assert (args.joint_rate, args.joint_batch) == (1e-3, 1)
+
+
 def test_layers_of_unlike_shapes_are_refused(arguments, model_folder, data_folder):
     model = load_model(model_folder, torch.device("cpu"))
     attention = model.model.layers[1].self_attn
@@ -241,6 +252,10 @@ def test_untrained_features_are_a_checkpoint_of_their_shape(tmp_path):
     untrained.write("llama-3.1-8b:1", tmp_path, hidden=8, sinks=128, window=128)
     made = checkpoint.load(tmp_path, KIND, None)
     checkpoint.check_shapes(made, tensor_shapes(made.description["config"]))
+    (kernels,) = load_kernels(str(tmp_path))
+    key = torch.randn(8, 16, 128, generator=torch.Generator().manual_seed(0))
+    features = kernels.psi(key)
+    assert features.min() > 0 and features.max() < 1
 
 
 def test_the_dense_model_is_nowhere_from_itself():

@@ -3,7 +3,9 @@
 """A model from random weights: wordings, growing windows, the command, its folder."""
 
 import json
+from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,9 +85,12 @@ def test_windows_grow(made, corpus):
     assert not (batch.ids == grown.batch(8).ids).all()
 
 
-def command(model, data, out, *more: str) -> list[str]:
-    options = f"""--data {data} --tokenizer {model} --out {out} --device cpu --layers 2
-    --hidden 64 --intermediate 128 --heads 2 --kv-heads 1 --head-size 64
+SHAPE = """--layers 2 --hidden 64 --intermediate 128 --heads 2 --kv-heads 1
+--head-size 64"""
+
+
+def command(model, data, out, *more: str, shape: str = SHAPE) -> list[str]:
+    options = f"""--data {data} --tokenizer {model} --out {out} --device cpu {shape}
     --lengths 128 256 --shares 0.75 0.25 --steps {STEPS} --batch-tokens 1024
     --micro-tokens 512 --learning-rate 0.01 --warmup 4 --evaluate-lengths 128 256
     --evaluate-samples 2 --evaluate-every 0 --save-every 5"""
@@ -138,7 +143,7 @@ def test_a_llama_gets_qk_norm_and_heads_of_twice_the_size(
     model_folder, data_folder, tmp_path
 ):
     more = ["--llama", str(model_folder), "--workers", "0", "--learning-rate", "0.003"]
-    pretrain.main(command(model_folder, data_folder, tmp_path, *more))
+    pretrain.main(command(model_folder, data_folder, tmp_path, *more, shape=""))
     report = json.loads((tmp_path / "run.json").read_text())
     assert report["recipe"]["llama_sha256"] == checkpoint.base_hash(model_folder)
     assert "heads" not in report["recipe"]
@@ -176,6 +181,37 @@ def test_shares_that_do_not_fit_are_refused(model_folder, data_folder, tmp_path)
     for more in (["--shares", "0.5"], ["--shares", "0.5", "0.6"]):
         with pytest.raises(SystemExit):
             pretrain.arguments_of(command(model_folder, data_folder, tmp_path, *more))
+
+
+@pytest.mark.parametrize("option", [*SHAPE.split()[::2], "--rope-theta"])
+def test_a_shape_beside_a_llama_is_refused(option, capsys):
+    folders = [Path("model"), Path("data"), Path("out")]
+    given = command(*folders, option, "10", shape="")  # 10: the default of --layers
+    with pytest.raises(SystemExit):
+        pretrain.arguments_of([*given, "--llama", "llama"])
+    assert f"{option} shapes random weights" in capsys.readouterr().err
+    assert pretrain.arguments_of(given).llama is None
+    usual = pretrain.arguments_of(command(*folders, shape=""))
+    assert (usual.layers, usual.hidden, usual.rope_theta) == (10, 512, 1e6)
+
+
+def test_cudnn_is_of_gpus_and_of_the_forward(
+    model_folder, data_folder, tmp_path, tokenizer, monkeypatch, capsys
+):
+    arguments = command(model_folder, data_folder, tmp_path)
+    with pytest.raises(SystemExit):
+        pretrain.arguments_of([*arguments, "--cudnn"])
+    assert "--cudnn is of GPUs" in capsys.readouterr().err
+    args = pretrain.arguments_of(arguments)
+    model = pretrain.build(args, tokenizer, torch.device("cpu"))
+    asked = []
+    kernels = lambda cudnn: asked.append(cudnn) or nullcontext()
+    monkeypatch.setattr(pretrain, "attention_kernels", kernels)
+    for cudnn in (False, True):
+        trainee = pretrain.Pretraining(model, Fixed(), 1024, 0, None, cudnn)
+        monkeypatch.setattr(trainee, "batch", Fixed().batch)
+        next(trainee.losses(0))
+    assert asked == [False, True]
 
 
 class Fixed:

@@ -38,7 +38,6 @@ from vllm_sparse.ops import Ops, reference
 SHAPE = ModelShape(head_size=64, num_layers=30)
 CONTEXT = 1024
 
-
 # Keys of facts come from them; their ids are no characters of any text.
 FIRST_WORD = 0xE000
 WORDS = [f" {a}{b}word" for a in "bcdfghkl" for b in "aeiouy"]
@@ -305,8 +304,15 @@ def test_budget_is_met_and_used_up(name, dense_layers):
 def test_options_leave_nothing_of_the_previous_method_behind():
     a = options_for(parse_method("sparq:rank=8"), 0.125, 4096, SHAPE)
     b = options_for(parse_method("window"), 0.125, 4096, SHAPE)
-    assert set(a) == set(b)
-    assert b["rank"] is None
+    assert set(a) == set(b) and b["rank"] is None
+
+
+def test_serving_judges_what_a_method_asks_for():
+    served = lambda options: SparseConfig.from_additional_config({"sparse": options})
+    adaptive = options_for(parse_method("sparq:top_p=0.9"), None, 4096, SHAPE)
+    assert served(adaptive).top_p == 0.9
+    with pytest.raises(ValueError, match="leave top_k out"):
+        served(options_for(parse_method("sparq:top_p=0.9:top_k=9"), None, 4096, SHAPE))
 
 
 def test_budget_below_the_estimate_is_reported_as_impossible():

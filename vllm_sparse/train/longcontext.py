@@ -93,7 +93,10 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--alpha", type=float, default=64.0, help="changes count alpha / rank")
     add("--modules", nargs="+", default=list(lora.ATTENTION), help="changed layers")
     add("--checkpointing", action="store_true", help="less memory, 4/3 of the time")
-    start = "checkpoint of this command, of the same base: changes go on from its own"
+    start = (
+        "checkpoint of this command to add steps to: model, --context, RoPE's base, "
+        "--rank, --alpha and --modules must be the same"
+    )
     add("--start", type=Path, help=start)
     add_kernels(parser)
     lengths = [2048, 8192, 32768]

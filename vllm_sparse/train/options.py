@@ -4,6 +4,7 @@
 
 import argparse
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def parser_of(
 def add_kernels(parser: argparse.ArgumentParser) -> None:
     """``--compile`` and ``--cudnn``: the same computation, faster on some devices."""
     add = parser.add_argument
-    add("--compile", action="store_true", help="layers by torch.compile")
+    compiled = "layers by torch.compile, and pretrain's loss"
+    add("--compile", action="store_true", help=compiled)
     cudnn = "attention by cuDNN alone, not by the kernels that PyTorch prefers"
     add("--cudnn", action="store_true", help=cudnn)
 
@@ -55,6 +57,26 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 def check_cudnn(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.cudnn and not args.device.startswith("cuda"):
         parser.error(f"--cudnn is of GPUs, not of --device {args.device}")
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    names: Iterable[str],
+    idle: Callable[[argparse.Namespace], Any],
+    why: str,
+) -> argparse.Namespace:
+    """Arguments; where ``idle``, it is an error that says ``why`` to give one of
+    ``names``, which would do nothing then."""
+    names = list(names)
+    # argparse leaves alone what is there, so None is what was not given.
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, parser.get_default(name))
+        elif idle(args):
+            parser.error(f"--{name.replace('_', '-')} {why}")
+    return args
 
 
 def print_state(made: Path, report: dict, steps: int) -> None:

@@ -24,11 +24,18 @@ from torch.utils.data import DataLoader, Dataset
 from .. import checkpoint
 from .corpus import Corpus
 from .evaluate import evaluate
-from .forward import chunk_losses, hidden_states, load_model, placed, token_losses
+from .forward import (
+    attention_kernels,
+    chunk_losses,
+    hidden_states,
+    load_model,
+    placed,
+    token_losses,
+)
 from .loop import Optimisation, train
 from .merge import edit_json
 from .mixture import Batch, Curriculum
-from .options import parser_of, print_state
+from .options import add_kernels, check_cudnn, parse, parser_of, print_state
 from .qk_norm import widened
 from .wordings import Wordings
 
@@ -87,10 +94,17 @@ class Pretraining:
     """The trainee: all of a model's weights, products in bf16 on GPUs."""
 
     def __init__(
-        self, model, curriculum: Curriculum, micro_tokens: int, workers: int, tests
+        self,
+        model,
+        curriculum: Curriculum,
+        micro_tokens: int,
+        workers: int,
+        tests,
+        cudnn: bool = False,
     ):
         self.model, self.curriculum = model, curriculum
         self.micro_tokens, self.workers, self.tests = micro_tokens, workers, tests
+        self.cudnn = cudnn
         self.chunk_losses = chunk_losses
         self.device = next(model.parameters()).device
         self._ahead: Iterator[list[torch.Tensor]] = iter(())
@@ -124,7 +138,8 @@ class Pretraining:
         for part in batch.split(max(1, self.micro_tokens // batch.ids.shape[1])):
             part = part.to(self.device)
             with self.bf16():
-                hidden = hidden_states(self.model, part.ids, part.positions)
+                with attention_kernels(self.cudnn):
+                    hidden = hidden_states(self.model, part.ids, part.positions)
                 losses = token_losses(
                     hidden[:, :-1].flatten(0, 1),
                     self.model.lm_head.weight,
@@ -171,10 +186,12 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--answer-weight", type=float, default=10.0, help="of synthetic answers")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--workers", type=int, default=4, help="processes that make batches")
-    add("--compile", action="store_true", help="layers and loss by torch.compile")
+    add_kernels(parser)
     tested = [512, 2048, 8192]
     add("--evaluate-lengths", type=int, nargs="+", default=tested, help="tokens")
-    args = parser.parse_args(argv)
+    why = "shapes random weights; --llama brings a shape of its own: leave one out"
+    args = parse(parser, argv, SHAPE.split(), lambda args: args.llama, why)
+    check_cudnn(parser, args)
     if len(args.shares) != len(args.lengths) or not math.isclose(sum(args.shares), 1):
         parser.error("--shares takes a number for each of --lengths; they add up to 1")
     if max(args.evaluate_lengths) > max(args.lengths):
@@ -209,6 +226,7 @@ def main(argv: list[str]) -> None:
         args.micro_tokens,
         args.workers,
         lambda: evaluate(model, corpus, made, lengths, samples, samples),
+        args.cudnn,
     )
     if args.compile:
         for layer in model.model.layers:
