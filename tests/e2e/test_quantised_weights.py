@@ -28,10 +28,15 @@ GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
+GROUPED = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"),
+    reason="stock vLLM has no products with 4-bit weights for CPUs without AVX-512",
+)
 CASES = [
-    pytest.param("AWQ", "cpu"),
+    pytest.param("AWQ", "cpu", marks=GROUPED),
+    pytest.param("GPTQ", "cpu", marks=(GROUPED, pytest.mark.slow)),
     # Not a scale per matrix: its kernel (static_scaled_fp8_quant) is not for CPUs.
-    *[pytest.param(n, "cpu", marks=pytest.mark.slow) for n in ("GPTQ", "INT8", "FP8")],
+    *[pytest.param(n, "cpu", marks=pytest.mark.slow) for n in ("INT8", "FP8")],
     *[pytest.param(n, "cuda", marks=GPU) for n in FORMATS],
 ]
 
