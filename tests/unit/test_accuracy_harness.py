@@ -166,7 +166,7 @@ def test_packed_texts_name_themselves_and_their_tokenizer(packed, tmp_path):
     folder, _ = packed
     origin = PackedTexts(CharTokenizer(), *packed).origin
     assert PackedTexts(CharTokenizer(), *packed).corpus.digest in origin
-    (tmp_path / "tokenizer.json").write_text("other")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": ["other"]}}')
     with pytest.raises(ValueError, match="tokenised for another model"):
         PackedTexts(CharTokenizer(), folder, tmp_path)
 
