@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from .cache.layout import BLOCK_SIZE
-from .cache.lines import LINE_GROUP
+from .cache.lines import LINE_GROUP, NEAR_BLOCKS
 
 FILE = "anchors.json"
-FORMAT = 1
+FORMAT = 2
+# Of the rules, which a model is trained for.
+FIXED = {
+    "format": FORMAT,
+    "block_size": BLOCK_SIZE,
+    "line_group": LINE_GROUP,
+    "near_blocks": NEAR_BLOCKS,
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,7 @@ class AnchorConfig:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        fixed = {"format": FORMAT, "block_size": BLOCK_SIZE, "line_group": LINE_GROUP}
-        return fixed | asdict(self)
+        return FIXED | asdict(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "AnchorConfig":
@@ -52,8 +58,7 @@ class AnchorConfig:
         Raises:
             ValueError: it is of another format, or was trained with other rules.
         """
-        fixed = {"format": FORMAT, "block_size": BLOCK_SIZE, "line_group": LINE_GROUP}
-        for name, value in fixed.items():
+        for name, value in FIXED.items():
             if found.get(name) != value:
                 raise ValueError(
                     f"{FILE} has {name} {found.get(name)}, this version serves "

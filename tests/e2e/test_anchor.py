@@ -11,7 +11,12 @@ pytest.importorskip("vllm")
 import torch  # noqa: E402
 
 from vllm_sparse.anchor_config import FILE, AnchorConfig  # noqa: E402
-from vllm_sparse.cache.lines import anchors, line_starts, visible  # noqa: E402
+from vllm_sparse.cache.lines import (  # noqa: E402
+    NEAR_BLOCKS,
+    anchors,
+    near_start,
+    visible,
+)
 from vllm_sparse.stats import live_figures  # noqa: E402
 
 from .engines import (  # noqa: E402
@@ -62,7 +67,7 @@ def expected(folder, text: list[int], rules: str = "plain") -> torch.Tensor:
     config, anchor = RULES[rules], marked(text)
     mask = visible(anchor, config.anchors_look_back)
     place = torch.arange(len(text))
-    older = mask & anchor & (place < line_starts(anchor)[:, None])
+    older = mask & anchor & (place < near_start(place)[:, None])
     lower = Lower(config.lower_layers, older)
     return log_probabilities(folder, text, mask, lower=lower)
 
@@ -87,7 +92,7 @@ def test_answers_are_those_of_a_masked_forward(folder):
         check(folder, PROMPTS, generate(llm, PROMPTS, PARAMS))
         figures = stats(llm)
         assert 0 < figures["sparse_rows"] == figures["decode_rows"]
-        assert figures["kv_bytes_read"] < figures["kv_bytes_dense"] / 2
+        assert figures["kv_bytes_read"] < 0.6 * figures["kv_bytes_dense"]
         long = random_prompts(1200, 1900)
         params = greedy(20, logprobs=1, detokenize=False)
         check(folder, long, generate(llm, long, params))
@@ -123,17 +128,17 @@ def test_other_rules(folder, rules):
 
 
 def test_what_old_lines_held_is_given_back(folder):
-    """Read from the pool: a context of 2,000 tokens in 6 blocks, of which it would take
+    """Read from the pool: a context of 2,000 tokens in 7 blocks, of which it would take
     16; at least 70 % of the blocks of old lines are free."""
     (prompt,) = random_prompts(300)
     held, seen, count = [], [], 1700
     with anchored(folder, max_num_batched_tokens=256) as llm:
         blocks = pool(llm)
-        with few_free_blocks(llm, 6):
+        with few_free_blocks(llm, 7):
             add(llm, "long", prompt, greedy(count, detokenize=False))
 
             def watch():
-                held.append(6 - blocks.get_num_free_blocks())
+                held.append(7 - blocks.get_num_free_blocks())
                 if len(held) == count - 100:
                     seen.append(live_figures(llm))
 
@@ -141,13 +146,13 @@ def test_what_old_lines_held_is_given_back(folder):
     assert len(finished["long"]) == count
     anchor_blocks = 2
     lines = (len(prompt) + count) // 128
-    assert max(held[-500:-1]) <= anchor_blocks + 3
+    assert max(held[-500:-1]) <= anchor_blocks + NEAR_BLOCKS + 2
     assert 1 - (max(held[-500:-1]) - anchor_blocks) / lines >= 0.7
     (figures,) = seen
     page = 2 * (128 * 2 * 64 * 4 + 128 * 4) * 3  # heads, rows and marks, layers
     assert figures.kv_bytes_held == page * held[count - 101]
     lines = (len(prompt) + count - 100) // 128
-    assert figures.blocks_given_back in (lines - 1, lines - 2)
+    assert figures.blocks_given_back in (lines - NEAR_BLOCKS, lines - NEAR_BLOCKS - 1)
 
 
 def decode_together(llm, prompts, params) -> tuple[list[list[int]], int, int]:
@@ -182,7 +187,7 @@ def test_a_batch_that_does_not_fit_densely(folder, monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     batch = random_prompts(*[1900] * 6)
     params = greedy(60, detokenize=False, **COLD)
-    memory = 5000 * 3 * 2 * 2 * 64 * 4  # tokens, layers, heads, K and V in fp32
+    memory = 5800 * 3 * 2 * 2 * 64 * 4  # tokens, layers, heads, K and V in fp32
     options = dict(kv_cache_memory_bytes=memory)
     options |= dict(max_num_seqs=len(batch), max_num_batched_tokens=256)
     with anchored(folder, attention_backend="CPU_ATTN", **options) as llm:

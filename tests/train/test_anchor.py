@@ -13,7 +13,8 @@ import torch
 from scripts import get_model
 from vllm_sparse import checkpoint
 from vllm_sparse.anchor_config import FILE, AnchorConfig
-from vllm_sparse.cache.lines import anchors, visible
+from vllm_sparse.cache.layout import BLOCK_SIZE
+from vllm_sparse.cache.lines import NEAR_BLOCKS, anchors, visible
 from vllm_sparse.train import anchor, lora
 from vllm_sparse.train.anchored import Anchored, line_ends
 from vllm_sparse.train.forward import hidden_states, load_model
@@ -38,14 +39,14 @@ def model(model_folder):
 
 
 def test_batches_are_masked_as_contexts_are(model):
-    ids = torch.cat([windows(2, 300), windows(1, 300, ends=0.001)])
+    ids = torch.cat([windows(2, 600), windows(1, 600, ends=0.001)])
     for look_back in (True, False):
         anchored = Anchored(model, AnchorConfig(ENDS, look_back))
         found = anchored.seen(ids)
         for row, seen in zip(ids, found, strict=True):
             ends = torch.tensor([int(token) in ENDS for token in row])
             assert torch.equal(seen, visible(anchors(ends), look_back))
-        causal = torch.ones(300, 300).tril().bool()
+        causal = torch.ones(600, 600).tril().bool()
         assert (found <= causal).all() and not torch.equal(found[0], causal)
 
 
@@ -83,26 +84,23 @@ def twin(model, ids, seen, pairs, older) -> torch.Tensor:
 @pytest.mark.parametrize("pairs", [{}, {1: 0, 2: 1}, {2: 0}], ids=str)
 @pytest.mark.parametrize("look_back", [True, False])
 def test_forward_is_that_of_plain_loops(model, pairs, look_back):
-    ids = windows(2, 150)
+    ids, n = windows(1, 450), 450
     anchored = Anchored(model, AnchorConfig(ENDS, look_back, pairs))
     before = model.config._attn_implementation
-    found = anchored(ids, torch.arange(150)[None])
+    found = anchored(ids, torch.arange(n)[None])
     assert model.config._attn_implementation == before
     marked, seen = anchored.anchors(ids), anchored.seen(ids)
-    for row in range(2):
-        # Before the line that a position is of: what an earlier anchor ends.
-        older = torch.zeros(150, 150, dtype=torch.bool)
-        for i in range(150):
-            for j in range(i):
-                passed = marked[row, j:i].any()
-                older[i, j] = seen[row, i, j] and marked[row, j] and passed
-        expected = twin(model, ids[row], seen[row], pairs, older)
-        torch.testing.assert_close(found[row : row + 1], expected, atol=1e-4, rtol=1e-4)
-    plain = hidden_states(model, ids, torch.arange(150)[None])
+    older = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range((i // BLOCK_SIZE - NEAR_BLOCKS) * BLOCK_SIZE):
+            older[i, j] = seen[0, i, j] and marked[0, j]
+    expected = twin(model, ids[0], seen[0], pairs, older)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    plain = hidden_states(model, ids, torch.arange(n)[None])
     assert (plain - found).abs().max() > 0.1
     if pairs:
         alone = Anchored(model, AnchorConfig(ENDS, look_back))
-        assert (alone(ids, torch.arange(150)[None]) - found).abs().max() > 0.1
+        assert (alone(ids, torch.arange(n)[None]) - found).abs().max() > 0.1
 
 
 def test_line_ends_are_read_from_the_tokenizer(tokenizer):
@@ -125,8 +123,8 @@ def test_configs_of_other_models_are_refused(model):
 
 
 def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    options = f"""--data {data} --out {out} --length 256 --batch-tokens 512 --rank 4
-    --micro-tokens 256 --alpha 8 --steps {STEPS} --warmup 2 --learning-rate 0.01
+    options = f"""--data {data} --out {out} --length 512 --batch-tokens 1024 --rank 4
+    --micro-tokens 512 --alpha 8 --steps {STEPS} --warmup 2 --learning-rate 0.01
     --evaluate-lengths 512 256 --evaluate-samples 2 --evaluate-every 0 --save-every 4
     --device cpu"""
     return [str(model), *options.split(), *more]
@@ -163,7 +161,7 @@ def test_both_arms_learn(runs, model_folder):
         assert report["recipe"]["arm"] == arm
         assert report["recipe"]["base_sha256"] == checkpoint.base_hash(model_folder)
     first = [report_of(folder)["losses"][0][1] for folder in runs.values()]
-    assert abs(first[0] - first[1]) > 0.001  # by the mask alone
+    assert abs(first[0] - first[1]) > 1e-4  # by the mask alone
 
 
 def test_an_interrupted_run_gives_the_losses_of_a_whole(

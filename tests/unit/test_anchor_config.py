@@ -16,7 +16,7 @@ def test_what_is_written_is_read(tmp_path):
     assert AnchorConfig.from_json(json.loads((tmp_path / FILE).read_text())) == CONFIG
 
 
-@pytest.mark.parametrize("name", ["format", "block_size", "line_group"])
+@pytest.mark.parametrize("name", ["format", "block_size", "line_group", "near_blocks"])
 def test_other_rules_are_refused(name):
     with pytest.raises(ValueError, match=f"has {name} 64, this version serves"):
         AnchorConfig.from_json(CONFIG.to_json() | {name: 64})

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from vllm_sparse.cache.layout import BLOCK_SIZE
-from vllm_sparse.cache.lines import LINE_GROUP, anchors, line_starts, visible
+from vllm_sparse.cache.lines import (
+    LINE_GROUP,
+    NEAR_BLOCKS,
+    anchors,
+    attended,
+    visible,
+)
 
 
 def plainly(ends: list[bool], look_back: bool) -> tuple[list[bool], list[list[bool]]]:
@@ -14,13 +20,12 @@ def plainly(ends: list[bool], look_back: bool) -> tuple[list[bool], list[list[bo
     anchor: list[bool] = []
     for place, ends_line in enumerate(ends):
         group = place // LINE_GROUP * LINE_GROUP
-        block = place // BLOCK_SIZE * BLOCK_SIZE
-        by_line = ends_line and not any(anchor[group:])
-        by_force = place % BLOCK_SIZE == BLOCK_SIZE - 1 and not any(anchor[block:])
-        anchor.append(place == 0 or by_line or by_force)
+        last = place == group + LINE_GROUP - 1
+        first_of_group = not any(anchor[group:])
+        anchor.append(place == 0 or (first_of_group and (ends_line or last)))
     sees = []
     for row in range(len(ends)):
-        start = max((p + 1 for p in range(row) if anchor[p]), default=0)
+        start = (row // BLOCK_SIZE - NEAR_BLOCKS) * BLOCK_SIZE
         back = look_back or not anchor[row]
         sees.append(
             [
@@ -32,7 +37,7 @@ def plainly(ends: list[bool], look_back: bool) -> tuple[list[bool], list[list[bo
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("n", [1, 7, 8, 127, 128, 129, 400])
+@pytest.mark.parametrize("n", [1, 7, 8, 127, 128, 129, 700])
 def test_rules(share, n):
     ends = torch.rand(n, generator=torch.Generator().manual_seed(n)) < share
     found = anchors(ends)
@@ -47,10 +52,10 @@ def test_bounds_of_what_is_kept(share):
     n = 20 * BLOCK_SIZE
     ends = torch.rand(n, generator=torch.Generator().manual_seed(1)) < share
     found = anchors(ends)
-    assert found.view(-1, LINE_GROUP).sum(1).max() <= 1
-    assert found.view(-1, BLOCK_SIZE).any(1).all()
-    blocks = torch.arange(n) // BLOCK_SIZE - line_starts(found) // BLOCK_SIZE
-    assert blocks.max() <= 1
+    assert found.view(-1, LINE_GROUP).sum(1).eq(1).all()
+    seen = visible(found).sum(1)
+    assert torch.equal(seen, attended(torch.arange(1, n + 1)))
+    assert seen.max() < (NEAR_BLOCKS + 1) * BLOCK_SIZE + n / LINE_GROUP
 
 
 def test_a_prefix_has_the_same_anchors():

@@ -41,20 +41,8 @@ class Requests:
         new = NewTokens.of(starts.int(), lens, n)
         ends = [self.ends[r, piece.start : piece.stop] for r, piece in pieces.items()]
         ends = torch.cat([*ends, torch.ones(padding, dtype=torch.bool)])
-        found, starts = mark(ends, new, new.place >= 0, self.marks, table)
-        most = int(lens.max()) // LINE_GROUP + 2 * BLOCK_SIZE
-        longest = int(lens.max())
-        got = lists(
-            new,
-            found,
-            starts,
-            self.marks,
-            table,
-            lines,
-            longest,
-            most,
-            look_back,
-        )
+        found = mark(ends, new, new.place >= 0, self.marks, table)
+        got = lists(new, found, table, lines, int(lens.max()), look_back)
         row = 0
         for r, piece in pieces.items():
             sees = visible(self.anchor[r][: piece.stop], look_back)

@@ -3,17 +3,17 @@
 """Contexts of which every old line leaves one token, its *anchor* (AnLLM, arXiv
 2402.07616, section 3; lines of code as in AnchorCoder, arXiv 2411.06680).
 
-A position attends to its own line up to itself and to the anchors of all lines before.
-A line's anchor is the token that ends it, with three exceptions that bound what a
-context keeps, whatever its text:
+A position attends to its own block of BLOCK_SIZE tokens up to itself, to the
+NEAR_BLOCKS before it, and to the anchors of all text before these. Near tokens are
+held anyway, until their blocks are given back; hiding them, as AnLLM does with all but
+the own line, saves nothing and costs most of the accuracy (docs/training.md).
 
-- of LINE_GROUP tokens (aligned) at most one is an anchor, the first that ends a line:
-  the line of another goes on;
-- a block without an anchor gets one at its last token, so a line begins in a position's
-  own block or in the one before;
-- the first token is one, and so is always seen (an attention sink).
+Of LINE_GROUP tokens (aligned) one is an anchor: the first that ends a line, or the last
+of the group if none does; so long lines leave more than one, and the second of two
+short ones none. The first token of a context is an anchor, and so is always seen (an
+attention sink).
 
-Whether a token is an anchor depends on its block's tokens up to itself alone.
+Whether a token is an anchor depends on its group's tokens up to itself alone.
 """
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from .layout import BLOCK_SIZE
 
 LINE_GROUP = 8
+NEAR_BLOCKS = 2
 
 
 def anchors(ends: torch.Tensor) -> torch.Tensor:
@@ -30,25 +31,24 @@ def anchors(ends: torch.Tensor) -> torch.Tensor:
         ends: [n] bool, tokens that end a line.
     """
     n = len(ends)
-    blocks = -(-n // BLOCK_SIZE)
-    padded = ends.new_zeros(blocks * BLOCK_SIZE)
-    padded[:n] = ends
-    padded[:1] = True
-    groups = padded.view(-1, LINE_GROUP)
-    found = (groups & (groups.cumsum(1) == 1)).view(blocks, BLOCK_SIZE)
-    found[:, -1] |= ~found.any(1)
-    return found.view(-1)[:n]
+    groups = ends.new_zeros(-(-n // LINE_GROUP), LINE_GROUP)
+    groups.view(-1)[:n] = ends
+    groups[:, -1] = True
+    groups[:1, 0] = True
+    return (groups & (groups.cumsum(1) == 1)).view(-1)[:n]
 
 
-def line_starts(anchor: torch.Tensor) -> torch.Tensor:
-    """Of every token the first one of its line: [n] int64.
+def near_start(place: torch.Tensor) -> torch.Tensor:
+    """The first token that positions attend to beside anchors; of all before it they
+    see anchors only: int64, as ``place``."""
+    return (place // BLOCK_SIZE - NEAR_BLOCKS).clamp(min=0) * BLOCK_SIZE
 
-    Args:
-        anchor: [n] bool.
-    """
-    place = torch.arange(len(anchor), device=anchor.device)
-    after = torch.where(anchor, place + 1, 0).cummax(0).values
-    return torch.cat([after.new_zeros(1), after[:-1]])
+
+def attended(seq_lens: torch.Tensor) -> torch.Tensor:
+    """How many tokens the last position of a context attends to, at most: if its
+    anchors look back, as many."""
+    older = near_start(seq_lens - 1)
+    return seq_lens - older + older // LINE_GROUP
 
 
 def visible(anchor: torch.Tensor, anchors_look_back: bool = True) -> torch.Tensor:
@@ -56,12 +56,12 @@ def visible(anchor: torch.Tensor, anchors_look_back: bool = True) -> torch.Tenso
 
     Args:
         anchor: [n] bool, of :func:`anchors`.
-        anchors_look_back: whether anchors see the anchors before them; else only the
-            first token, and their own line.
+        anchors_look_back: whether anchors see older anchors; else, of older text, only
+            the first token.
     """
     place = torch.arange(len(anchor), device=anchor.device)
-    own = place >= line_starts(anchor)[:, None]
+    near = place >= near_start(place)[:, None]
     older = anchor.expand(len(anchor), -1)
     if not anchors_look_back:
         older = older & (~anchor[:, None] | (place == 0))
-    return (own | older) & (place <= place[:, None])
+    return (near | older) & (place <= place[:, None])

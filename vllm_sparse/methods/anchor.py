@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Anchors: of every old line one token stays (cache/lines.py).
 
-Lines lie in blocks that vLLM gives back as those of a sliding window; anchors are
+New lines lie in blocks that vLLM gives back as those of a sliding window; anchors are
 stored a second time, LINE_GROUP tokens to a place, in blocks of their own
 (plugin/arena.py). Both lie in the same memory, so a position attends to one list of
 tokens in one compact context.
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ..cache.layout import BLOCK_SIZE
-from ..cache.lines import LINE_GROUP
+from ..cache.lines import attended
 from ..ops.kept import add_counts
 from .base import DecodeRows, Lines, Method, Phase
 
@@ -22,7 +21,7 @@ LIST_BYTES = 64 * 2**20
 
 
 class Anchor(Method):
-    """Attends to the own line and to the anchors before it.
+    """Attends to what is near and to the anchors before it.
 
     Attributes:
         lower: the lower layer whose cache's anchors join the softmax (layer-wise
@@ -35,10 +34,7 @@ class Anchor(Method):
     lower: Any = None
 
     def budgets(self, phase: Phase, longest: int) -> torch.Tensor:
-        """The most that a position can attend to; what it does depends on the text."""
-        lens = torch.arange(longest + 1)
-        groups = (lens + LINE_GROUP - 1) // LINE_GROUP
-        return (groups + 2 * BLOCK_SIZE).minimum(lens).int()
+        return attended(torch.arange(longest + 1)).int()
 
     def seal(self, layer_name: str, kv_cache: torch.Tensor, meta, key, value) -> None:
         """Store the step's anchors a second time."""

@@ -91,12 +91,12 @@ class Compact:
 @dataclass
 class Lines:
     """What positions attend to, as lists over compact contexts: the blocks of anchors,
-    then the two of lines that a position's own line lies in.
+    then those near the position.
 
     Attributes:
         block_table: [n, blocks] int32.
         seq_lens: [n] int32; 0: padding.
-        indices: [n, most] int32, of all KV heads: anchors, then the own line.
+        indices: [n, most] int32, of all KV heads: anchors, then what is near.
         counts: [n] int32; -1: padding.
         anchors: [n] int32, how many of the list are anchors.
     """

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
 """Two kinds of blocks for layers whose old lines leave anchors.
 
-To vLLM such a layer is one with a sliding window of two blocks, in which lines lie,
-and beside it stands a layer with full attention that stores one state for LINE_GROUP
+To vLLM such a layer is one with a sliding window, in which new lines lie, and beside it
+stands a layer with full attention that stores one state for LINE_GROUP
 tokens: the anchors'. So vLLM's own managers free what old lines leave, count what a
 request needs, and find what the prefix cache still has of both.
 """
@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
 
 from ..anchor_config import FILE, AnchorConfig
 from ..cache.layout import BLOCK_SIZE
-from ..cache.lines import LINE_GROUP
+from ..cache.lines import LINE_GROUP, NEAR_BLOCKS
 from ..config import SparseConfigError
 from ..layer.impl import SparseAttentionImpl
 from ..step.anchors import AnchorStep
@@ -103,7 +103,8 @@ class AnchorCache(AttentionLayerBase):
         """The layer's own."""
         spec = self.spec_of_layer(vllm_config)
         drop = ("sliding_window", "attention_chunk_size", "non_causal")
-        return replace_as(spec, LinesSpec, drop=drop, sliding_window=2 * BLOCK_SIZE)
+        window = (NEAR_BLOCKS + 1) * BLOCK_SIZE
+        return replace_as(spec, LinesSpec, drop=drop, sliding_window=window)
 
 
 def rules_of(model: str, revision: str | None) -> AnchorConfig:

@@ -20,7 +20,7 @@ from .held import CountsBlocks
 
 @dataclass(frozen=True, kw_only=True)
 class LinesSpec(SlidingWindowSpec):
-    """Lines: a window of two blocks."""
+    """Lines that are near: a window of whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)

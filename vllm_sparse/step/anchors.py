@@ -11,7 +11,6 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..cache.layout import BLOCK_SIZE
-from ..cache.lines import LINE_GROUP
 from ..methods import DecodeRows, Phase
 from ..methods.base import Lines
 from ..plugin.token_ids import token_ids
@@ -90,7 +89,7 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         new = NewTokens.of(metadata.query_start_loc, metadata.seq_lens, n)
         marks = self._marks()
         stored = (metadata.slot_mapping >= 0) & (new.place >= 0)
-        found, starts = mark(self._ends(ids), new, stored, marks, table)
+        found = mark(self._ends(ids), new, stored, marks, table)
         block, place = slots(table, new.request, new.place)
         slot = block * BLOCK_SIZE + place
         metadata.anchor_slots = torch.where(found & stored, slot, -1)
@@ -98,17 +97,8 @@ class AnchorMetadataBuilder(SparseMetadataBuilder):
         longest = common.max_seq_len
         if in_graphs:
             longest = self.vllm_config.model_config.max_model_len
-        lines = lists(
-            new,
-            found,
-            starts,
-            marks,
-            table,
-            metadata.block_table,
-            longest=longest,
-            most=-(-longest // LINE_GROUP) + 2 * BLOCK_SIZE,
-            look_back=self.arena.rules.anchors_look_back,
-        )
+        look_back = self.arena.rules.anchors_look_back
+        lines = lists(new, found, table, metadata.block_table, longest, look_back)
         counts = self._count(common, new, lines.counts, metadata.slot_mapping)
         if in_graphs:
             fixed = self._fixed(vars(lines) | {"slots": metadata.anchor_slots})

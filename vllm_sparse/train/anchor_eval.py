@@ -25,7 +25,7 @@ import torch
 from .. import checkpoint
 from ..anchor_config import FILE, AnchorConfig
 from ..cache.layout import BLOCK_SIZE
-from ..cache.lines import LINE_GROUP
+from ..cache.lines import LINE_GROUP, NEAR_BLOCKS
 from .anchored import Anchored, additive
 from .corpus import Corpus
 from .forward import hidden_states, load_model
@@ -63,10 +63,10 @@ def kept(anchored: Anchored, windows: torch.Tensor, count: int) -> dict[str, flo
     past = torch.arange(1, length + 1, dtype=torch.float)
     of = lambda ids: anchored.seen(ids.to(anchored.ends.device))[0].sum(-1).cpu()
     attended = torch.stack([of(ids) for ids in windows.split(1)]).float().mean(0)
-    # Whole blocks: of lines at most three, of which one is about to be given back, and
+    # Whole blocks: the own one, those near it, one that is about to be given back, and
     # those of anchors, a place for each group of tokens.
-    lines = (past / BLOCK_SIZE).ceil().clamp(max=3)
-    held = (lines + (past / (BLOCK_SIZE * LINE_GROUP)).ceil()) * BLOCK_SIZE
+    near = (past / BLOCK_SIZE).ceil().clamp(max=NEAR_BLOCKS + 2)
+    held = (near + (past / (BLOCK_SIZE * LINE_GROUP)).ceil()) * BLOCK_SIZE
     found = {}
     for name, tokens in (("attended", attended), ("held", held)):
         found[f"{name}_share"] = round((tokens.sum() / past.sum()).item(), 4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..anchor_config import AnchorConfig
-from ..cache.lines import anchors, line_starts, visible
+from ..cache.lines import anchors, near_start, visible
 from .forward import hidden_states
 
 NAME = "lower_anchors"  # in transformers' table of attention functions
@@ -103,9 +103,8 @@ class Anchored:
         mask = additive(seen, dtype)[:, None]
         if not self.config.lower_layers:
             return hidden_states(self.model, ids, positions, attention_mask=mask)
-        starts = torch.stack([line_starts(row) for row in self.anchors(ids)])
         place = torch.arange(ids.shape[1], device=ids.device)
-        older = seen & (place < starts[:, :, None])
+        older = seen & (place < near_start(place)[:, None])
         both = torch.cat([mask, additive(older, dtype)[:, None]], -1)
         lower = Lower(self.config.lower_layers, both)
         return self._with_lower(ids, positions, attention_mask=mask, lower=lower)

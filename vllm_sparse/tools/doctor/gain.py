@@ -12,7 +12,7 @@ import torch
 
 from ...cache.eviction import LAG_BLOCKS
 from ...cache.layout import BLOCK_SIZE, BlockLayout
-from ...cache.lines import LINE_GROUP
+from ...cache.lines import LINE_GROUP, NEAR_BLOCKS, attended
 from ...config import SparseConfig
 from ...methods import METHODS
 from ...methods.budgets import budget
@@ -108,8 +108,9 @@ def memory(model: Model, config: SparseConfig) -> Memory:
         dense += heads * layout.row_bytes
         held += heads * BLOCK_SIZE * layout.content_bytes * layout.lookahead_blocks
     if config.selector == "anchor":
-        # Two blocks of lines, and one that may not have been given back yet.
-        return Memory(ours // LINE_GROUP, dense, 3 * BLOCK_SIZE * ours, None)
+        # The own block, those near it, and one that is about to be given back.
+        held = (NEAR_BLOCKS + 2) * BLOCK_SIZE * ours
+        return Memory(ours // LINE_GROUP, dense, held, None)
     kept, most = METHODS[config.selector].eviction(config), None
     if kept is not None:
         most = (kept.kept_blocks + LAG_BLOCKS) * BLOCK_SIZE * ours
@@ -191,7 +192,7 @@ def lossless_gain(
 
 def _most(config: SparseConfig, layout: BlockLayout, context: int) -> int:
     if config.selector == "anchor":
-        return min(context, -(-context // LINE_GROUP) + 2 * BLOCK_SIZE)
+        return int(attended(torch.tensor(context)))
     evicting = METHODS[config.selector].eviction(config)
     if evicting is not None:
         skipped = evicting.skipped_blocks(torch.tensor(context))
