@@ -145,8 +145,14 @@ def test_windows_lie_within_parts(packed):
 
 def test_other_text_is_refused(packed, model_folder, tmp_path):
     folder, _ = packed
-    (tmp_path / "tokenizer.json").write_text("{}")
+    other, content = tmp_path / "tokenizer.json", model_folder / "tokenizer.json"
     Corpus(folder, model_folder)
+    other.write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Corpus(folder, tmp_path)
+    changed = json.loads(content.read_text())
+    changed["model"]["merges"].pop()
+    other.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="tokenised for another model"):
         Corpus(folder, tmp_path)
     (folder / "train-code-001.bin").write_bytes(b"changed")
@@ -172,11 +178,14 @@ def test_a_tokenizer_is_known_however_it_is_written(model_folder, tmp_path):
         joined = [m.split(" ") if isinstance(m, str) else " ".join(m) for m in merges]
         tokenizer["model"]["merges"] = joined
         tokenizer["post_processor"] = None
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": []}
+        tokenizer["pre_tokenizer"]["trim_offsets"] ^= True
 
     same = corpus.tokenizer_hash(model_folder)
     assert hashed(respelt) == same
     assert hashed(lambda t: t["model"]["merges"].pop()) != same
     assert hashed(lambda t: t.update(pre_tokenizer=None)) != same
+    assert hashed(lambda t: t.update(normalizer={"type": "NFKC"})) != same
 
 
 def test_html():

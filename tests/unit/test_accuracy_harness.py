@@ -131,13 +131,15 @@ def test_first_token_of_the_model_comes_first_and_counts(task):
 def packed(tmp_path_factory):
     """A folder of packed text whose ids are characters, and its model's folder."""
     import numpy as np
+    from tokenizers import Tokenizer, models
 
     from vllm_sparse.train.build import Gathered, write
     from vllm_sparse.train.corpus import tokenizer_hash
     from vllm_sparse.train.sources import Source
 
     folder, model = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("model")
-    (model / "tokenizer.json").write_text("{}")
+    words = models.WordLevel({"x": 0}, unk_token="x")
+    Tokenizer(words).save(str(model / "tokenizer.json"))
     gathered = []
     for kind in ("prose", "code"):
         lines = "".join(f"{kind} of line {i}.\n" for i in range(400))
@@ -166,7 +168,8 @@ def test_packed_texts_name_themselves_and_their_tokenizer(packed, tmp_path):
     folder, _ = packed
     origin = PackedTexts(CharTokenizer(), *packed).origin
     assert PackedTexts(CharTokenizer(), *packed).corpus.digest in origin
-    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": ["other"]}}')
+    content = (packed[1] / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content.replace('"x"', '"other"'))
     with pytest.raises(ValueError, match="tokenised for another model"):
         PackedTexts(CharTokenizer(), folder, tmp_path)
 

@@ -21,9 +21,17 @@ MANIFEST = "manifest.json"
 PART_TOKENS = 16_000_000
 
 
+# What tokenizers treat differently, though their vocabulary be the same: forms of one
+# character, kinds of white space, digits, scripts, special tokens.
+PROBE = """Don't  naïve nai\u0308ve ﬁ ① \u00a0x 3.14159 日本語 🙂 <|endoftext|> <s>\r
+\tdef f(x):\n\n    return 12345 != x  # \u200b\x07 \n"""
+
+
 def tokenizer_hash(folder: str | Path) -> str:
-    """Of what turns text into ids in ``tokenizer.json``, whose other parts and spelling
-    differ between versions of transformers."""
+    """Of what turns text into ids: vocabulary, merges, special tokens, and the ids of a
+    probe. Versions of transformers write ``tokenizer.json`` differently."""
+    from tokenizers import Tokenizer
+
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -35,8 +43,11 @@ def tokenizer_hash(folder: str | Path) -> str:
     added = [
         (token["id"], token["content"]) for token in content.get("added_tokens", ())
     ]
-    parts = [model.get("vocab"), merges, added]
-    parts += [content.get(name) for name in ("normalizer", "pre_tokenizer")]
+    try:
+        ids = Tokenizer.from_file(str(path)).encode(PROBE).ids
+    except Exception as error:  # tokenizers has no class of its own for these
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    parts = [model.get("vocab"), merges, added, ids]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
