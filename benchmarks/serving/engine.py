@@ -50,10 +50,9 @@ class Timed:
         self.llm = LLM(
             tensor_parallel_size=self.ranks,
             distributed_executor_backend=executor,
-            dtype="bfloat16",
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
-            **{"disable_log_stats": True} | settings,
+            **{"disable_log_stats": True, "dtype": "bfloat16"} | settings,
         )
         self.config = self.llm.llm_engine.vllm_config
         self.line_end: int | None = None

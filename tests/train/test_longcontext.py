@@ -3,7 +3,11 @@
 """The whole command on a toy model, its checkpoint, and the model made of it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -230,3 +234,25 @@ def test_every_command_has_help(capsys):
             import_module(f"vllm_sparse.train.{module}").main(["--help"])
         assert end.value.code == 0
         assert "needs" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.slow
+def test_three_parts_from_one_command(model_folder, data_folder, tmp_path):
+    """As the shipped model was trained, at toy size."""
+    script = Path(__file__).parents[2] / "scripts" / "train_32k.sh"
+    given = command(model_folder, data_folder, tmp_path, "--steps", "2")
+    options = given[given.index("--context") :]
+    for name in ("--full-share", "--synthetic"):  # the parts' own
+        at = options.index(name)
+        del options[at : at + 2]
+    environment = os.environ | {
+        "OPTIONS": " ".join(options),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    folders = map(str, (model_folder, data_folder, tmp_path))
+    subprocess.run([script, *folders], check=True, env=environment, timeout=300)
+    parts = [tmp_path / name / "checkpoint" for name in ("short", "long", "full")]
+    found = [json.loads((p / checkpoint.DESCRIPTION).read_text()) for p in parts]
+    assert [part["recipe"]["full_share"] for part in found] == [0.15, 0.6, 0.8]
+    for before, after in pairwise(found):
+        assert after["recipe"]["start_sha256"] == before["tensors_sha256"]
