@@ -44,6 +44,11 @@ class KvFormat:
         return self.key_bits > 0
 
     @property
+    def reads_whole_keys(self) -> bool:
+        """Whether attention reads all of K in a block of which it reads a token."""
+        return self.quantised and not self.key_rows
+
+    @property
     def code(self) -> int:
         """The format as the compiled ops take it."""
         if self.bare:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Models that norm queries and keys are told from others: budgets adapt, or a warning
-says that they are fixed."""
+"""What engines say at their start: of budgets where a model norms queries and keys, and
+of formats that cost more than they seem to."""
 
 import re
 
@@ -18,17 +18,16 @@ LENGTH = dict(max_model_len=1024)
 
 @pytest.fixture
 def start(monkeypatch, tmp_path):
-    """A family in miniature, and what is said of QK-norm at its start, and of options
-    with ``level`` "info"."""
+    """A family in miniature, and what is said of QK-norm at its start (or of what
+    ``about`` names)."""
 
-    def of(family: str, backend: str = "sparq", level: str = "warning", **options):
+    def of(family: str, backend="sparq", level="warning", about="QK-norm", **options):
         said: list[str] = []
         monkeypatch.setattr(served.logger, level, lambda s, *a: said.append(s % a))
         folder = str(save_config(family, tmp_path / family))
         config = parse_config(backend, {"sparse": options})
         model = inspect_model(folder, backend, config, **LENGTH)
         assert model.refusal is None
-        about = "QK-norm" if level == "warning" else "Sparse attention: "
         return model, [line for line in said if about in line]
 
     return of
@@ -83,9 +82,21 @@ def test_choices_that_lose_nothing_are_not_worth_a_line(start):
 
 
 def test_the_options_of_the_log_are_those_that_run(start):
-    _, (line,) = start("Qwen3", level="info")
+    told = dict(level="info", about="Sparse attention: ")
+    _, (line,) = start("Qwen3", **told)
     assert line.startswith("Sparse attention: SparseConfig(selector='sparq', rank=")
     assert "top_p=0.9," in line and "kernels: " in line and "prefill: " in line
     for family, options in (("Llama", {}), ("Qwen3", {"top_k": 0.125})):
-        _, (line,) = start(family, level="info", **options)
+        _, (line,) = start(family, **told, **options)
         assert "top_k=0.125, top_p=None," in line
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "most"), [("int8", "25.0 %"), ("int4", "12.5 %"), ("k4v8", "12.5 %")]
+)
+def test_formats_of_which_all_keys_are_read_say_what_that_costs(start, kv_format, most):
+    _, (line,) = start("Llama", about="keeps K by channel", kv_format=kv_format)
+    assert f"kv_format = '{kv_format}'" in line and most in line and "k8v4" in line
+    dense = {"kv_format": kv_format, "selector": "dense"}
+    for options in (dense, {"kv_format": "k8v4"}, {}):
+        assert not start("Llama", about="keeps K by channel", **options)[1]
