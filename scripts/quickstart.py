@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,11 @@ def parse_args() -> argparse.Namespace:
         default={},
         metavar="JSON",
         help="""options of the sparse engines, e.g. '{"top_k": 0.0625}'""",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of weights and KV (default: bfloat16; float32 on CPUs without AVX-512)",
     )
     # Used by the script itself: one engine in a child process, and a health check.
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
@@ -116,7 +122,7 @@ def run_engine(args: argparse.Namespace) -> dict:
         }
     llm = LLM(
         args.model,
-        dtype="bfloat16",
+        dtype=args.dtype,
         max_model_len=8192,
         max_num_seqs=len(FACTS),
         max_num_batched_tokens=PREFILL_CHUNK,
@@ -187,10 +193,21 @@ def progress_bar(engine: str, phase: str, total: int):
 
 
 def kv_bytes_per_token(llm) -> int:
-    """Bytes of one token's bf16 K and V in all layers."""
-    config = llm.llm_engine.model_config.hf_text_config
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * 2
+    """Bytes of one token's K and V in all layers."""
+    model = llm.llm_engine.model_config
+    config = model.hf_text_config
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return per_layer * config.num_hidden_layers
+
+
+def usual_dtype() -> str:
+    """As the model is kept; but CPUs whose widest vectors are AVX2's multiply 16-bit
+    numbers so slowly that a prompt takes several times as long."""
+    import torch
+
+    narrow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return "float32" if narrow and x86 else "bfloat16"
 
 
 def run_child(engine: str, args: argparse.Namespace) -> dict:
@@ -203,7 +220,7 @@ def run_child(engine: str, args: argparse.Namespace) -> dict:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, "--engine", engine, "--model", args.model]
         command += ["--context", str(args.context), "--result", str(result)]
-        command += ["--max-tokens", str(args.max_tokens)]
+        command += ["--max-tokens", str(args.max_tokens), "--dtype", args.dtype]
         command += ["--sparse", json.dumps(args.sparse)]
         print(f"{engine}: loading", file=sys.stderr)
         code = subprocess.run(command).returncode
@@ -212,7 +229,7 @@ def run_child(engine: str, args: argparse.Namespace) -> dict:
         return json.loads(result.read_text())
 
 
-def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
+def print_comparison(results: dict[str, dict], num_tokens: int, dtype: str) -> None:
     """Print the engines' answers and measurements in columns."""
     columns = [results[engine] for engine in ENGINES]
     dense, sparse, lossless = columns
@@ -233,7 +250,7 @@ def print_comparison(results: dict[str, dict], num_tokens: int) -> None:
         rows.append([label, *map(cell, columns)])
     print(
         f"\n{len(FACTS)} questions about one document of {dense['prompt_tokens']:,} "
-        f"tokens, {num_tokens} tokens decoded for each\n"
+        f"tokens, {num_tokens} tokens decoded for each, {dtype}\n"
     )
     for row in [["", *ENGINES], *rows]:
         print("  {:<38}{:<18}{:<18}{}".format(*row) if row else "")
@@ -266,7 +283,7 @@ def verdict(same: int) -> str:
     if same == len(FACTS):
         return "every token is dense's, by construction"
     return (
-        "its tokens are dense's by construction, but for\n  near ties, which 16 bits "
+        "its tokens are dense's by construction, but for\n  near ties, which sums "
         "can round otherwise when several tokens are verified at once"
     )
 
@@ -301,8 +318,9 @@ def main() -> None:
     if args.engine is not None:
         args.result.write_text(json.dumps(run_engine(args)))
         return
+    args.dtype = args.dtype or usual_dtype()
     results = {engine: run_child(engine, args) for engine in ENGINES}
-    print_comparison(results, args.max_tokens)
+    print_comparison(results, args.max_tokens, args.dtype)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def _line(record: dict) -> str:
     method = record["method"]
     if record["budget"] is not None and "top_p" not in method:
         return f"{method}, fixed budgets"
-    return re.sub(r":top_p=[\d.]+", "", method) + ", top_p" * ("top_p" in method)
+    return re.sub(r":top_p=[^:,]*", "", method) + ", top_p" * ("top_p" in method)
 
 
 def _subtitle(header: dict) -> str:

@@ -177,7 +177,29 @@ def test_a_tokenizer_is_known_however_it_is_written(model_folder, tmp_path):
         merges = tokenizer["model"]["merges"]
         joined = [m.split(" ") if isinstance(m, str) else " ".join(m) for m in merges]
         tokenizer["model"]["merges"] = joined
-        tokenizer["post_processor"] = None
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "b", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [],
+            "special_tokens": {"b": {"id": "b", "ids": [1], "tokens": ["b"]}},
+        }
+        tokenizer["truncation"] = {
+            "direction": "Right",
+            "max_length": 4,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+        tokenizer["padding"] = {
+            "strategy": {"Fixed": 500},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "b",
+        }
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": []}
         tokenizer["pre_tokenizer"]["trim_offsets"] ^= True
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -249,8 +250,12 @@ def test_three_parts_from_one_command(model_folder, data_folder, tmp_path):
         "OPTIONS": " ".join(options),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    folders = map(str, (model_folder, data_folder, tmp_path))
-    subprocess.run([script, *folders], check=True, env=environment, timeout=300)
+    folders = [str(folder) for folder in (model_folder, data_folder, tmp_path)]
+    run = partial(subprocess.run, [script, *folders], timeout=300)
+    stopped = {"OPTIONS": environment["OPTIONS"] + " --minutes 0"}
+    assert run(env=environment | stopped).returncode == 1
+    assert not (tmp_path / "long").exists()
+    run(check=True, env=environment)
     parts = [tmp_path / name / "checkpoint" for name in ("short", "long", "full")]
     found = [json.loads((p / checkpoint.DESCRIPTION).read_text()) for p in parts]
     assert [part["recipe"]["full_share"] for part in found] == [0.15, 0.6, 0.8]

@@ -72,6 +72,13 @@ def test_files_are_paired_with_the_dense_records_of_the_first():
     assert "| sparq, int8 | – | 0.500 | +0.250 ± 0.000 |" in table
 
 
+def test_methods_that_differ_in_top_p_alone_share_a_line():
+    line = lambda method: report._line({"method": method, "budget": None})
+    assert line("sparq:rank=16:top_p=0.8, k8v4") == "sparq:rank=16, k8v4, top_p"
+    assert line("sparq:top_p=0.8:rank=16") == line("sparq:top_p=9e-1:rank=16")
+    assert line("sparq:rank=16") == "sparq:rank=16"
+
+
 def test_files_that_cannot_be_paired_are_refused():
     for other in ({"model": "n"}, {"texts": "u"}):
         with pytest.raises(ValueError, match="samples differ: one file is of m on t"):

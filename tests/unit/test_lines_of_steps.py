@@ -25,7 +25,7 @@ class Requests:
         size = (len(ids) + 1, BLOCK_SIZE)
         self.marks = torch.randint(256, size, generator=self.random, dtype=torch.uint8)
 
-    def step(self, pieces: dict[int, range], padding: int = 0, look_back: bool = True):
+    def step(self, pieces: dict[int, range], padding=0, look_back=True, longest=0):
         """Serve new tokens of requests, and compare with the twin; then some that are
         padding, as their request is, too."""
         chosen = torch.tensor(list(pieces))
@@ -42,7 +42,8 @@ class Requests:
         ends = [self.ends[r, piece.start : piece.stop] for r, piece in pieces.items()]
         ends = torch.cat([*ends, torch.ones(padding, dtype=torch.bool)])
         found = mark(ends, new, new.place >= 0, self.marks, table)
-        got = lists(new, found, table, lines, int(lens.max()), look_back)
+        longest = max(longest, int(lens.max()))
+        got = lists(new, found, table, lines, longest, look_back)
         row = 0
         for r, piece in pieces.items():
             sees = visible(self.anchor[r][: piece.stop], look_back)
@@ -85,6 +86,14 @@ def test_pieces_of_any_size_in_company(share):
     requests.step({2: range(5, 6), 0: range(700, 701), 1: range(0, 1)})
     requests.step({1: range(1, 1300), 0: range(701, 1500), 2: range(6, 128)}, padding=3)
     requests.step({0: range(1500, 1501), 1: range(1300, 1301), 2: range(128, 129)})
+
+
+def test_short_contexts_beside_room_for_long_ones():
+    """As in CUDA graphs: tables have room for the longest context."""
+    requests = Requests(2, 0.1, seed=5)
+    requests.lines = requests.lines[:, :2]
+    for pieces in ({0: range(1), 1: range(128)}, {0: range(1, 2), 1: range(128, 200)}):
+        requests.step(pieces, padding=1, longest=LENGTH)
 
 
 def test_one_token_at_a_time():

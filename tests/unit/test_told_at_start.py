@@ -95,8 +95,9 @@ def test_the_options_of_the_log_are_those_that_run(start):
     ("kv_format", "most"), [("int8", "25.0 %"), ("int4", "12.5 %"), ("k4v8", "12.5 %")]
 )
 def test_formats_of_which_all_keys_are_read_say_what_that_costs(start, kv_format, most):
-    _, (line,) = start("Llama", about="keeps K by channel", kv_format=kv_format)
+    told = dict(level="info", about="keeps K by channel")
+    _, (line,) = start("Llama", **told, kv_format=kv_format)
     assert f"kv_format = '{kv_format}'" in line and most in line and "k8v4" in line
     dense = {"kv_format": kv_format, "selector": "dense"}
     for options in (dense, {"kv_format": "k8v4"}, {}):
-        assert not start("Llama", about="keeps K by channel", **options)[1]
+        assert not start("Llama", **told, **options)[1]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Contexts of which every old line leaves one token, its *anchor* (AnLLM, arXiv
+"""Contexts of which old lines leave the tokens that end them, *anchors* (AnLLM, arXiv
 2402.07616, section 3; lines of code as in AnchorCoder, arXiv 2411.06680).
 
 A position attends to its own block of BLOCK_SIZE tokens up to itself, to the
-NEAR_BLOCKS before it, and to the anchors of all text before these. Near tokens are
-held anyway, until their blocks are given back; hiding them, as AnLLM does with all but
-the own line, saves nothing and costs most of the accuracy (docs/training.md).
+NEAR_BLOCKS before it, and to the anchors of all text before these. AnLLM hides all but
+the own line; that saves a block and reads, and costs far more than it saves
+(docs/training.md).
 
 Of LINE_GROUP tokens (aligned) one is an anchor: the first that ends a line, or the last
 of the group if none does; so long lines leave more than one, and the second of two
@@ -45,8 +45,8 @@ def near_start(place: torch.Tensor) -> torch.Tensor:
 
 
 def attended(seq_lens: torch.Tensor) -> torch.Tensor:
-    """How many tokens the last position of a context attends to, at most: if its
-    anchors look back, as many."""
+    """How many tokens the last position of contexts attends to, if anchors look back;
+    else it is the most. It falls where a block begins."""
     older = near_start(seq_lens - 1)
     return seq_lens - older + older // LINE_GROUP
 

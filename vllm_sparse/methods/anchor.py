@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Anchors: of every old line one token stays (cache/lines.py).
+"""Anchors: of eight old tokens one stays, ends of lines first (cache/lines.py).
 
 New lines lie in blocks that vLLM gives back as those of a sliding window; anchors are
 stored a second time, LINE_GROUP tokens to a place, in blocks of their own
@@ -74,9 +74,9 @@ class Anchor(Method):
         own = query.new_empty(query.shape[:2], dtype=torch.float32)
         other, low = torch.empty_like(own), torch.empty_like(out)
         self._attend(query, kv_cache, lines, lines.counts, out, own)
-        # The list of a first token has no anchor: it is read once more, and not used.
+        # Lists of the first blocks have no anchor: one token is read, and not used.
         some = lines.anchors > 0
-        listed = torch.where(some, lines.anchors, lines.counts)
+        listed = torch.where(some, lines.anchors, lines.counts.clamp(max=1))
         self._attend(query, self.lower.kv_cache, lines, listed, low, other)
         other.masked_fill_(~some[:, None], -torch.inf)
         share = (other - torch.logaddexp(own, other)).exp()[..., None]

@@ -3,9 +3,9 @@
 """Two kinds of blocks for layers whose old lines leave anchors.
 
 To vLLM such a layer is one with a sliding window, in which new lines lie, and beside it
-stands a layer with full attention that stores one state for LINE_GROUP
-tokens: the anchors'. So vLLM's own managers free what old lines leave, count what a
-request needs, and find what the prefix cache still has of both.
+stands a layer with full attention that stores one state for LINE_GROUP tokens: the
+anchors'. So vLLM's own managers free what old lines leave, count what a request needs,
+and find what the prefix cache still has of both.
 """
 
 from pathlib import Path

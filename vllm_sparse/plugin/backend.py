@@ -164,7 +164,7 @@ class LessBackend(SparqBackend):
 
 
 class AnchorBackend(SparqBackend):
-    """``--attention-backend anchor``: of every old line one token stays."""
+    """``--attention-backend anchor``: of eight old tokens one stays."""
 
     defaults: ClassVar[Mapping[str, Any]] = BACKEND_DEFAULTS["ANCHOR"]
 

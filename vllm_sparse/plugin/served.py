@@ -249,13 +249,15 @@ def _log_options(layers) -> None:
     for impl in {impl.config: impl for impl in ours}.values():
         logger.info("Sparse attention: %s", impl.summary)
     sparse = (x for x in layers if _of_target(x) and _kind(x).dense is None)
-    for fmt in {x.impl.fmt for x in sparse if x.impl.fmt.reads_whole_keys}:
-        logger.warning(
-            "sparse.kv_format = %r keeps K by channel: of every block with a chosen "
-            "token all of K is read, up to %.1f %% of the bytes of a 16-bit cache, "
-            "however few tokens are chosen. kv_format 'k8v4' reads those alone.",
-            fmt.name,
-            100 * fmt.key_bits / 32,
+    costly = [x.impl.fmt for x in sparse if x.impl.fmt.reads_whole_keys]
+    for name, bits in {(fmt.name, fmt.key_bits) for fmt in costly}:
+        logger.info(
+            "sparse.kv_format = %r keeps K by channel: where decoding is sparse, all "
+            "of K is read in every block with a chosen token, up to %.1f %% of the "
+            "bytes of a 16-bit cache, however few are chosen. kv_format 'k8v4' holds "
+            "less and reads chosen tokens alone.",
+            name,
+            100 * bits / 32,
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import sha256
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PART_TOKENS = 16_000_000
 
@@ -44,7 +44,10 @@ def tokenizer_hash(folder: str | Path) -> str:
         (token["id"], token["content"]) for token in content.get("added_tokens", ())
     ]
     try:
-        ids = Tokenizer.from_file(str(path)).encode(PROBE).ids
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
     except Exception as error:  # tokenizers has no class of its own for these
         raise ValueError(f"{path} cannot be read: {error}") from error
     parts = [model.get("vocab"), merges, added, ids]
