@@ -207,7 +207,8 @@ def usual_dtype() -> str:
 
     narrow = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return "float32" if narrow and x86 else "bfloat16"
+    slow = narrow and x86 and not torch.cuda.is_available()
+    return "float32" if slow else "bfloat16"
 
 
 def run_child(engine: str, args: argparse.Namespace) -> dict:
