@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Complete a long Python file by a model whose old lines leave an anchor each, and by
+"""Complete a long Python file by a model whose old lines leave anchors, and by
 its control with dense attention; what that takes in time and memory.
 
     python examples/anchor_code_completion.py --anchor FOLDER --control FOLDER

@@ -29,7 +29,7 @@ class AnchorConfig:
 
     Attributes:
         line_ends: ids of the tokens that end a line.
-        anchors_look_back: whether anchors see the anchors before them.
+        anchors_look_back: whether anchors see older anchors.
         lower_layers: layers that attend to the anchors of a lower layer's cache, too,
             in one softmax with their own (layer-wise anchors), by number, and those
             lower layers.

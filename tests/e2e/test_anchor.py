@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Lines that leave one token each, in vLLM's engine, against a masked forward."""
+"""Lines that leave anchors, in vLLM's engine, against a masked forward."""
 
 import json
 import shutil

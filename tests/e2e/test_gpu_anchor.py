@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""Lines that leave one token each, on a GPU: V2 runner, FULL graphs, asynchronous
+"""Lines that leave anchors, on a GPU: V2 runner, FULL graphs, asynchronous
 scheduling. In 16 bits, so against a masked forward in fp32 but for near ties."""
 
 import pytest

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_sparse project
-"""``anchor``: teach a Llama-like model to read code of which old lines leave one token
-each, their anchor (vllm_sparse/cache/lines.py; AnLLM, arXiv 2402.07616, with the
-control that a tuned model has to be compared with).
+"""``anchor``: teach a Llama-like model to read code of which one of eight old tokens
+stays, the ends of lines first (vllm_sparse/cache/lines.py; AnLLM, arXiv 2402.07616),
+with the control that a tuned model has to be compared with.
 
 Low-rank changes are trained on windows of code, each one a context, with the anchors'
 mask (``--arm anchor``) or plainly causal (``--arm control``): the same windows in the

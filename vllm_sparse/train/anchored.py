@@ -71,7 +71,7 @@ def _attend(module, query, key, value, attention_mask, lower: Lower, **kwargs):
 
 
 class Anchored:
-    """The forward of a model whose old lines leave an anchor each.
+    """The forward of a model whose old lines leave anchors.
 
     Raises:
         ValueError: the config names tokens or layers that the model does not have.
